@@ -1,0 +1,150 @@
+"""Curves through parameter space: lines, Bézier curves, polygonal chains (chapter 2).
+
+A point is a network's state, `Theta = dict[str, Tensor]`. Every curve here is linear in its control
+points, r(t) = Σᵢ wᵢ(t) pᵢ with Σᵢ wᵢ = 1, so training and evaluation need only the weights w(t).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from math import comb
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Theta = dict[str, Tensor]
+Kind = Literal["bezier", "chain"]
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """r: [0, 1] → parameters, from its control points; r(0) and r(1) are the first and the last.
+
+    `kind` says how the points act: "bezier" (weights are the Bernstein polynomials; degree 1 is the
+    straight line, degree 0 a single network) or "chain" (the polygon through the points, each
+    segment taking an equal share of t).
+
+    Raises ValueError when the points do not hold the same names, shapes and dtypes.
+    """
+
+    points: tuple[Theta, ...]
+    kind: Kind = "bezier"
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise ValueError("Curve: got no control point, expected at least one")
+        if self.kind not in _WEIGHTS:
+            raise ValueError(f"Curve: got kind {self.kind!r}, expected one of {sorted(_WEIGHTS)}")
+        for i, point in enumerate(self.points[1:], start=1):
+            check_same_space(self.points[0], point, f"Curve: control point {i}")
+
+    @property
+    def degree(self) -> int:
+        """Number of control points less one."""
+        return len(self.points) - 1
+
+    def weights(self, t: Tensor) -> Tensor:
+        """w(t): the weight of each control point. t: any shape [...], in [0, 1]. Gives [..., k]."""
+        return _WEIGHTS[self.kind](t, self.degree)
+
+    def __call__(self, t: float) -> Theta:
+        """r(t), a new dict (at t = 0 and 1 exactly the end points).
+
+        Integer buffers cannot be averaged: they are taken from the nearer end.
+        """
+        if not 0 <= t <= 1:
+            raise ValueError(f"Curve: got t = {t}, expected a number in [0, 1]")
+        w = self.weights(torch.tensor(t, dtype=torch.float64)).tolist()
+        near = self.points[0 if t < 0.5 else -1]
+        used = [(wi, p) for wi, p in zip(w, self.points, strict=True) if wi != 0]
+        return {name: _mix(name, used, near) for name in near}
+
+    def with_points(self, points: Sequence[Theta]) -> Curve:
+        """The same kind of curve through other control points."""
+        return replace(self, points=tuple(points))
+
+    def lengths(
+        self, t: Tensor, names: Collection[str] | None = None, per_step: int = 64
+    ) -> Tensor:
+        """Arc length from r(t[0]) to each r(t[i]), Euclidean, over the tensors `names`.
+
+        t: [n], increasing. `names`: default every floating-point tensor. Each interval is measured
+        with `per_step` chords. Returns float64 [n], beginning with 0. Only the control points' Gram
+        matrix is needed: ‖r(s) − r(t)‖² = Δwᵀ G Δw, whatever the number of parameters.
+        """
+        t = t.to(torch.float64)
+        steps = torch.linspace(0, 1, per_step + 1, dtype=torch.float64)[:-1]
+        fine = torch.cat([(t[:-1, None] + (t[1:] - t[:-1])[:, None] * steps).flatten(), t[-1:]])
+        dw = self.weights(fine).diff(dim=0)  # [m, k]
+        chords = torch.einsum("mi,ij,mj->m", dw, self.gram(names), dw).clamp_min(0).sqrt()
+        return torch.cat([torch.zeros(1, dtype=torch.float64), chords.cumsum(0)])[::per_step]
+
+    def gram(self, names: Collection[str] | None = None) -> Tensor:
+        """G[i, j] = ⟨pᵢ − p₀, pⱼ − p₀⟩ over the tensors `names`. Float64 [k, k], on the CPU."""
+        first = self.points[0]
+        chosen = [n for n in names or first if first[n].is_floating_point()]
+        gram = torch.zeros(len(self.points), len(self.points), dtype=torch.float64)
+        for name in chosen:
+            origin = first[name].double()
+            rows = torch.stack([p[name].double() - origin for p in self.points]).flatten(1)
+            gram += (rows @ rows.T).cpu()
+        return gram
+
+
+def line(a: Theta, b: Theta) -> Curve:
+    """The straight line (1 − t) a + t b."""
+    return Curve((a, b))
+
+
+def bezier(a: Theta, b: Theta, degree: int = 2) -> Curve:
+    """A Bézier curve from a to b; its inner control points start on the line (paper, section 2)."""
+    return Curve(_on_line(a, b, degree))
+
+
+def chain(a: Theta, b: Theta, bends: int = 1) -> Curve:
+    """A polygonal chain from a to b whose bends start on the line (Garipov et al. 2018)."""
+    return Curve(_on_line(a, b, bends + 1), "chain")
+
+
+def check_same_space(a: Theta, b: Theta, who: str) -> None:
+    """Raise ValueError, naming the tensor, unless names, shapes and dtypes agree."""
+    if odd := sorted(a.keys() ^ b.keys()):
+        raise ValueError(f"{who}: {odd[0]!r} is in one network only ({len(odd)} such names); "
+                         "both must come from the same architecture")  # fmt: skip
+    for name, x in a.items():
+        y = b[name]
+        if x.shape != y.shape or x.dtype != y.dtype:
+            raise ValueError(f"{who}: {name!r} is {tuple(y.shape)} {y.dtype}, expected "
+                             f"{tuple(x.shape)} {x.dtype}; build both networks alike")  # fmt: skip
+
+
+def _on_line(a: Theta, b: Theta, segments: int) -> tuple[Theta, ...]:
+    if segments < 1:
+        raise ValueError(f"curve: got {segments} segments, expected at least 1")
+    straight = line(a, b)
+    return (a, *(straight(i / segments) for i in range(1, segments)), b)
+
+
+def _mix(name: str, used: list[tuple[float, Theta]], near: Theta) -> Tensor:
+    if not near[name].is_floating_point():
+        return near[name].clone()
+    total = used[0][1][name] * used[0][0]
+    for wi, point in used[1:]:
+        total = total.add(point[name], alpha=wi)
+    return total
+
+
+def _bernstein(t: Tensor, degree: int) -> Tensor:
+    return torch.stack(
+        [comb(degree, i) * (1 - t) ** (degree - i) * t**i for i in range(degree + 1)], dim=-1
+    )
+
+
+def _hat(t: Tensor, degree: int) -> Tensor:
+    knots = torch.arange(degree + 1, dtype=t.dtype, device=t.device)
+    return (1 - (t[..., None] * degree - knots).abs()).clamp_min(0)
+
+
+_WEIGHTS: dict[str, Callable[[Tensor, int], Tensor]] = {"bezier": _bernstein, "chain": _hat}
