@@ -1,0 +1,303 @@
+"""The networks of the paper: plain `nn.Module`s that know nothing about curves or permutations.
+
+Every network maps images [N, C, H, W] in [0, 1] to logits [N, num_classes] and normalises its input
+itself, by a fixed `(x - 0.5) / 0.25`. The convolutional ones take 28 x 28 and 32 x 32 images alike.
+No operation is in place and no control flow depends on values, so `torch.export` can follow them.
+Weights are drawn from torch's global generator, in the distributions of the authors' code
+(IBM/NeuronAlignment), which also settles the shortcuts of ResNet and the size of GoogLeNet.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+DRAWN = (nn.Conv2d, nn.Linear)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Shift and scale images from [0, 1] to [-2, 2]; any shape."""
+    return (images - 0.5) / 0.25
+
+
+class MLP(nn.Module):
+    """Fully connected: flatten, one ReLU layer per entry of `hidden`, logits. No BatchNorm.
+
+    `in_features` is C * H * W of the images: 784 for 28 x 28 x 1, 3072 for 32 x 32 x 3.
+    """
+
+    def __init__(
+        self, num_classes: int = 10, in_features: int = 784, hidden: Sequence[int] = (256, 256)
+    ) -> None:
+        super().__init__()
+        sizes = [in_features, *hidden]
+        self.hidden = nn.ModuleList(map(nn.Linear, sizes[:-1], sizes[1:]))
+        self.head = nn.Linear(sizes[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = normalise(x).flatten(1)
+        for layer in self.hidden:
+            x = F.relu(layer(x))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class ConvBlock(nn.Module):
+    """Convolution without bias, BatchNorm, and ReLU unless `relu=False`."""
+
+    def __init__(
+        self, before: int, after: int, kernel: int = 3, stride: int = 1, *,
+        padding: int | None = None, relu: bool = True, eps: float = 1e-5
+    ) -> None:  # fmt: skip
+        super().__init__()
+        pad = kernel // 2 if padding is None else padding
+        self.conv = nn.Conv2d(before, after, kernel, stride, pad, bias=False)
+        self.norm = nn.BatchNorm2d(after, eps=eps)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        return F.relu(x) if self.relu else x
+
+
+class TinyTen(nn.Module):
+    """Eight conv-BN-ReLU blocks w, w, 2w/2, 2w, 2w, 4w/2, 4w (no padding), 4w (1 x 1).
+
+    With `width=16`, 10 classes and 3 channels it has 86,458 parameters (the paper's 0.09 M). Images
+    must be at least 9 x 9.
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, width: int = 16) -> None:
+        super().__init__()
+        w = width
+        self.blocks = nn.Sequential(
+            ConvBlock(in_channels, w),
+            ConvBlock(w, w),
+            ConvBlock(w, 2 * w, stride=2),
+            ConvBlock(2 * w, 2 * w),
+            ConvBlock(2 * w, 2 * w),
+            ConvBlock(2 * w, 4 * w, stride=2),
+            ConvBlock(4 * w, 4 * w, padding=0),
+            ConvBlock(4 * w, 4 * w, kernel=1),
+        )
+        self.head = nn.Linear(4 * w, num_classes)
+        _draw_weights(self, nn.init.xavier_normal_)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(normalise(x)).mean(dim=(2, 3)))
+        return logits
+
+
+class PadShortcut(nn.Module):
+    """Every second pixel, and zeros for the `new` channels: no parameters (He et al. 2016)."""
+
+    def __init__(self, new: int) -> None:
+        super().__init__()
+        self.new = new
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.new // 2, self.new - self.new // 2))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut, added before the last ReLU (He et al. 2016)."""
+
+    def __init__(self, before: int, after: int, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.first = ConvBlock(before, after, stride=stride)
+        self.second = ConvBlock(after, after, relu=False)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 and shortcut == "conv":
+            self.shortcut = ConvBlock(before, after, kernel=1, stride=stride, relu=False)
+        elif stride != 1:
+            self.shortcut = PadShortcut(after - before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """ResNet for small images: three stages of (depth - 2) / 6 blocks of width w, 2w, 4w.
+
+    ResNet32 has 466,906 parameters for 10 classes and 3 channels (the paper's 0.47 M) with
+    `shortcut="conv"`, the 1 x 1 convolution and BatchNorm of the authors' code, and 464,154 with
+    `shortcut="pad"`, the original one. Raises ValueError for other shortcuts and depths not 6n + 2.
+    """
+
+    def __init__(
+        self, depth: int = 32, num_classes: int = 10, in_channels: int = 3, width: int = 16, *,
+        shortcut: str = "conv"
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"ResNet: got depth={depth}, expected 6n + 2, such as 20, 32 or 56")
+        if shortcut not in ("conv", "pad"):
+            raise ValueError(f"ResNet: got shortcut={shortcut!r}, expected 'conv' or 'pad'")
+        self.stem = ConvBlock(in_channels, width)
+        self.stages = nn.Sequential()
+        sizes = (width, width, 2 * width, 4 * width)
+        for before, after, stride in zip(sizes, sizes[1:], (1, 2, 2), strict=False):
+            first = ResidualBlock(before, after, stride, shortcut)
+            rest = [ResidualBlock(after, after, 1, shortcut) for _ in range(depth // 6 - 1)]
+            self.stages.append(nn.Sequential(first, *rest))
+        self.head = nn.Linear(4 * width, num_classes)
+        _draw_weights(self, partial(nn.init.kaiming_normal_, mode="fan_out"), nn.Conv2d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.stages(self.stem(normalise(x))).mean(dim=(2, 3)))
+        return logits
+
+
+class Inception(nn.Module):
+    """Four branches side by side: 1 x 1; 1 x 1, 3 x 3; 1 x 1, 3 x 3 again; 3 x 3 maximum, 1 x 1.
+
+    `sizes` are their channels in that order. The third branch has 3 x 3 kernels, as in torchvision,
+    where Szegedy et al. (2015) have 5 x 5.
+    """
+
+    def __init__(self, before: int, sizes: Sequence[int]) -> None:
+        super().__init__()
+        one, reduce2, two, reduce3, three, pool = sizes
+        block = partial(ConvBlock, eps=1e-3)
+        self.branch1 = block(before, one, 1)
+        self.branch2 = nn.Sequential(block(before, reduce2, 1), block(reduce2, two))
+        self.branch3 = nn.Sequential(block(before, reduce3, 1), block(reduce3, three))
+        self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1), block(before, pool, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)), 1)
+
+
+INCEPTIONS = {  # Szegedy et al. (2015), table 1
+    "3a": (64, 96, 128, 16, 32, 32),
+    "3b": (128, 128, 192, 32, 96, 64),
+    "4a": (192, 96, 208, 16, 48, 64),
+    "4b": (160, 112, 224, 24, 64, 64),
+    "4c": (128, 128, 256, 24, 64, 64),
+    "4d": (112, 144, 288, 32, 64, 64),
+    "4e": (256, 160, 320, 32, 128, 128),
+    "5a": (256, 160, 320, 32, 128, 128),
+    "5b": (384, 192, 384, 48, 128, 128),
+}
+
+
+class WithAuxiliary(NamedTuple):
+    """GoogLeNet's output in train mode with auxiliary heads: three times logits [N, classes]."""
+
+    logits: Tensor
+    early: Tensor
+    late: Tensor
+
+
+class GoogLeNet(nn.Module):
+    """Inception v1 with BatchNorm, for small images as in the authors' code.
+
+    The 7 x 7 stem has stride 1, and only the poolings before 3a and 4a are left. With
+    `auxiliary=True` there are two more heads, after 4a and 4d: in train mode the output is then
+    `WithAuxiliary`, in eval mode the logits alone. For 100 classes and 3 channels it has 5,702,404
+    parameters, with auxiliary heads 10,237,388 (the paper's 10.24 M). `width` is a factor on all
+    channels. Dropout (0.2, in the auxiliary heads 0.7) draws from torch's global generator.
+    """
+
+    def __init__(
+        self, num_classes: int = 10, in_channels: int = 3, width: float = 1.0, *,
+        auxiliary: bool = False
+    ) -> None:  # fmt: skip
+        super().__init__()
+
+        def scaled(*sizes: int) -> list[int]:
+            return [max(1, round(size * width)) for size in sizes]
+
+        a, before = scaled(64, 192)
+        block = partial(ConvBlock, eps=1e-3)
+        self.stem = nn.Sequential(block(in_channels, a, 7), block(a, a, 1), block(a, before))
+        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.inceptions, self.auxiliary = nn.ModuleDict(), nn.ModuleDict()
+        for name, table in INCEPTIONS.items():
+            one, _, two, _, three, pool = sizes = scaled(*table)
+            self.inceptions[name] = Inception(before, sizes)
+            before = one + two + three + pool
+            if auxiliary and name in ("4a", "4d"):
+                self.auxiliary[name] = _auxiliary_head(before, scaled(128, 1024), num_classes)
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(before, num_classes)
+        _draw_weights(self, partial(nn.init.trunc_normal_, std=0.01, a=-0.02, b=0.02))
+
+    def forward(self, x: Tensor) -> Tensor | WithAuxiliary:
+        x = self.stem(normalise(x))
+        extra = []
+        for name, inception in self.inceptions.items():
+            x = inception(self.pool(x) if name in ("3a", "4a") else x)
+            if self.training and name in self.auxiliary:
+                extra.append(self.auxiliary[name](x))
+        logits: Tensor = self.head(self.dropout(x.mean(dim=(2, 3))))
+        return WithAuxiliary(logits, *extra) if extra else logits
+
+
+def _auxiliary_head(before: int, sizes: Sequence[int], num_classes: int) -> nn.Sequential:
+    channels, hidden = sizes
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(4),
+        ConvBlock(before, channels, 1, eps=1e-3),
+        nn.Flatten(),
+        nn.Linear(16 * channels, hidden),
+        nn.ReLU(),
+        nn.Dropout(0.7),
+        nn.Linear(hidden, num_classes),
+    )
+
+
+def _draw_weights(net: nn.Module, draw: Callable[[Tensor], Any], kinds: Any = DRAWN) -> None:
+    for layer in net.modules():
+        if isinstance(layer, kinds):
+            draw(layer.weight)
+
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    "tinyten": TinyTen,
+    "resnet20": partial(ResNet, 20),
+    "resnet32": partial(ResNet, 32),
+    "resnet56": partial(ResNet, 56),
+    "googlenet": GoogLeNet,
+}
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    width: float | None = None,
+    image_size: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A network by its name: one of `BUILDERS`.
+
+    `width` is the channels of the first stage (TinyTen, ResNet), a factor (GoogLeNet) or the units
+    of each of two hidden layers (MLP); None takes the network's own. Only the MLP uses `image_size`
+    and cannot do without. `options` go to the network's constructor.
+
+    Raises ValueError for an unknown name and for an MLP without `image_size`.
+    """
+    if name not in BUILDERS:
+        close = difflib.get_close_matches(name.lower(), BUILDERS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"build: got name {name!r}, expected one of {', '.join(BUILDERS)}{hint}")
+    if name == "mlp":
+        if image_size is None:
+            raise ValueError("build: an MLP needs to know its inputs; pass image_size, such as 28")
+        if width is not None:
+            options["hidden"] = (int(width), int(width))
+        return MLP(num_classes, in_channels * image_size**2, **options)
+    if width is not None:
+        options["width"] = width if name == "googlenet" else int(width)
+    return BUILDERS[name](num_classes=num_classes, in_channels=in_channels, **options)
