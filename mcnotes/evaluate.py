@@ -1,0 +1,269 @@
+"""Loss and accuracy of a network, along a curve and over a plane; BatchNorm; curvature (chapter 1).
+
+Everything takes the network's state as a value: `net` is never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
+
+from mcnotes.curves import Curve, Theta, check_same_space
+from mcnotes.data import Split
+
+Array = NDArray[np.float64]
+_BATCH = 500
+
+
+class Score(NamedTuple):
+    """Mean cross-entropy (nats) and accuracy (a share of 1) on a data set."""
+
+    loss: float
+    accuracy: float
+
+
+def score(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = _BATCH) -> Score:
+    """Loss and accuracy of `theta` on `split`, in evaluation mode."""
+    total = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
+    with mode(net, training=False), torch.no_grad():
+        for x, y in split.batches(batch_size):
+            z = functional_call(net, theta, (x,))
+            hits = (z.argmax(1) == y).sum()
+            total += torch.stack([cross_entropy(z, y, reduction="sum"), hits]).double()
+    loss, accuracy = (total / len(split)).tolist()
+    return Score(loss, accuracy)
+
+
+def probabilities(
+    net: nn.Module, theta: Theta, split: Split, *, batch_size: int = _BATCH
+) -> Tensor:
+    """Predicted class probabilities in evaluation mode. Returns [N, classes], float32."""
+    with mode(net, training=False), torch.no_grad():
+        batches = (functional_call(net, theta, (x,)) for x, _ in split.batches(batch_size))
+        return torch.cat([z.float().softmax(1) for z in batches])
+
+
+def batchnorm(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = _BATCH) -> Theta:
+    """`theta` with its BatchNorm running statistics computed anew on `split`, in one pass.
+
+    The mean over equal batches of the batch mean and (unbiased) variance; a last partial batch is
+    left out. The statistics of a mixture of two networks are no mixture of their statistics, which
+    is why every point of a curve needs this (paper, section 4). Without BatchNorm: a plain copy.
+    """
+    if not any(_tracked(net)):
+        return dict(theta)
+    fresh = {n: x.clone() if n in dict(net.named_buffers()) else x for n, x in theta.items()}
+    for name in (n for n in fresh if n.endswith("num_batches_tracked")):
+        fresh[name].zero_()
+    size = min(batch_size, len(split))
+    with mode(net, training=False), _cumulative(net), torch.no_grad():
+        for x, _ in split.batches(size, drop_last=True):
+            functional_call(net, fresh, (x,))
+    return fresh
+
+
+class Path(NamedTuple):
+    """What was measured along a curve, all arrays [points]. Accuracies are shares of 1."""
+
+    t: Array
+    arc: Array  # arc length from r(0), over the parameters
+    loss: Array
+    accuracy: Array
+
+    @property
+    def barrier(self) -> float:
+        """max over t of L(r(t)) − [(1 − t) L(r(0)) + t L(r(1))], in nats; ≥ 0 (chapter 1)."""
+        return barrier(self.t, self.loss)
+
+    @property
+    def max_loss(self) -> float:
+        """The largest loss on the path."""
+        return float(self.loss.max())
+
+    @property
+    def min_accuracy(self) -> float:
+        """The smallest accuracy on the path ("Min" in the paper's table)."""
+        return float(self.accuracy.min())
+
+    @property
+    def mean_accuracy(self) -> float:
+        """The accuracy averaged over arc length by the trapezoid rule ("Avg" in the table)."""
+        length = self.arc[-1]
+        return float(np.trapezoid(self.accuracy, self.arc) / length if length else self.accuracy[0])
+
+
+def barrier(t: Array, loss: Array) -> float:
+    """The height of a loss profile over the chord through its ends, in nats. t, loss: [n]."""
+    return float((loss - ((1 - t) * loss[0] + t * loss[-1])).max())
+
+
+def along(
+    net: nn.Module,
+    curve: Curve,
+    split: Split,
+    *,
+    statistics: Split | None,
+    points: int = 25,
+    progress: bool = True,
+) -> Path:
+    """Loss and accuracy on `split` at `points` equidistant t in [0, 1].
+
+    statistics: the (training) images on which BatchNorm is recomputed at every point; None leaves
+    the statistics as the curve mixes them, which is rarely what one wants.
+    """
+    if points < 2:
+        raise ValueError(f"along: got points={points}, expected at least 2 (both ends)")
+    ts = torch.linspace(0, 1, points, dtype=torch.float64)
+    bar = tqdm(ts.tolist(), desc="along the curve", disable=not progress, leave=False)
+    scores = np.array([_score_at(net, curve(t), split, statistics) for t in bar])
+    arc = curve.lengths(ts, names=dict(net.named_parameters()))
+    return Path(ts.numpy(), arc.cpu().numpy(), scores[:, 0], scores[:, 1])
+
+
+class Plane(NamedTuple):
+    """Loss and accuracy over the plane through three networks, in orthonormal coordinates.
+
+    x [columns], y [rows]: distances in parameter space from the first network; loss, accuracy
+    [rows, columns]; corners [3, 2]: where the three networks lie.
+    """
+
+    x: Array
+    y: Array
+    loss: Array
+    accuracy: Array
+    corners: Array
+
+
+def plane(
+    net: nn.Module,
+    corners: tuple[Theta, Theta, Theta],
+    split: Split,
+    *,
+    statistics: Split | None,
+    resolution: int = 17,
+    margin: float = 0.2,
+    progress: bool = True,
+) -> Plane:
+    """Evaluate a `resolution`² grid of the plane through three networks (paper, section 5).
+
+    margin: how far the grid goes beyond the corners, as a share of their extent. BatchNorm is
+    recomputed on `statistics` in each cell, as in `along`. Raises ValueError when the three lie on
+    one line.
+    """
+    at = coordinates(net, corners)
+    low, high = at.min(0), at.max(0)
+    pad = margin * (high - low).max()
+    x = np.linspace(low[0] - pad, high[0] + pad, resolution)
+    y = np.linspace(low[1] - pad, high[1] + pad, resolution)
+    # Barycentric weights of every cell: the affine map that sends the corners to themselves.
+    solve = np.linalg.inv(np.vstack([at.T, np.ones(3)]))
+    cells = [(solve @ [u, v, 1.0]).tolist() for v in y for u in x]
+    bar = tqdm(cells, desc="plane", disable=not progress, leave=False)
+    found = np.array([_score_at(net, combine(corners, w), split, statistics) for w in bar])
+    grid = found.reshape(resolution, resolution, 2)
+    return Plane(x, y, grid[..., 0], grid[..., 1], at)
+
+
+def coordinates(net: nn.Module, corners: tuple[Theta, Theta, Theta]) -> Array:
+    """Where three networks lie in the plane through them: [3, 2], the first at the origin, the
+    second on the first axis. Distances are Euclidean, over the parameters.
+    """
+    gram = Curve(corners).gram(dict(net.named_parameters())).numpy()
+    a = np.sqrt(gram[1, 1])
+    height = gram[2, 2] - (gram[1, 2] / a) ** 2 if a > 0 else 0.0
+    if height <= 1e-10 * gram[2, 2]:
+        raise ValueError("plane: the three networks lie on one line; give three different ones")
+    return np.array([[0, 0], [a, 0], [gram[1, 2] / a, np.sqrt(height)]])
+
+
+def combine(thetas: tuple[Theta, ...], weights: list[float]) -> Theta:
+    """Σᵢ wᵢ θᵢ over floating-point tensors; integer buffers are those of the first. Σᵢ wᵢ = 1."""
+    for i, theta in enumerate(thetas[1:], start=1):
+        check_same_space(thetas[0], theta, f"combine: network {i}")
+    return {
+        n: torch.stack([w * t[n] for w, t in zip(weights, thetas, strict=True)]).sum(0)
+        if x.is_floating_point()
+        else x.clone()
+        for n, x in thetas[0].items()
+    }
+
+
+def curvature(
+    net: nn.Module, theta: Theta, split: Split, *, top: int = 1, tolerance: float = 1e-2
+) -> Array:
+    """The `top` largest eigenvalues of the loss's Hessian in the parameters on `split`, descending.
+
+    Lanczos (scipy's eigsh) on Hessian–vector products, evaluation mode. Returns float64 [top].
+    """
+    names = [n for n, _ in net.named_parameters()]
+    leaves = [theta[n].detach().clone().requires_grad_() for n in names]
+    shapes = [x.shape for x in leaves]
+    n = sum(x.numel() for x in leaves)
+
+    def product(v: Array) -> Array:
+        flat = torch.from_numpy(v.astype(np.float32)).to(leaves[0]).flatten()
+        parts = [
+            p.view(s) for p, s in zip(flat.split([x.numel() for x in leaves]), shapes, strict=True)
+        ]
+        total = torch.zeros(n, dtype=torch.float64, device=flat.device)
+        for x, y in split.batches(_BATCH):
+            z = functional_call(net, theta | dict(zip(names, leaves, strict=True)), (x,))
+            loss = cross_entropy(z, y, reduction="sum")
+            slopes = torch.autograd.grad(loss, leaves, create_graph=True)
+            hv = torch.autograd.grad(slopes, leaves, grad_outputs=parts)
+            total += torch.cat([h.flatten() for h in hv]).double() / len(split)
+        return total.cpu().numpy()
+
+    with mode(net, training=False):
+        operator = LinearOperator((n, n), matvec=product, dtype=np.float64)
+        start = np.random.default_rng(0).standard_normal(n)
+        found = eigsh(
+            operator, k=top, which="LA", v0=start, tol=tolerance, return_eigenvectors=False
+        )
+    return np.sort(found)[::-1].copy()
+
+
+def _score_at(net: nn.Module, theta: Theta, split: Split, statistics: Split | None) -> Score:
+    return score(net, batchnorm(net, theta, statistics) if statistics else theta, split)
+
+
+def _tracked(net: nn.Module) -> Iterator[_BatchNorm]:
+    return (m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats)
+
+
+@contextlib.contextmanager
+def mode(net: nn.Module, *, training: bool) -> Iterator[None]:
+    """Train or evaluation mode for a while; every module's own flag comes back."""
+    before = {m: m.training for m in net.modules()}
+    net.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _cumulative(net: nn.Module) -> Iterator[None]:
+    """BatchNorm layers are in train mode and take plain averages for a while."""
+    norms = list(_tracked(net))
+    before = [m.momentum for m in norms]
+    try:
+        for m in norms:
+            m.momentum = None
+            m.train()
+        yield
+    finally:
+        for m, momentum in zip(norms, before, strict=True):
+            m.momentum = momentum

@@ -1,0 +1,223 @@
+"""The book's figures: one style, one colour per method, drawn from plain arrays.
+
+Every function takes numbers, draws on the axes it is given, and returns nothing: captions and
+alternative texts are the chapter's.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# Okabe and Ito's palette: distinct under the common forms of colour blindness.
+COLORS = {
+    "endpoints": "#000000",
+    "unaligned": "#D55E00",
+    "aligned": "#0072B2",
+    "PAM unaligned": "#E69F00",
+    "PAM aligned": "#56B4E9",
+    "random": "#7F7F7F",
+    "other": "#009E73",
+    "robust": "#CC79A7",
+}
+STYLE: dict[str, Any] = {
+    "figure.figsize": (6.0, 3.4),
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "image.cmap": "viridis",
+    "svg.hashsalt": "mcnotes",
+}
+
+
+def use() -> None:
+    """Set the book's style for every figure that follows."""
+    plt.style.use(STYLE)
+
+
+def color(method: str) -> str:
+    """The method's colour in the whole book. Raises KeyError naming the known methods."""
+    if method not in COLORS:
+        raise KeyError(f"figures: no colour for {method!r}; the methods are {sorted(COLORS)}")
+    return COLORS[method]
+
+
+def band(
+    ax: Axes, x: Array, ys: Sequence[Array], method: str, label: str = "", style: str = "-"
+) -> None:
+    """The mean of several curves ys [runs][n] over x [n], between their smallest and largest."""
+    stack = np.stack(list(ys))
+    ax.fill_between(x, stack.min(0), stack.max(0), color=color(method), alpha=0.18, linewidth=0)
+    ax.plot(x, stack.mean(0), style, color=color(method), label=label or method)
+
+
+def chord(ax: Axes, y: Array) -> None:
+    """The straight chord between the first and last value of y, against t in [0, 1]."""
+    ax.plot([0, 1], [y[0], y[-1]], ":", color=color("endpoints"), lw=1.2, label="chord")
+
+
+def surface(
+    ax: Axes,
+    x: Array,
+    y: Array,
+    z: Array,
+    *,
+    label: str,
+    levels: int = 18,
+    top: float | None = None,
+) -> None:
+    """Filled contours of z [rows, columns] over x [columns], y [rows]; values above `top` are cut.
+
+    Adds the colour bar, named `label`.
+    """
+    shown = np.minimum(z, top if top is not None else z.max())
+    filled = ax.contourf(x, y, shown, levels=levels, cmap="viridis_r")
+    ax.set_aspect("equal")
+    ax.grid(visible=False)
+    figure = ax.get_figure()
+    assert isinstance(figure, Figure)
+    figure.colorbar(filled, ax=ax, label=label, shrink=0.85)
+
+
+def corners(ax: Axes, at: Array, names: Sequence[str], colors: Sequence[str]) -> None:
+    """Mark and name points at [n, 2] of a plane."""
+    for (x, y), name, shade in zip(at, names, colors, strict=True):
+        ax.plot(x, y, "o", color=shade, mec="white", ms=8, zorder=5)
+        ax.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points", color="black",
+                    bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1})  # fmt: skip
+
+
+def correlation(ax: Axes, matrix: Array, *, top: float = 1.0) -> None:
+    """A correlation matrix [units of A, units of B] in colours from −top to top."""
+    ax.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+    ax.grid(visible=False)
+    ax.set(xlabel="unit of network B", ylabel="unit of network A")
+
+
+def images(ax: Axes, pictures: Array, columns: int, gap: int = 1) -> None:
+    """Pictures [n, H, W] (grey) or [n, H, W, 3] in [0, 1], as one contact sheet."""
+    n, h, w = pictures.shape[:3]
+    rows = -(-n // columns)
+    sheet = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, *pictures.shape[3:]))
+    for i, picture in enumerate(pictures):
+        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        sheet[top : top + h, left : left + w] = picture
+    ax.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_axis_off()
+
+
+def spread(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
+    """ "mean ± sample standard deviation" of scale·values, as the paper's table writes it."""
+    v = np.asarray(values) * scale
+    deviation = f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else ""
+    return f"{v.mean():.{digits}f}{deviation}"
+
+
+class Table:
+    """Rows of text under a header; a notebook shows it as an HTML table, a terminal as text."""
+
+    def __init__(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        self.header = [str(h) for h in header]
+        self.rows = [[str(cell) for cell in row] for row in rows]
+        if odd := [row for row in self.rows if len(row) != len(self.header)]:
+            raise ValueError(
+                f"Table: a row of {len(odd[0])} cells under {len(self.header)} headings: {odd[0]}"
+            )
+
+    def __repr__(self) -> str:
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    def _repr_html_(self) -> str:
+        head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in self.header)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>"
+            for row in self.rows
+        )
+        return f'<table class="table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+class Slider:
+    """A picture with a point that a slider moves along a curve, offline and from the keyboard.
+
+    figure, ax: a drawn plane. at [n, 2]: the curve in the axes' coordinates. t [n]; readings: name
+    → values [n] shown as text. alt: what the picture shows, for those who do not see it.
+    """
+
+    def __init__(
+        self,
+        figure: Figure,
+        ax: Axes,
+        at: Array,
+        t: Array,
+        readings: Mapping[str, Array],
+        alt: str,
+    ) -> None:
+        figure.canvas.draw()
+        width, height = figure.get_size_inches() * figure.dpi
+        pixels = ax.transData.transform(at)
+        self.points = [[round(x, 1), round(height - y, 1)] for x, y in pixels.tolist()]
+        self.size = (round(width), round(height))
+        self.t = [round(v, 4) for v in np.asarray(t).tolist()]
+        self.readings = {k: [float(f"{v:.4g}") for v in vs] for k, vs in readings.items()}
+        self.alt = html.escape(alt, quote=True)
+        buffer = io.BytesIO()
+        # The same figure box in pixels: no tight cropping, else the point would be off.
+        with plt.rc_context({"savefig.bbox": None}):
+            figure.savefig(buffer, format="png", dpi=figure.dpi * 1.5, metadata={"Software": None})
+        self.picture = base64.b64encode(buffer.getvalue()).decode()
+        plt.close(figure)
+
+    def _repr_html_(self) -> str:
+        width, height = self.size
+        data: dict[str, Any] = {"p": self.points, "t": self.t, "r": self.readings}
+        path = " ".join(f"{x},{y}" for x, y in self.points)
+        first = self.points[0]
+        return f"""<div class="t-slider" style="max-width:{width}px">
+<svg viewBox="0 0 {width} {height}" role="img" aria-label="{self.alt}" style="width:100%">
+<image href="data:image/png;base64,{self.picture}" width="{width}" height="{height}"/>
+<polyline points="{path}" fill="none" stroke="white" stroke-width="4" opacity=".7"/>
+<polyline points="{path}" fill="none" stroke="black" stroke-width="1.6"/>
+<circle cx="{first[0]}" cy="{first[1]}" r="7" fill="#CC79A7" stroke="white" stroke-width="2"/></svg>
+<label style="display:flex;gap:.6em;align-items:center">t
+<input type="range" min="0" max="{len(self.t) - 1}" value="0" style="flex:1"
+ aria-label="position t along the curve"></label>
+<output aria-live="polite" style="font-variant-numeric:tabular-nums"></output>
+<script>(() => {{
+  const d = {json.dumps(data)};
+  const box = document.currentScript.parentElement;
+  const knob = box.querySelector("input"), dot = box.querySelector("circle");
+  const show = () => {{
+    const i = +knob.value;
+    dot.setAttribute("cx", d.p[i][0]); dot.setAttribute("cy", d.p[i][1]);
+    const words = Object.entries(d.r).map(([k, v]) => k + " " + v[i]);
+    const text = ["t = " + d.t[i].toFixed(2), ...words].join(", ");
+    box.querySelector("output").textContent = text;
+    knob.setAttribute("aria-valuetext", text);
+  }};
+  knob.addEventListener("input", show); show();
+}})();</script></div>"""
