@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 DRAWN = (nn.Conv2d, nn.Linear)
 
 
