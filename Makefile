@@ -1,0 +1,49 @@
+# From a fresh clone to the built book, with python3 (3.10 or later) and make. `make help` says how.
+PYTHON ?= python3
+VENV   ?= .venv
+PRESET ?= laptop
+JOBS   ?= 2
+
+BIN   := $(VENV)/bin
+BOOK  := $(BIN)/python -m tools.book
+READY := $(VENV)/.ready
+QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup book html notebooks test zoo clean
+
+help:  ## say what the targets do
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | column -t -s '|'
+
+setup: $(READY)  ## make .venv with everything in it
+
+book: setup  ## run the chapters (what is cached is not run), build the pages
+	$(BOOK) book --preset $(PRESET)
+
+html: setup  ## build the pages from the stored outputs, run nothing
+	$(BOOK) html
+
+notebooks: setup  ## run the chapters, store their outputs in book/*.ipynb
+	$(BOOK) notebooks
+
+test: setup  ## everything that must pass
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(QUIET) $(BIN)/pytest -n $(JOBS) --dist loadfile
+	$(QUIET) $(BIN)/pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env book
+	$(QUIET) $(BOOK) run --preset smoke
+
+zoo: setup  ## train the networks in data/zoo/ again
+	$(BIN)/python -m mcnotes.zoo
+
+clean:  ## remove what was built, keep .venv and data
+	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[book,test]'
+	$(BOOK) katex
+	@touch $@

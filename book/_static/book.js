@@ -1,0 +1,24 @@
+// Small repairs of the theme, for keyboards and screen readers.
+document.addEventListener("DOMContentLoaded", () => {
+  // A label that hides a button's visible text confuses voice control: let the text be the label.
+  for (const button of document.querySelectorAll(":is(button, summary)[aria-label]")) {
+    for (const icon of button.querySelectorAll("i")) {
+      icon.removeAttribute("title");
+      icon.ariaHidden = "true";
+    }
+    if (button.innerText.trim()) button.removeAttribute("aria-label");
+  }
+  const sidebar = document.querySelector("#pst-primary-sidebar");
+  sidebar?.setAttribute("role", "navigation");
+  sidebar?.setAttribute("aria-label", "Chapters and search");
+
+  // What scrolls sideways must be reachable from the keyboard.
+  const boxes = ".katex-display > .katex, .output.text_html, .pst-scrollable-table-container, pre";
+  const mark = () => {
+    for (const box of document.querySelectorAll(boxes)) {
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    }
+  };
+  mark();
+  window.addEventListener("resize", mark);
+});

@@ -1,0 +1,1 @@
+"""Scripts that build the book; nothing in the package `mcnotes` needs them."""

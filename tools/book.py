@@ -1,0 +1,99 @@
+"""Build the book: `python -m tools.book COMMAND`, usually through make.
+
+book       run the chapters (what is cached is not run), then build the HTML
+html       build the HTML from the outputs stored in the notebooks
+notebooks  run the chapters, write normalised outputs back into the notebooks
+run        only run the chapters, at any preset
+katex      fetch the style sheet and fonts of the mathematics (once; part of `make setup`)
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from book._ext.mathematics import fetch
+from book._ext.repository import repository_url
+from tools import chapters, notebooks, presets
+
+ROOT = presets.ROOT
+STAGE = ROOT / "_build" / "stage"
+HTML = ROOT / "_build" / "html"
+SITE = ["_config.yml", "_toc.yml", "index.md", "pyproject.toml"]
+
+
+def stage(preset: str | None) -> None:
+    """Copy the book's sources to a folder of their own, with the outputs of a run at `preset`."""
+    shutil.rmtree(STAGE, ignore_errors=True)
+    shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in SITE:
+        shutil.copy(ROOT / name, STAGE)
+    for path in chapters.chapters() if preset else []:
+        notebook = notebooks.read(path)
+        executed = notebooks.read(chapters.result_path(path, str(preset)))
+        notebooks.take_outputs(notebook, executed)
+        notebooks.write(STAGE / path.relative_to(ROOT), notebook)
+
+
+def html(preset: str | None = None) -> int:
+    """Build the pages, warnings as errors; the exit status."""
+    fetch()
+    stage(preset)
+    for folder in (HTML, ROOT / "_build" / ".doctrees"):
+        shutil.rmtree(folder, ignore_errors=True)
+    flags = ["--path-output", ".", "-W", "-n", "--keep-going", "--quiet"]
+    command = [sys.executable, "-m", "jupyter_book", "build", str(STAGE), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout + done.stderr, file=sys.stderr)
+    else:
+        print(f"The book is at {HTML / 'index.html'}")
+    return done.returncode
+
+
+def write_back(paths: list[Path], preset: str) -> None:
+    """Normalise the notebooks, with the outputs of the last run."""
+    for path in paths:
+        notebook = notebooks.read(path)
+        notebooks.take_outputs(notebook, notebooks.read(chapters.result_path(path, preset)))
+        notebooks.normalise(notebook)
+        print(f"{path.name}: {'written' if notebooks.write(path, notebook) else 'unchanged'}")
+
+
+def stamp_all(paths: list[Path]) -> None:
+    """Bring the first cell of each notebook up to date before it runs."""
+    url = repository_url(ROOT)
+    for path in paths:
+        notebook = notebooks.read(path)
+        notebooks.stamp(notebook, url)
+        notebooks.write(path, notebook)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["book", "html", "notebooks", "run", "katex"])
+    parser.add_argument("only", nargs="*", help="chapters to run, by a part of their name")
+    parser.add_argument("--preset", default="laptop", help="a file of experiments/presets")
+    parser.add_argument("--force", action="store_true", help="run what is cached, too")
+    options = parser.parse_args()
+    if options.command == "katex":
+        return 0 if fetch() else 1
+    if options.command == "html":
+        return html()
+    paths = chapters.select(options.only)
+    if options.command == "notebooks":
+        stamp_all(paths)
+    if chapters.run(paths, options.preset, options.force):
+        return 1
+    if options.command == "notebooks":
+        write_back(paths, options.preset)
+    return html(options.preset) if options.command == "book" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Run the chapters, and run one again only when its result could differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import papermill
+import yaml
+
+from tools import notebooks, presets
+
+ROOT = presets.ROOT
+EXECUTED = ROOT / "_build" / "executed"
+CELL_TIMEOUT = 1800  # seconds
+ENVIRONMENT = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}  # no bars, no times in stored outputs
+
+
+class Failure(NamedTuple):
+    """A chapter that did not run through: its name and what went wrong where."""
+
+    chapter: str
+    reason: str
+
+
+def chapters(root: Path = ROOT) -> list[Path]:
+    """The notebooks that `_toc.yml` lists, in its order."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text("utf8"))
+    entries = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+    paths = [root / f"{entry}.ipynb" for entry in entries]
+    return [path for path in paths if path.exists()]
+
+
+def select(only: list[str]) -> list[Path]:
+    """The chapters whose names contain one of `only`, or all of them."""
+    found = [path for path in chapters() if not only or any(word in path.stem for word in only)]
+    if not found:
+        raise ValueError(f"no chapter matches {only}; there are: {[p.stem for p in chapters()]}")
+    return found
+
+
+def inputs() -> str:
+    """Hash of all that a chapter's numbers depend on besides its own code and parameters."""
+    state = hashlib.sha256(f"torch {version('torch')} python {sys.version}".encode())
+    made = [ROOT / "data" / folder for folder in ("store", "downloads")]
+    files = [*ROOT.glob("mcnotes/*.py"), *ROOT.glob("data/**/*")]
+    for path in sorted(path for path in files if path.is_file()):
+        if any(folder in path.parents for folder in made):
+            continue
+        state.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return state.hexdigest()
+
+
+def changed(preset: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What a preset changes: nothing at the default preset, so that no cell need be injected."""
+    return {name: value for name, value in preset.items() if value != defaults[name]}
+
+
+def execute(path: Path, out: Path, values: dict[str, Any]) -> None:
+    """Run one notebook to `out`; RuntimeError says in which cell what went wrong."""
+    bar: Any = {"leave": False, "desc": path.stem} if sys.stderr.isatty() else False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            path,
+            out,
+            parameters=values,
+            kernel_name="python3",
+            cwd=path.parent,
+            progress_bar=bar,
+            execution_timeout=CELL_TIMEOUT,
+            extra_arguments=["--log-level=ERROR"],
+        )
+    except papermill.PapermillExecutionError as error:
+        source = "\n".join("      " + line for line in error.source.splitlines()[-8:])
+        where = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
+        raise RuntimeError(f"{where}\n{source}\n      (full traceback in {out})") from error
+
+
+def run_one(path: Path, preset: str, key: str, force: bool) -> bool:
+    """Run one chapter unless its result is at hand; True when it ran."""
+    notebook = notebooks.read(path)
+    values = changed(presets.load(preset), notebooks.parameters(notebook))
+    stamp = hashlib.sha256(
+        json.dumps([key, notebooks.digest(notebook), values], sort_keys=True).encode()
+    ).hexdigest()
+    result = result_path(path, preset)
+    if not force and result.exists() and notebooks.read(result).metadata.get("key") == stamp:
+        return False
+    running = result.with_suffix(".running.ipynb")
+    execute(path, running, values)
+    executed = notebooks.read(running)
+    executed.metadata["key"] = stamp
+    notebooks.write(running, executed)
+    os.replace(running, result)
+    return True
+
+
+def result_path(path: Path, preset: str) -> Path:
+    return EXECUTED / preset / path.name
+
+
+def check_all(paths: list[Path], preset: str) -> list[Failure]:
+    """Hold the preset against every chapter before anything runs."""
+    values, failures = presets.load(preset), []
+    for path in paths:
+        try:
+            faults = presets.check(values, notebooks.parameters(notebooks.read(path)))
+        except ValueError as error:
+            faults = [str(error)]
+        failures += [Failure(path.stem, f"preset {preset!r}: {fault}") for fault in faults]
+    return failures
+
+
+def run(paths: list[Path], preset: str, force: bool = False) -> list[Failure]:
+    """Run chapters one after the other; one line each; a failure does not stop the others."""
+    if failures := check_all(paths, preset):
+        return report(failures, 0)
+    os.environ.update(ENVIRONMENT)
+    key = inputs()
+    for number, path in enumerate(paths, 1):
+        print(f"[{number}/{len(paths)}] {path.stem:<24}", end=" ", flush=True)
+        start = time.perf_counter()
+        try:
+            ran = run_one(path, preset, key, force)
+            print(f"ran in {time.perf_counter() - start:.0f} s" if ran else "cached", flush=True)
+        except Exception as error:
+            print(f"FAILED after {time.perf_counter() - start:.0f} s", flush=True)
+            failures.append(Failure(path.stem, str(error) or repr(error)))
+    return report(failures, len(paths) - len(failures))
+
+
+def report(failures: list[Failure], passed: int) -> list[Failure]:
+    """Print what failed and the count; hand the failures on."""
+    for failure in failures:
+        print(f"  {failure.chapter}: {failure.reason}")
+    print(f"chapters: {passed} passed, {len(failures)} failed", flush=True)
+    return failures

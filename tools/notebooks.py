@@ -1,0 +1,132 @@
+"""Notebooks as values: read, normalise, stamp, and move outputs from one to another."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+Notebook = Any  # nbformat.NotebookNode: attribute access to JSON, which types cannot follow
+
+SETUP = Path(__file__).with_name("colab_setup.py")
+KEEP = {"tags", "mystnb"}  # cell metadata that the book reads; editors and papermill add more
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def read(path: Path) -> Notebook:
+    """The notebook at `path`, in the current notebook format."""
+    return nbformat.read(path, as_version=4)
+
+
+def write(path: Path, notebook: Notebook) -> bool:
+    """Write `notebook` unless the file already says the same; True when it was written."""
+    text = nbformat.writes(notebook).rstrip("\n") + "\n"
+    if path.exists() and path.read_text("utf8") == text:
+        return False
+    path.write_text(text, "utf8")
+    return True
+
+
+def tags(cell: Notebook) -> list[str]:
+    return list(cell.metadata.get("tags", []))
+
+
+def is_setup(cell: Notebook) -> bool:
+    return cell.cell_type == "code" and "google.colab" in cell.source
+
+
+def code_cells(notebook: Notebook) -> list[Notebook]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def own_cells(notebook: Notebook) -> list[Notebook]:
+    """The chapter's own code: without Colab's set-up and papermill's injected parameters."""
+    cells = code_cells(notebook)
+    return [c for c in cells if not is_setup(c) and "injected-parameters" not in tags(c)]
+
+
+def digest(notebook: Notebook) -> str:
+    """Hash of the code alone: prose can change without running a chapter again."""
+    return hashlib.sha256("\n\0".join(c.source for c in own_cells(notebook)).encode()).hexdigest()
+
+
+def parameters(notebook: Notebook) -> dict[str, Any]:
+    """Names and default values of the cell tagged `parameters`.
+
+    Raises ValueError where the cell is missing, or holds anything but `name = literal`: papermill
+    replaces values, and would not compute again what is derived from them in the same cell.
+    """
+    cells = [cell for cell in notebook.cells if "parameters" in tags(cell)]
+    if len(cells) != 1:
+        raise ValueError(f"expected one cell tagged `parameters`, found {len(cells)}")
+    found = {}
+    for statement in ast.parse(cells[0].source).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                found[name] = ast.literal_eval(value)
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                found[name] = ast.literal_eval(value)
+            case _:
+                line = ast.unparse(statement)
+                raise ValueError(f"the parameters cell may only hold `name = literal`, not: {line}")
+    return found
+
+
+def setup_source(url: str) -> str:
+    """The first cell of every notebook, for a repository at `url` ("" where there is none)."""
+    text = SETUP.read_text("utf8").rstrip("\n")
+    return text.replace('REPOSITORY = ""', f'REPOSITORY = "{url}"')
+
+
+def stamp(notebook: Notebook, url: str) -> None:
+    """Put the Colab set-up in as first cell, or bring the one there up to date."""
+    cell = notebook.cells[0] if notebook.cells else None
+    if cell is None or not is_setup(cell):
+        cell = nbformat.v4.new_code_cell(id="colab-setup")
+        notebook.cells.insert(0, cell)
+    cell.source = setup_source(url)
+    cell.metadata["tags"] = ["remove-cell"]
+
+
+def normalise(notebook: Notebook) -> None:
+    """Keep what the book reads; drop times, machine and editor state. Idempotent."""
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.nbformat_minor = 5
+    seen: set[str] = set()
+    for number, cell in enumerate(notebook.cells):
+        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in KEEP})
+        if not cell.get("id") or cell.id in seen:
+            cell.id = hashlib.sha256(f"{number}\0{cell.source}".encode()).hexdigest()[:8]
+        seen.add(cell.id)
+    for number, cell in enumerate(code_cells(notebook), 1):
+        cell.execution_count = number
+        cell.outputs = merge_streams(cell.outputs)
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = number
+
+
+def merge_streams(outputs: list[Notebook]) -> list[Notebook]:
+    """Join what was printed in several pieces: where it is cut depends on timing."""
+    merged: list[Notebook] = []
+    for output in outputs:
+        last = merged[-1] if merged else None
+        if last and output.output_type == "stream" == last.output_type and output.name == last.name:
+            last.text += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
+def take_outputs(notebook: Notebook, executed: Notebook) -> None:
+    """Give `notebook` the outputs of `executed`, whose code must be the same."""
+    if digest(notebook) != digest(executed):
+        raise ValueError("the executed notebook has other code than the one to receive its outputs")
+    for cell, source in zip(own_cells(notebook), own_cells(executed), strict=True):
+        cell.outputs = source.outputs
