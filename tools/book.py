@@ -45,7 +45,8 @@ def html(preset: str | None = None) -> int:
     for folder in (HTML, ROOT / "_build" / ".doctrees"):
         shutil.rmtree(folder, ignore_errors=True)
     flags = ["--path-output", ".", "-W", "-n", "--keep-going", "--quiet"]
-    command = [sys.executable, "-m", "jupyter_book", "build", str(STAGE), *flags]
+    program = Path(sys.executable).with_name("jupyter-book")
+    command = [program, "build", STAGE, *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout + done.stderr, file=sys.stderr)
