@@ -120,6 +120,12 @@ def check_same_space(a: Theta, b: Theta, who: str) -> None:
                              f"{tuple(x.shape)} {x.dtype}; build both networks alike")  # fmt: skip
 
 
+def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Views of a flat vector [n] as tensors of these shapes, one after the other."""
+    parts = torch.split(flat, [s.numel() for s in shapes])
+    return [part.view(s) for part, s in zip(parts, shapes, strict=True)]
+
+
 def _on_line(a: Theta, b: Theta, segments: int) -> tuple[Theta, ...]:
     if segments < 1:
         raise ValueError(f"curve: got {segments} segments, expected at least 1")

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from mcnotes.curves import Curve, Theta, check_same_space
+from mcnotes.curves import Curve, Theta, check_same_space, views
 from mcnotes.data import Split
 
 Array = NDArray[np.float64]
@@ -213,9 +213,7 @@ def curvature(
 
     def product(v: Array) -> Array:
         flat = torch.from_numpy(v.astype(np.float32)).to(leaves[0]).flatten()
-        parts = [
-            p.view(s) for p, s in zip(flat.split([x.numel() for x in leaves]), shapes, strict=True)
-        ]
+        parts = views(flat, shapes)
         total = torch.zeros(n, dtype=torch.float64, device=flat.device)
         for x, y in split.batches(_BATCH):
             z = functional_call(net, theta | dict(zip(names, leaves, strict=True)), (x,))

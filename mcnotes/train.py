@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from mcnotes import evaluate
-from mcnotes.curves import Curve, Theta
+from mcnotes.curves import Curve, Theta, views
 from mcnotes.data import Task
 from mcnotes.store import Checkpoint
 
@@ -103,7 +103,7 @@ def initialise(net: nn.Module, seed: int) -> Theta:
         p.data.fill_(torch.nan)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for module in fresh.modules():
+        for module in reversed(list(fresh.modules())):  # a parent may overrule its children
             for name in ("reset_parameters", "_reset_parameters"):
                 if hasattr(module, name):
                     getattr(module, name)()
@@ -176,7 +176,9 @@ def _run(
     bar = tqdm(range(start, recipe.epochs), initial=start, total=recipe.epochs, desc="epoch",
                disable=not progress, leave=False)  # fmt: skip
     for epoch in bar:
-        with evaluate.mode(net, training=True):
+        devices = [task.device] if task.device.type == "cuda" else []
+        with evaluate.mode(net, training=True), torch.random.fork_rng(devices):
+            torch.manual_seed(seed * 1_000_003 + epoch)  # dropout
             losses.append(_epoch(step, curve, task, recipe, seed, epoch))
         if not losses[-1] < float("inf"):
             raise TrainingError(f"train: the loss is {losses[-1]} in epoch {epoch + 1}; lower lr "
@@ -234,9 +236,7 @@ class Step:
         )
         single = curve.degree == 0
         self.theta = self.rows[0] if single else torch.empty_like(self.rows[0])  # [n]
-        sizes = [s.numel() for s in self.shapes]
-        views = [x.view(s) for x, s in zip(self.theta.split(sizes), self.shapes, strict=True)]
-        self.leaves = [v.detach().requires_grad_() for v in views]
+        self.leaves = [v.detach().requires_grad_() for v in views(self.theta, self.shapes)]
         middle = curve(0.5)
         self.buffers = {n: middle[n].to(device).clone() for n, _ in net.named_buffers()}
         self.state_dict = dict(zip(self.names, self.leaves, strict=True)) | self.buffers
@@ -290,8 +290,7 @@ class Step:
         return torch.cat([theta[n].detach().to(self.device).flatten() for n in self.names])
 
     def _unflat(self, row: Tensor, like: Theta) -> Theta:
-        parts = row.detach().split([s.numel() for s in self.shapes])
-        new = {n: p.view(s) for n, p, s in zip(self.names, parts, self.shapes, strict=True)}
+        new = dict(zip(self.names, views(row.detach(), self.shapes), strict=True))
         return {n: new[self.home[n]].clone() if n in self.home else x for n, x in like.items()}
 
 

@@ -1,0 +1,39 @@
+"""A data set and networks so small that a test trains in a second."""
+
+import torch
+from torch import nn
+
+from mcnotes.augment import Augment
+from mcnotes.data import Split, Task
+
+
+def task(n: int = 96, seed: int = 0, augment: Augment | None = None) -> Task:
+    """Three classes of 12 x 12 pictures: a bright stripe at the top, in the middle or below."""
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count) % 3
+        images = torch.randint(0, 120, (count, 1, 12, 12), generator=g, dtype=torch.uint8)
+        for i, label in enumerate(labels.tolist()):
+            images[i, :, 4 * label : 4 * label + 4] += 100
+        return Split(images, labels)
+
+    g = torch.Generator().manual_seed(seed)
+    return Task("stripes", split(n), split(48), split(60), ("top", "middle", "below"), augment)
+
+
+def plain() -> nn.Module:
+    """No BatchNorm."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(144, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def normed(dropout: float = 0.0) -> nn.Module:
+    """Convolution, BatchNorm, dropout."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.AdaptiveAvgPool2d(3),
+        nn.Flatten(),
+        nn.Linear(54, 3),
+    )

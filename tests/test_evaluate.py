@@ -1,0 +1,140 @@
+"""Evaluation: agreement with direct computations, BatchNorm, paths, planes, curvature."""
+
+import numpy as np
+import pytest
+import torch
+from small import normed, plain, task
+from torch import nn
+from torch.autograd.functional import hessian
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from mcnotes import curves, evaluate, train
+from mcnotes.curves import Theta
+from mcnotes.data import Split
+
+RECIPE = train.Recipe(epochs=2, batch_size=32, lr=0.05, schedule="linear")
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Theta, Theta]:
+    a, b = (train.fit(normed(), task(), RECIPE, seed=s).theta for s in (1, 2))
+    return a, b
+
+
+def test_score_is_the_mean_over_all_images(pair: tuple[Theta, Theta]) -> None:
+    net, split = normed(dropout=0.5), task().test
+    net.load_state_dict(pair[0])
+    net.eval()
+    z = net(split.images.float() / 255)
+    got = evaluate.score(net, pair[0], split, batch_size=7)
+    assert got.loss == pytest.approx(cross_entropy(z, split.labels).item(), rel=1e-5)
+    assert got.accuracy == (z.argmax(1) == split.labels).float().mean().item()
+    p = evaluate.probabilities(net, pair[0], split, batch_size=7)
+    torch.testing.assert_close(p, z.softmax(1))
+
+
+def test_batchnorm_at_an_end_changes_nothing(pair: tuple[Theta, Theta]) -> None:
+    again = evaluate.batchnorm(normed(), pair[0], task().train)
+    for name, x in pair[0].items():
+        torch.testing.assert_close(again[name], x)
+
+
+def test_batchnorm_is_the_statistics_of_the_images(pair: tuple[Theta, Theta]) -> None:
+    net, split = normed(dropout=0.5), task().train
+    momenta = [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    wrong = {n: x + 1 if "running" in n else x for n, x in pair[0].items()}
+    kept = {n: x.clone() for n, x in wrong.items()}
+    right = evaluate.batchnorm(net, wrong, split, batch_size=len(split))
+    h = nn.functional.conv2d(split.images.float() / 255, pair[0]["0.weight"], padding=1)
+    torch.testing.assert_close(right["1.running_mean"], h.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(right["1.running_var"], h.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(wrong[n], x) for n, x in kept.items()), "an argument was changed"
+    assert [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
+    assert all(m.training for m in net.modules())
+
+
+def test_no_batchnorm_is_a_copy() -> None:
+    theta = train.initialise(plain(), 1)
+    same = evaluate.batchnorm(plain(), theta, task().train)
+    assert same == theta
+    assert same is not theta
+
+
+def test_path_quantities() -> None:
+    t = np.linspace(0, 1, 5)
+    path = evaluate.Path(
+        t, np.array([0, 1, 2, 3, 6.0]), np.array([1, 2, 5, 2, 3.0]), np.array([1, 0.5, 0, 0.5, 1])
+    )
+    assert path.barrier == pytest.approx(5 - 2)
+    assert path.max_loss == 5
+    assert path.min_accuracy == 0
+    assert path.mean_accuracy == pytest.approx((0.75 + 0.25 + 0.25 + 3 * 0.75) / 6)
+
+
+def test_a_curve_that_stays_has_no_barrier(pair: tuple[Theta, Theta]) -> None:
+    data = task()
+    path = evaluate.along(
+        normed(), curves.line(pair[0], pair[0]), data.test, statistics=data.train, points=3
+    )
+    assert path.barrier == 0
+    assert path.arc[-1] == 0
+    assert path.mean_accuracy == path.min_accuracy
+
+
+def test_along_recomputes_batchnorm_at_every_point(pair: tuple[Theta, Theta]) -> None:
+    net, data = normed(), task()
+    line = curves.line(*pair)
+    path = evaluate.along(net, line, data.test, statistics=data.train, points=5)
+    for t, loss in zip(path.t, path.loss, strict=True):
+        theta = evaluate.batchnorm(net, line(float(t)), data.train)
+        assert loss == evaluate.score(net, theta, data.test).loss
+    without = evaluate.along(net, line, data.test, statistics=None, points=5)
+    assert abs(without.loss[2] - path.loss[2]) > 1e-4
+    with pytest.raises(ValueError, match="points=1, expected at least 2"):
+        evaluate.along(net, line, data.test, statistics=None, points=1)
+
+
+def test_plane_passes_through_its_corners(pair: tuple[Theta, Theta]) -> None:
+    net, data = normed(), task()
+    corners = (*pair, train.initialise(net, 3))
+    at = evaluate.coordinates(net, corners)
+    names = [n for n, _ in net.named_parameters()]
+    for i in range(3):
+        for j in range(3):
+            gap = sum(((corners[i][n] - corners[j][n]).double() ** 2).sum() for n in names)
+            assert np.linalg.norm(at[i] - at[j]) == pytest.approx(float(gap) ** 0.5, rel=1e-4)
+    found = evaluate.plane(net, corners, data.test, statistics=None, resolution=3, margin=0)
+    assert found.loss.shape == (3, 3)
+    assert (
+        found.loss[0, 0]
+        == pytest.approx(
+            evaluate.score(net, evaluate.combine(corners, [1, 0, 0]), data.test).loss, abs=1e-5
+        )
+        or found.x[0] < 0
+    )
+    with pytest.raises(ValueError, match="lie on one line"):
+        evaluate.coordinates(net, (*pair, curves.line(*pair)(0.3)))
+
+
+def test_combine_is_the_weighted_sum(pair: tuple[Theta, Theta]) -> None:
+    got = evaluate.combine(pair, [0.25, 0.75])
+    torch.testing.assert_close(got["0.weight"], curves.line(*pair)(0.75)["0.weight"])
+    with pytest.raises(ValueError, match="combine: network 1"):
+        evaluate.combine((pair[0], {}), [0.5, 0.5])
+
+
+def test_curvature_agrees_with_the_full_hessian() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 2), nn.Tanh(), nn.Linear(2, 3))
+    theta = train.initialise(net, 1)
+    split = Split(task().test.images[:40], task().test.labels[:40])
+    flat = torch.cat([x.flatten() for x in theta.values()])
+
+    def loss(v: torch.Tensor) -> torch.Tensor:
+        parts = curves.views(v, [x.shape for x in theta.values()])
+        z = functional_call(net, dict(zip(theta, parts, strict=True)), (split.images / 255,))
+        return cross_entropy(z, split.labels)
+
+    exact = torch.linalg.eigvalsh(hessian(loss, flat)).flip(0)[:2].numpy()
+    got = evaluate.curvature(net, theta, split, top=2, tolerance=1e-4)
+    np.testing.assert_allclose(got, exact, rtol=1e-3)

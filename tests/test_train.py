@@ -1,0 +1,227 @@
+"""Training: it learns; plain PyTorch agrees; curves; resuming is bit-identical; errors."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small import normed, plain, task
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from mcnotes import curves, evaluate, train
+from mcnotes.augment import Augment
+from mcnotes.curves import Theta
+from mcnotes.store import Checkpoint
+from mcnotes.train import Recipe, TrainingError
+
+RECIPE = Recipe(epochs=3, batch_size=32, lr=0.05, schedule="linear")
+
+
+def equal(a: Theta, b: Theta) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("make", [plain, normed])
+def test_learns_and_repeats(make: object) -> None:
+    net, data = make(), task()  # type: ignore[operator]
+    before = {n: x.clone() for n, x in net.state_dict().items()}
+    fit = train.fit(net, data, RECIPE, seed=1)
+    assert len(fit.losses) == 3
+    assert fit.losses[-1] < fit.losses[0]
+    assert evaluate.score(net, fit.theta, data.test).accuracy > 0.8
+    assert equal(before, net.state_dict()), "the module itself was changed"
+    assert net.training
+    assert equal(fit.theta, train.fit(net, data, RECIPE, seed=1).theta)
+    assert not equal(fit.theta, train.fit(net, data, RECIPE, seed=2).theta)
+
+
+def test_agrees_with_a_plain_pytorch_loop() -> None:
+    """Same batches, same schedule, torch.optim.SGD on the module's own parameters."""
+    net, data = normed(), task()
+    init = train.initialise(net, 1)
+    fit = train.fit(net, data, RECIPE, seed=1)
+    net.load_state_dict(init)
+    net.train()
+    optimiser = torch.optim.SGD(
+        net.parameters(), 1.0, momentum=0.9, nesterov=True, weight_decay=RECIPE.weight_decay
+    )
+    for epoch in range(RECIPE.epochs):
+        g = torch.Generator().manual_seed(1_000_003 + epoch)
+        torch.rand(3, generator=g, dtype=torch.float64)  # the curve's t
+        for i, (x, y) in enumerate(data.train.batches(RECIPE.batch_size, generator=g)):
+            optimiser.param_groups[0]["lr"] = RECIPE.lr * train.SCHEDULES["linear"](
+                epoch + i / 3, RECIPE.epochs
+            )
+            optimiser.zero_grad()
+            cross_entropy(net(x), y).backward()
+            optimiser.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), fit.theta[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [curves.bezier, curves.chain])
+def test_curve_moves_only_its_inner_points(make: object) -> None:
+    net, data = normed(), task()
+    a, b = (train.fit(net, data, RECIPE, seed=s).theta for s in (1, 2))
+    curve = make(a, b)  # type: ignore[operator]
+    fitted = train.fit_curve(net, curve, data, RECIPE, seed=3).curve
+    assert fitted.kind == curve.kind
+    assert equal(fitted.points[0], a)
+    assert equal(fitted.points[-1], b)
+    assert not equal(fitted.points[1], curve.points[1])
+    line = evaluate.along(net, curve, data.train, statistics=data.train, points=9)
+    path = evaluate.along(net, fitted, data.train, statistics=data.train, points=9)
+    assert path.max_loss < line.max_loss
+
+
+def test_curve_gradient_is_the_chain_rule() -> None:
+    """One SGD step at a known t moves the inner point by −lr w(t) ∂/∂θ [L + ½λ‖θ‖²]."""
+    net, data = plain(), task()
+    a, b = (train.initialise(net, s) for s in (1, 2))
+    curve = curves.bezier(a, b)
+    recipe = Recipe(epochs=1, lr=0.1, momentum=0.0, weight_decay=0.01)
+    step = train.Step(net, curve, slice(1, -1), recipe, data.device)
+    x, y = next(data.train.batches(32))
+    w = curve.weights(torch.tensor(0.3))
+    loss = step(x, y, w, 0.1)
+    moved = step.points(curve)[1]
+
+    middle = {n: v.clone().requires_grad_() for n, v in curve.points[1].items()}
+    theta = {n: w[0] * a[n] + w[1] * middle[n] + w[2] * b[n] for n in a}
+    expected = cross_entropy(functional_call(net, theta, (x,)), y)
+    penalty = 0.005 * sum((v**2).sum() for v in theta.values())
+    grads = torch.autograd.grad(expected + penalty, list(middle.values()))
+    torch.testing.assert_close(loss, expected.detach())
+    for (name, v), g in zip(middle.items(), grads, strict=True):
+        torch.testing.assert_close(moved[name], (v - 0.1 * g).detach())
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_resumed_run_is_bit_identical(stop: int, tmp_path: Path) -> None:
+    net, data = normed(dropout=0.3), task(augment=Augment(padding=1, flip=True))
+    whole = train.fit(net, data, RECIPE, seed=1)
+
+    class Stopped(Checkpoint):
+        saves = 0
+
+        def save(self, state: object) -> None:
+            super().save(state)  # type: ignore[arg-type]
+            self.saves += 1
+            if self.saves == stop:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(net, data, RECIPE, seed=1, checkpoint=Stopped(tmp_path / "c"))
+    resumed = train.fit(net, data, RECIPE, seed=1, checkpoint=Checkpoint(tmp_path / "c"))
+    assert equal(whole.theta, resumed.theta)
+    assert whole.losses == resumed.losses
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from small import normed, task
+from mcnotes import store, train
+epochs = int(sys.argv[3])
+class Deadly(store.Checkpoint):
+    def save(self, state):
+        super().save(state)
+        if len(state["losses"]) == epochs:
+            os.kill(os.getpid(), signal.SIGKILL)
+recipe = train.Recipe(epochs=3, batch_size=32, lr=0.05, schedule="linear")
+fit = train.fit(normed(), task(), recipe, seed=1, checkpoint=Deadly(Path(sys.argv[2])))
+store.write_atomic(Path(sys.argv[2] + ".done"), store._pack(fit.theta, {}))
+"""
+
+
+def test_killed_process_goes_on_where_it_was(tmp_path: Path) -> None:
+    here, file = str(Path(__file__).parent), tmp_path / "c"
+    command = [sys.executable, "-c", KILLED, here, str(file)]
+    assert subprocess.run([*command, "2"], check=False).returncode == -9
+    kept = Checkpoint(file).load()
+    assert kept is not None
+    assert len(kept["losses"]) == 2
+    assert subprocess.run([*command, "99"], check=False).returncode == 0
+    from mcnotes.store import read_tensors
+
+    whole = train.fit(normed(), task(), RECIPE, seed=1).theta
+    assert equal(read_tensors(tmp_path / "c.done"), whole)
+
+
+def test_perturb_sees_evaluation_mode_and_changes_the_batch() -> None:
+    net, data = normed(), task()
+    seen: list[bool] = []
+
+    def perturb(model: object, x: Tensor, y: Tensor) -> Tensor:
+        seen.append(net.training)
+        assert model(x).shape == (len(y), 3)  # type: ignore[operator]
+        return torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+
+    fit = train.fit(net, data, RECIPE, seed=1, perturb=perturb)
+    assert seen == [False] * 9
+    assert not equal(fit.theta, train.fit(net, data, RECIPE, seed=1).theta)
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(144, 144)
+            self.b = nn.Linear(144, 144)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x.flatten(1)).relu())[:, :3]
+
+    theta = train.fit(Tied(), task(), RECIPE, seed=1).theta
+    assert torch.equal(theta["a.weight"], theta["b.weight"])
+
+
+@pytest.mark.parametrize(
+    ("option", "tolerance"), [({"precision": "bfloat16"}, 0.02), ({"compile": True}, 1e-5)]
+)
+def test_low_precision_and_compilation_train_too(option: dict, tolerance: float) -> None:
+    net, data = plain(), task()
+    exact = train.fit(net, data, RECIPE, seed=1).theta
+    close = train.fit(net, data, replace(RECIPE, **option), seed=1).theta
+    for n in exact:
+        torch.testing.assert_close(close[n], exact[n], rtol=0.05, atol=tolerance)
+
+
+def test_schedules() -> None:
+    paper, linear, robust = (train.SCHEDULES[n] for n in ("paper", "linear", "robust"))
+    assert paper(0, 250) == 1
+    assert paper(45, 250) == pytest.approx(0.25 * 0.9996**45)
+    assert linear(1, 10) == pytest.approx(0.9)
+    assert linear(10, 10) == 0
+    assert robust(99, 200) == 1
+    assert robust(140, 200) == pytest.approx(1 - 0.99 / 2)
+    assert robust(180, 200) == pytest.approx(0.01)
+
+
+def test_errors_come_before_the_work() -> None:
+    net, data = plain(), task()
+    theta = train.initialise(net, 1)
+    with pytest.raises(TrainingError, match="degree 1 has no inner point"):
+        train.fit_curve(net, curves.line(theta, theta), data, RECIPE, seed=1)
+    with pytest.raises(ValueError, match="schedule 'cosine', expected one of"):
+        Recipe(epochs=1, schedule="cosine")
+    with pytest.raises(ValueError, match="epochs=0, expected more than 0"):
+        Recipe(epochs=0)
+    with pytest.raises(ValueError, match="expected float32 or bfloat16"):
+        Recipe(epochs=1, precision="float16")
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf).*lower lr"):
+        train.fit(net, data, Recipe(epochs=5, lr=1e9), seed=1)
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+    with pytest.raises(TrainingError, match="no module draws 'scale'"):
+        train.initialise(Odd(), 1)
