@@ -50,9 +50,10 @@ def html(preset: str | None = None) -> int:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout + done.stderr, file=sys.stderr)
-    else:
-        print(f"The book is at {HTML / 'index.html'}")
-    return done.returncode
+        return done.returncode
+    shutil.rmtree(ROOT / "_build" / "jupyter_execute", ignore_errors=True)
+    print(f"The book is at {HTML / 'index.html'}")
+    return 0
 
 
 def write_back(paths: list[Path], preset: str) -> None:
@@ -73,7 +74,7 @@ def stamp_all(paths: list[Path]) -> None:
         notebooks.write(path, notebook)
 
 
-def main() -> int:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,20 +82,26 @@ def main() -> int:
     parser.add_argument("only", nargs="*", help="chapters to run, by a part of their name")
     parser.add_argument("--preset", default="laptop", help="a file of experiments/presets")
     parser.add_argument("--force", action="store_true", help="run what is cached, too")
-    options = parser.parse_args()
-    if options.command == "katex":
+    return parser.parse_args()
+
+
+def main(command: str, only: list[str], preset: str, force: bool) -> int:
+    if command == "katex":
         return 0 if fetch() else 1
-    if options.command == "html":
+    if command == "html":
         return html()
-    paths = chapters.select(options.only)
-    if options.command == "notebooks":
+    paths = chapters.select(only)
+    if command == "notebooks":
         stamp_all(paths)
-    if chapters.run(paths, options.preset, options.force):
+    if chapters.run(paths, preset, force):
         return 1
-    if options.command == "notebooks":
-        write_back(paths, options.preset)
-    return html(options.preset) if options.command == "book" else 0
+    if command == "notebooks":
+        write_back(paths, preset)
+    return html(preset) if command == "book" else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main(**vars(options())))
+    except ValueError as error:
+        sys.exit(str(error))

@@ -72,14 +72,15 @@ def execute(path: Path, out: Path, values: dict[str, Any]) -> None:
             out,
             parameters=values,
             kernel_name="python3",
+            language="python",
             cwd=path.parent,
             progress_bar=bar,
             execution_timeout=CELL_TIMEOUT,
-            extra_arguments=["--log-level=ERROR"],
+            extra_arguments=["--log-level=50"],
         )
     except papermill.PapermillExecutionError as error:
         source = "\n".join("      " + line for line in error.source.splitlines()[-8:])
-        where = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
+        where = f"code cell [{error.exec_count}]: {error.ename}: {error.evalue}"
         raise RuntimeError(f"{where}\n{source}\n      (full traceback in {out})") from error
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from html import escape
+import re
+from html import escape, unescape
 from typing import Any
 
 from docutils import nodes
@@ -19,39 +20,16 @@ def description(doctree: nodes.document) -> str:
     return ""
 
 
-def add_tags(
-    app: Any,
-    pagename: str,
-    templatename: str,
-    context: dict[str, Any],
-    doctree: Any,
-) -> None:
+def add_tags(app: Any, pagename: str, templatename: str, context: Any, doctree: Any) -> None:
     """Add description and Open Graph tags, unless the page brings its own description."""
-    text = (
-        description(doctree)
-        if doctree
-        else f"{context.get('title', pagename)}: {app.config.project}"
-    )
+    title = unescape(re.sub("<[^>]*>", "", context.get("title", pagename)))
+    text = description(doctree) if doctree else f"{title}: {app.config.html_title}"
     if not text or 'name="description"' in context.get("metatags", ""):
         return
-    tags = {
-        "og:title": context.get("title", ""),
-        "og:description": text,
-        "og:type": "article",
-    }
+    tags = {"og:title": title, "og:description": text, "og:type": "article"}
     lines = [f'<meta name="description" content="{escape(text)}" />']
-    lines += [f'<meta property="{k}" content="{escape(nodes_text(v))}" />' for k, v in tags.items()]
+    lines += [f'<meta property="{name}" content="{escape(tags[name])}" />' for name in tags]
     context["metatags"] = context.get("metatags", "") + "\n".join(lines)
-
-
-def nodes_text(markup: str) -> str:
-    """Titles come as HTML: drop the tags."""
-    out, inside = [], False
-    for char in markup:
-        inside = char == "<" or (inside and char != ">")
-        if not inside and char != ">":
-            out.append(char)
-    return "".join(out)
 
 
 def drop_repeated_ids(app: Any, doctree: nodes.document, docname: str) -> None:
@@ -61,7 +39,20 @@ def drop_repeated_ids(app: Any, doctree: nodes.document, docname: str) -> None:
             section["ids"] = []
 
 
+def list_modules(app: Any, docname: str, source: list[str]) -> None:
+    """Expand a `{modules}` block, one name a line, into a section for each module."""
+
+    def sections(block: re.Match[str]) -> str:
+        return "\n".join(
+            f"## `mcnotes.{name}`\n\n```{{eval-rst}}\n.. automodule:: mcnotes.{name}\n```\n"
+            for name in block[1].split()
+        )
+
+    source[0] = re.sub(r"```\{modules\}\n(.*?)```", sections, source[0], flags=re.DOTALL)
+
+
 def setup(app: Any) -> dict[str, bool]:
+    app.connect("source-read", list_modules)
     app.connect("doctree-resolved", drop_repeated_ids)
     app.connect("html-page-context", add_tags)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

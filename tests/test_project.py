@@ -1,0 +1,218 @@
+"""What holds for the project as a whole: layers, sizes, set-up files, the form of a chapter."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from book._ext.repository import repository_url
+from tools import chapters, notebooks, presets
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = sorted((ROOT / "mcnotes").glob("*.py"))
+CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
+
+# A module imports only from layers strictly below its own.
+LAYERS = {
+    0: {"models", "perms", "curves", "attacks", "store", "figures", "graph", "augment"},
+    1: {"symmetry", "data", "evaluate"},
+    2: {"align", "train"},
+    3: {"pam", "zoo"},
+}
+LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
+
+PACKAGE_LINES, MODULE_LINES = 1_800, 300
+REPOSITORY_BYTES, NOTEBOOK_BYTES = 25_000_000, 1_000_000
+CELL_LINES, WORDS, EXERCISES = 25, 600, range(3, 6)
+
+
+def tracked() -> list[Path]:
+    """The files of the repository; those that git would ignore are not among them."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [path for name in names.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
+
+
+def imports(source: str) -> set[str]:
+    """The modules of the package that `source` imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "mcnotes." * bool(node.level) + (node.module or "")
+            found |= {f"{base.rstrip('.')}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("mcnotes.")}
+
+
+class TestPackage:
+    def test_imports_are_found_in_every_form(self) -> None:
+        source = (
+            "import torch, mcnotes.perms\nfrom mcnotes import data, align as a\n"
+            "from mcnotes.curves import Line\nfrom . import store\nfrom .train import fit\n"
+        )
+        assert imports(source) == {"perms", "data", "align", "curves", "store", "train"}
+
+    @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+    def test_a_module_imports_only_from_layers_below(self, path: Path) -> None:
+        used = imports(path.read_text("utf8"))
+        if path.stem == "__init__":
+            assert not used, "importing mcnotes must do no work"
+            return
+        assert path.stem in LAYER, f"{path.name} has no layer: give it one in LAYERS"
+        wrong = {module for module in used if LAYER[module] >= LAYER[path.stem]}
+        assert not wrong, f"{path.stem} (layer {LAYER[path.stem]}) imports {sorted(wrong)}"
+
+    def test_it_can_be_read_in_an_evening(self) -> None:
+        lines = {path.name: len(path.read_text("utf8").splitlines()) for path in PACKAGE}
+        assert {name: n for name, n in lines.items() if n > MODULE_LINES} == {}
+        assert sum(lines.values()) <= PACKAGE_LINES, lines
+
+
+class TestRepository:
+    def test_it_stays_small(self) -> None:
+        sizes = {path: path.stat().st_size for path in tracked()}
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:5]
+        assert sum(sizes.values()) < REPOSITORY_BYTES, largest
+
+    def test_no_file_holds_a_path_of_the_machine_it_was_made_on(self) -> None:
+        pattern = re.compile(r"(?<![\w.:/+-])/(?:home|Users|root|tmp|work|private|mnt)/\w")
+        image = re.compile(r'"image/\w+": "[^"]*"')  # base64 may spell anything
+        for path in tracked():
+            try:
+                text = image.sub("", path.read_text("utf8"))
+            except UnicodeDecodeError:
+                continue
+            found = pattern.search(text)
+            assert not found, f"{path.name}: {text[found.start() : found.start() + 60]!r}"
+
+    def test_conda_and_pip_install_the_same(self) -> None:
+        environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf8"))
+        *conda, pip = environment["dependencies"]
+        metadata = project()
+        assert environment["name"] == metadata["name"]
+        assert f"python {metadata['requires-python']}" in conda
+        (requirement,) = pip["pip"]
+        extras = re.fullmatch(r"-e \.\[(.*)\]", requirement)
+        assert extras, f"expected an editable install with extras, got {requirement!r}"
+        assert set(extras[1].split(",")) == set(metadata["optional-dependencies"])
+        named = {re.split(r"[ <>=]", name)[0] for name in conda} - {"python", "pip", "make"}
+        assert not named, f"{named} are given in environment.yml and in pyproject.toml"
+
+    def test_make_installs_every_group(self) -> None:
+        (extras,) = re.findall(r"-e '\.\[(.*)\]'", (ROOT / "Makefile").read_text("utf8"))
+        assert set(extras.split(",")) == set(project()["optional-dependencies"])
+
+    def test_the_citation_names_this_version(self) -> None:
+        citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf8"))
+        metadata = project()
+        assert str(citation["version"]) == metadata["version"]
+        assert citation["license"] == metadata["license"]
+        assert citation.get("repository-code", "") == metadata["urls"].get("Repository", "")
+
+    def test_the_contents_list_every_chapter_once(self) -> None:
+        assert chapters.chapters() == CHAPTERS
+        assert CHAPTERS
+
+    def test_every_work_cited_is_in_the_bibliography(self) -> None:
+        known = re.findall(r"^@\w+\{(\w+),", (ROOT / "book/references.bib").read_text("utf8"), re.M)
+        assert len(known) == len(set(known))
+        texts = [*ROOT.glob("*.md"), *ROOT.glob("book/*.md"), *CHAPTERS]
+        cited = {
+            key.strip()
+            for path in texts
+            for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", path.read_text("utf8"))
+            for key in keys.split(",")
+        }
+        assert cited <= set(known), sorted(cited - set(known))
+
+
+class TestPresets:
+    @pytest.mark.parametrize("name", presets.names())
+    def test_every_name_is_a_parameter_of_every_chapter(self, name: str) -> None:
+        assert chapters.check_all(CHAPTERS, name) == []
+
+    @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+    def test_laptop_is_what_the_chapters_do_by_themselves(self, path: Path) -> None:
+        defaults = notebooks.parameters(notebooks.read(path))
+        assert chapters.changed(presets.load("laptop"), defaults) == {}
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+class TestChapters:
+    def test_is_small_and_stored_in_normal_form_with_its_outputs(self, path: Path) -> None:
+        assert path.stat().st_size < NOTEBOOK_BYTES
+        stored = notebooks.read(path)
+        normal = copy.deepcopy(stored)
+        notebooks.normalise(normal)
+        assert normal == stored, "run `make notebooks`"
+        assert any(cell.outputs for cell in notebooks.code_cells(stored)), "run `make notebooks`"
+
+    def test_starts_with_the_colab_set_up(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("MCNOTES_REPO_URL", raising=False)
+        first = notebooks.read(path).cells[0]
+        expected = notebooks.setup_source(repository_url(ROOT))
+        assert first.source == expected, "run `make notebooks`"
+        assert notebooks.tags(first) == ["remove-cell"]
+
+    def test_has_one_title_enough_prose_and_short_cells(self, path: Path) -> None:
+        notebook = notebooks.read(path)
+        prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+        titles = [line for text in prose for line in text.splitlines() if line.startswith("# ")]
+        assert len(titles) == 1, titles
+        assert sum(len(text.split()) for text in prose) >= WORDS
+        long = [
+            c.source for c in notebooks.code_cells(notebook) if c.source.count("\n") >= CELL_LINES
+        ]
+        assert not long, f"cells of more than {CELL_LINES} lines: {long}"
+
+    def test_stored_outputs_hold_no_error_no_warning_and_no_address(self, path: Path) -> None:
+        for cell in notebooks.code_cells(notebooks.read(path)):
+            for output in cell.outputs:
+                assert output.output_type != "error", output.get("evalue")
+                assert output.get("name") != "stderr", output.text
+                shown = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+                assert not re.search(r"0x[0-9a-f]{6,}", shown), shown
+
+    def test_every_figure_has_a_caption_and_alternative_text(self, path: Path) -> None:
+        for cell in notebooks.code_cells(notebooks.read(path)):
+            kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
+            if "image/png" in kinds or "image/svg+xml" in kinds:
+                settings = cell.metadata.get("mystnb", {})
+                start = cell.source[:200]
+                assert len(settings.get("image", {}).get("alt", "")) >= 20, start
+                assert settings.get("figure", {}).get("caption"), start
+                assert settings.get("figure", {}).get("name", "").startswith("fig-"), start
+            page = "".join(output.get("data", {}).get("text/html", "") for output in cell.outputs)
+            for svg in re.findall(r"<svg[^>]*>", page):
+                assert "aria-label" in svg or "aria-hidden" in svg, svg
+
+    def test_every_exercise_has_its_solution(self, path: Path) -> None:
+        cells = notebooks.read(path).cells
+        prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        blocks = re.findall(r"^`{3,}\{exercise(?:-start)?\}(?:(?!^`{3,})[\s\S])*", prose, re.M)
+        asked = [re.search(r":label: (\S+)", block) for block in blocks]
+        labels = [found[1] for found in asked if found]
+        solved = re.findall(r"^`{3,}\{solution(?:-start)?\} (\S+)", prose, re.M)
+        assert len(labels) in EXERCISES
+        assert labels == solved
+        assert prose.count("{solution-start}") == prose.count("{solution-end}")

@@ -1,0 +1,327 @@
+"""The tools that build the book: notebooks as values, presets, runner, Sphinx extensions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nbformat
+import pytest
+from docutils.core import publish_doctree
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from book._ext import mathematics, pages, repository
+from tools import chapters, notebooks, presets
+
+
+def notebook(*sources: str, **parameters: object) -> Any:
+    """A notebook with a parameters cell, a code cell per source, and some prose between."""
+    literals = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    cells = [new_code_cell(literals, metadata={"tags": ["parameters"]})]
+    for source in sources:
+        cells += [new_markdown_cell("Some prose."), new_code_cell(source)]
+    return new_notebook(cells=cells)
+
+
+class TestParameters:
+    def test_are_read_with_their_values(self) -> None:
+        made = notebook(seed=1, name="x", lr=0.1, widths=[8, 16], nothing=None)
+        values = {"seed": 1, "name": "x", "lr": 0.1, "widths": [8, 16], "nothing": None}
+        assert notebooks.parameters(made) == values
+
+    def test_annotations_are_allowed(self) -> None:
+        made = notebook()
+        made.cells[0].source = "seed: int = 3"
+        assert notebooks.parameters(made) == {"seed": 3}
+
+    @pytest.mark.parametrize("line", ["import os", "seeds = range(3)", "a = b = 1", "seed: int"])
+    def test_anything_but_literals_is_refused(self, line: str) -> None:
+        made = notebook()
+        made.cells[0].source = line
+        with pytest.raises(ValueError, match=r"name = literal|malformed node"):
+            notebooks.parameters(made)
+
+    def test_a_missing_cell_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="expected one cell tagged `parameters`, found 0"):
+            notebooks.parameters(new_notebook())
+
+
+class TestPresets:
+    def test_a_wrong_name_is_refused_with_the_closest_one(self) -> None:
+        (fault,) = presets.check({"epoch": 3}, {"epochs": 12, "seed": 1})
+        assert fault == "it has no parameter 'epoch'; did you mean 'epochs'?"
+
+    def test_a_name_like_no_other_lists_what_there_is(self) -> None:
+        (fault,) = presets.check({"zzz": 3}, {"epochs": 12, "seed": 1})
+        assert fault.endswith("there are: epochs, seed")
+
+    @pytest.mark.parametrize(("value", "default"), [("3", 3), (0.5, 3), (True, 1), ([1], 1)])
+    def test_a_wrong_type_is_refused(self, value: object, default: object) -> None:
+        (fault,) = presets.check({"x": value}, {"x": default})
+        assert "is of type" in fault
+
+    @pytest.mark.parametrize(("value", "default"), [(1, 0.1), (3, 4), ("a", "b"), (None, 3)])
+    def test_a_fitting_value_is_accepted(self, value: object, default: object) -> None:
+        assert presets.check({"x": value}, {"x": default}) == []
+
+    def test_an_unknown_preset_names_the_closest(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(presets, "FOLDER", tmp_path)
+        (tmp_path / "laptop.yaml").write_text("seed: 1\n")
+        assert presets.load("laptop") == {"seed": 1}
+        with pytest.raises(ValueError, match="did you mean 'laptop'"):
+            presets.load("labtop")
+        (tmp_path / "list.yaml").write_text("- 1\n")
+        with pytest.raises(ValueError, match="expected `name: value` lines, got a list"):
+            presets.load("list")
+
+
+class TestNormalise:
+    def untidy(self) -> Any:
+        made = notebook("print(1)", seed=1)
+        cell = made.cells[2]
+        cell.metadata = nbformat.from_dict(
+            {"tags": ["hide-input"], "papermill": {"duration": 1.5}, "execution": {}}
+        )
+        cell.id = made.cells[1].id
+        cell.execution_count = 17
+        cell.outputs = [
+            new_output("stream", name="stdout", text="1\n"),
+            new_output("stream", name="stdout", text="2\n"),
+            new_output("execute_result", data={"text/plain": "3"}, execution_count=17),
+        ]
+        made.metadata = nbformat.from_dict({"papermill": {"start": "now"}, "widgets": {}})
+        return made
+
+    def test_keeps_what_the_book_reads_and_nothing_else(self) -> None:
+        made = self.untidy()
+        notebooks.normalise(made)
+        assert dict(made.metadata) == notebooks.METADATA
+        cell = made.cells[2]
+        assert dict(cell.metadata) == {"tags": ["hide-input"]}
+        assert [output.get("text") for output in cell.outputs] == ["1\n2\n", None]
+        assert cell.execution_count == cell.outputs[1].execution_count == 2
+        assert len({cell.id for cell in made.cells}) == len(made.cells)
+        nbformat.validate(made)
+
+    def test_is_idempotent(self) -> None:
+        made = self.untidy()
+        notebooks.normalise(made)
+        once = nbformat.writes(made)
+        notebooks.normalise(made)
+        assert nbformat.writes(made) == once
+
+    def test_writing_the_same_again_leaves_the_file_alone(self, tmp_path: Path) -> None:
+        path = tmp_path / "n.ipynb"
+        assert notebooks.write(path, notebook("1", seed=1))
+        assert not notebooks.write(path, notebooks.read(path))
+
+
+class TestOutputs:
+    def test_the_digest_sees_code_and_only_code(self) -> None:
+        made, same, other = notebook("a = 1"), notebook("a = 1"), notebook("a = 2")
+        same.cells[1].source = "Other prose."
+        same.cells[2].outputs = [new_output("stream", text="x")]
+        notebooks.stamp(same, "https://example.org/a/b")
+        same.cells.insert(2, new_code_cell("s = 2", metadata={"tags": ["injected-parameters"]}))
+        assert notebooks.digest(made) == notebooks.digest(same) != notebooks.digest(other)
+
+    def test_are_taken_over_past_injected_cells(self) -> None:
+        made, ran = notebook("a", "b", seed=1), notebook("a", "b", seed=1)
+        ran.cells.insert(1, new_code_cell("seed = 2", metadata={"tags": ["injected-parameters"]}))
+        ran.cells[-1].outputs = [new_output("stream", text="x")]
+        notebooks.take_outputs(made, ran)
+        assert made.cells[-1].outputs == ran.cells[-1].outputs
+        assert made.cells[2].outputs == []
+
+    def test_of_other_code_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="other code"):
+            notebooks.take_outputs(notebook("a"), notebook("b"))
+
+
+class TestColabCell:
+    def test_is_put_in_once_and_brought_up_to_date(self) -> None:
+        made = notebook("a")
+        count = len(made.cells)
+        notebooks.stamp(made, "")
+        notebooks.stamp(made, "https://example.org/a/b")
+        assert len(made.cells) == count + 1
+        assert made.cells[0].source == notebooks.setup_source("https://example.org/a/b")
+        assert 'REPOSITORY = "https://example.org/a/b"' in made.cells[0].source
+
+    def test_does_nothing_elsewhere(self) -> None:
+        names: dict[str, Any] = {}
+        exec(notebooks.setup_source(""), names)
+        assert {name for name in names if not name.startswith("__")} == {"sys", "REPOSITORY"}
+
+    def test_without_an_address_says_what_to_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())  # type: ignore[misc]
+        with pytest.raises(RuntimeError, match="set REPOSITORY in this cell"):
+            exec(notebooks.setup_source(""), {})
+
+    def test_clones_enters_and_installs_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())  # type: ignore[misc]
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.chdir(tmp_path)
+        calls: list[list[str]] = []
+
+        def run(command: list[str], check: bool) -> None:
+            assert check
+            calls.append(command)
+            if command[0] == "git":
+                (Path(command[-1]) / "mcnotes").mkdir(parents=True)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        for _ in range(2):
+            exec(notebooks.setup_source("https://example.org/a/b"), {})
+        assert [call[0] for call in calls] == ["git", sys.executable, sys.executable]
+        assert "https://example.org/a/b" in calls[0]
+        assert (Path.cwd() / "mcnotes").is_dir()
+        assert sys.path[0] == str(Path.cwd())
+
+
+@pytest.fixture
+def small_book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A book of two chapters, the first of which fails unless `seed` is 1."""
+    (tmp_path / "book").mkdir()
+    monkeypatch.setattr(chapters, "ROOT", tmp_path)
+    monkeypatch.setattr(chapters, "EXECUTED", tmp_path / "executed")
+    monkeypatch.setattr(presets, "FOLDER", tmp_path)
+    for name, seed in {"laptop": 1, "smoke": 2}.items():
+        (tmp_path / f"{name}.yaml").write_text(f"seed: {seed}\n")
+    (tmp_path / "_toc.yml").write_text(
+        "parts:\n  - chapters:\n    - {file: book/01_first}\n    - {file: book/02_second}\n"
+        "    - {file: book/prose}\n"
+    )
+    first = notebook("assert seed == 1, f'seed is {seed}'", seed=1)
+    notebooks.write(tmp_path / "book" / "01_first.ipynb", first)
+    notebooks.write(tmp_path / "book" / "02_second.ipynb", notebook("print(seed)", seed=1))
+    return tmp_path
+
+
+class TestRunner:
+    def test_runs_once_goes_on_after_a_failure_and_keeps_what_ran(
+        self, small_book: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        paths = chapters.chapters(small_book)
+        assert [path.stem for path in paths] == ["01_first", "02_second"]
+
+        failures = chapters.run(paths, "smoke")
+        assert [failure.chapter for failure in failures] == ["01_first"]
+        assert "code cell [3]: AssertionError: seed is 2" in failures[0].reason
+        assert "assert seed == 1" in failures[0].reason
+        assert "chapters: 1 passed, 1 failed" in capsys.readouterr().out
+
+        second = notebooks.read(chapters.result_path(paths[1], "smoke"))
+        assert second.cells[-1].outputs[0].text == "2\n"
+        assert chapters.run(paths[1:], "smoke") == []
+        assert "cached" in capsys.readouterr().out
+
+        (small_book / "mcnotes").mkdir()
+        (small_book / "mcnotes" / "new.py").write_text("")
+        assert chapters.run(paths[1:], "laptop") == []
+        assert "ran in" in capsys.readouterr().out
+
+    def test_the_key_depends_on_package_and_data_but_not_on_caches(self, small_book: Path) -> None:
+        keys = [chapters.inputs()]
+        for folder in ("mcnotes", "data", "data/zoo", "data/store", "data/downloads"):
+            (small_book / folder).mkdir()
+        for file in ("mcnotes/a.py", "data/images.npz", "data/zoo/a.json"):
+            (small_book / file).write_text("x")
+            keys.append(chapters.inputs())
+        assert len(set(keys)) == 4
+        (small_book / "data/store/a").write_text("x")
+        (small_book / "data/downloads/a").write_text("x")
+        assert chapters.inputs() == keys[-1]
+
+    def test_a_wrong_preset_stops_before_anything_runs(
+        self, small_book: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delattr(chapters, "run_one")
+        (small_book / "smoke.yaml").write_text("sede: 1\n")
+        failures = chapters.run(chapters.chapters(small_book), "smoke")
+        assert [failure.chapter for failure in failures] == ["01_first", "02_second"]
+        assert all("did you mean 'seed'?" in failure.reason for failure in failures)
+
+    def test_an_unknown_chapter_is_an_error(
+        self, small_book: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(chapters, "chapters", lambda: [small_book / "book" / "01_first.ipynb"])
+        assert len(chapters.select(["01"])) == len(chapters.select([])) == 1
+        with pytest.raises(ValueError, match=r"no chapter matches \['99'\]; there are: .*01_first"):
+            chapters.select(["99"])
+
+
+class TestExtensions:
+    def page(self, text: str) -> Any:
+        return publish_doctree(
+            f"Title\n=====\n\n{text}\n", settings_overrides={"doctitle_xform": False}
+        )
+
+    def project(self, folder: Path, urls: str) -> Path:
+        (folder / "pyproject.toml").write_text(f'[project]\nname = "x"\n{urls}\n')
+        return folder
+
+    def test_the_address_stands_in_pyproject_and_the_environment_wins(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("MCNOTES_REPO_URL", raising=False)
+        assert repository.repository_url(self.project(tmp_path, "")) == ""
+        root = self.project(tmp_path, '[project.urls]\nRepository = "https://example.org/a/b/"')
+        assert repository.repository_url(root) == "https://example.org/a/b"
+        monkeypatch.setenv("MCNOTES_REPO_URL", "https://example.org/c/d")
+        assert repository.repository_url(root) == "https://example.org/c/d"
+
+    @pytest.mark.parametrize("url", ["", "https://example.org/a/b"])
+    def test_launch_buttons_come_with_the_address_only(
+        self, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MCNOTES_REPO_URL", url)
+        buttons = {"colab_url": "https://example.org"}
+        config = SimpleNamespace(html_theme_options={"launch_buttons": buttons})
+        repository.set_options(SimpleNamespace(confdir=self.project(tmp_path, "")), config)
+        assert config.html_theme_options.get("repository_url", "") == url
+        assert bool(config.html_theme_options["launch_buttons"]) == bool(url)
+
+    def test_a_page_is_described_by_its_first_paragraph(self) -> None:
+        text = "A path on which the loss stays low joins the two networks. " * 8
+        tree = self.page(f"{text}\n\nMore text here.")
+        found = pages.description(tree)
+        assert found.startswith("A path on which the loss stays low")
+        assert len(found) <= pages.LENGTH + 2
+        assert found.endswith(" …")
+
+    def test_tags_are_escaped_and_titles_lose_their_markup(self) -> None:
+        context = {"title": '<span class="section-number">1. </span>Loss &amp; "line"'}
+        tree = self.page('Where a < b, the loss is "low" enough for the curve.')
+        pages.add_tags(SimpleNamespace(), "a", "page.html", context, tree)
+        assert (
+            '<meta property="og:title" content="1. Loss &amp; &quot;line&quot;" />'
+            in (context["metatags"])
+        )
+        assert "a &lt; b" in context["metatags"]
+
+    def test_a_list_of_modules_becomes_sections(self) -> None:
+        source = ["Before.\n\n```{modules}\ncurves\nperms\n```\n"]
+        pages.list_modules(None, "api", source)
+        assert source[0].startswith("Before.\n\n## `mcnotes.curves`")
+        assert source[0].count(".. automodule:: mcnotes.") == 2
+
+    def test_formulas_render_without_a_script_and_faults_are_warnings(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        warnings: list[Any] = []
+        monkeypatch.setattr(mathematics.katex, "NODEJS_BINARY", str(mathematics.NODE))
+        monkeypatch.setattr(mathematics.logger, "warning", lambda *args: warnings.append(args))
+        rendered = mathematics.render(r"\argmin_P \E \norm{x - P y}^2")
+        assert "<math" in rendered
+        assert "katex-html" in rendered
+        assert not warnings
+        assert mathematics.render(r"\unknown{x}") == ""
+        assert warnings[0][1] == r"\unknown{x}"
