@@ -87,6 +87,10 @@ class TinyTen(nn.Module):
             ConvBlock(4 * w, 4 * w, kernel=1),
         )
         self.head = nn.Linear(4 * w, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; layers without a say here keep what they have."""
         _draw_weights(self, nn.init.xavier_normal_)
         nn.init.zeros_(self.head.bias)
 
@@ -148,6 +152,10 @@ class ResNet(nn.Module):
             rest = [ResidualBlock(after, after, 1, shortcut) for _ in range(depth // 6 - 1)]
             self.stages.append(nn.Sequential(first, *rest))
         self.head = nn.Linear(4 * width, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the convolutions anew; layers without a say here keep what they have."""
         _draw_weights(self, partial(nn.init.kaiming_normal_, mode="fan_out"), nn.Conv2d)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -228,6 +236,10 @@ class GoogLeNet(nn.Module):
                 self.auxiliary[name] = _auxiliary_head(before, scaled(128, 1024), num_classes)
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(before, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; layers without a say here keep what they have."""
         _draw_weights(self, partial(nn.init.trunc_normal_, std=0.01, a=-0.02, b=0.02))
 
     def forward(self, x: Tensor) -> Tensor | WithAuxiliary:

@@ -44,7 +44,10 @@ def zoo() -> Path:
 
 
 def folder() -> Path:
-    """The folder of this machine's results: `$MCNOTES_STORE` or data/store."""
+    """The folder of this machine's results: `$MCNOTES_STORE` or data/store.
+
+    `make zoo` sets the variable to data/zoo, so that what the chapters compute ships.
+    """
     return Path(os.environ.get("MCNOTES_STORE") or ROOT / "data" / "store")
 
 
@@ -54,27 +57,24 @@ def key(config: Config) -> str:
 
 
 def tensors(
-    config: Config,
-    compute: Callable[[Checkpoint], Mapping[str, Tensor]],
-    *,
-    into: Path | None = None,
+    config: Config, compute: Callable[[Checkpoint], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """The tensors (on the CPU) that `config` describes: loaded if found, else computed and kept.
 
     config: JSON values; all that the result depends on, and "what": its kind, for the file's name.
-    compute: called with a `Checkpoint` when nothing is found. into: write there instead (and look
-    nowhere else): how the zoo is built. A broken file is set aside with a StoreWarning; a result
-    that cannot be written (a full disk) is returned all the same, with a StoreWarning.
+    compute: called with a `Checkpoint` when nothing is found. A broken file is set aside with a
+    StoreWarning; a result that cannot be written (a full disk) is returned all the same, with a
+    StoreWarning.
     """
     found: dict[str, Tensor] = _get(
-        config, lambda c: dict(compute(c)), into, ".safetensors", _pack, read_tensors
+        config, lambda c: dict(compute(c)), ".safetensors", _pack, read_tensors
     )
     return found
 
 
-def values(config: Config, compute: Callable[[], Any], *, into: Path | None = None) -> Any:
+def values(config: Config, compute: Callable[[], Any]) -> Any:
     """As `tensors`, for JSON values (numbers, lists, dicts with text keys)."""
-    return _get(config, lambda _: compute(), into, ".json", _dump, read_values)
+    return _get(config, lambda _: compute(), ".json", _dump, read_values)
 
 
 def report() -> str:
@@ -179,18 +179,16 @@ def provenance(seconds: float) -> dict[str, Any]:
 def _get(
     config: Config,
     compute: Callable[[Checkpoint], Any],
-    into: Path | None,
     suffix: str,
     pack: Callable[[Any, dict[str, Any]], bytes],
     read: Callable[[Path], Any],
 ) -> Any:
     name = file_name(config, suffix)
-    places = [("here", into)] if into else [("zoo", zoo()), ("here", folder())]
-    for source, place in places:
+    for source, place in (("zoo", zoo()), ("here", folder())):
         if (found := _read(place / name, read)) is not None:
             _loaded[config.get("what", "result"), source] += 1
             return found
-    target = (into or folder()) / name
+    target = folder() / name
     with _lock(target):
         if (found := _read(target, read)) is None:
             checkpoint = Checkpoint(folder() / f"{name}.checkpoint")

@@ -94,7 +94,7 @@ class Fit(NamedTuple):
 
 
 def initialise(net: nn.Module, seed: int) -> Theta:
-    """A fresh state for `net` from `seed`: every module's own `reset_parameters`.
+    """A fresh state for `net` from `seed`: every module's own `reset_parameters`, inner ones first.
 
     Raises TrainingError naming the parameters that no module knows how to draw; pass `init` then.
     """

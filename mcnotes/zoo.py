@@ -1,0 +1,191 @@
+"""One experiment, by name: its networks, matchings, curves and paths, loaded or computed.
+
+The chapters and the full-scale runs get their numbers through `Experiment`, so that what two of
+them need is computed once. `make zoo` fills data/zoo by running the chapters.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from mcnotes import align, curves, data, evaluate, models, store, symmetry, train
+from mcnotes.curves import Curve, Theta
+
+METHODS = ("unaligned", "aligned")
+SHAPES = ("line", "bezier", "chain")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The parameters that every chapter and preset shares, and what follows from them.
+
+    epochs, curve_epochs: training length of single networks and of curves. points: where a path is
+    measured. statistics: training images on which BatchNorm is recomputed. match_images: training
+    images on which activations are correlated. device: "auto", "cpu", "cuda".
+    """
+
+    dataset: str = "fashion-mnist-small"
+    network: str = "tinyten"
+    width: float = 8
+    epochs: int = 12
+    curve_epochs: int = 12
+    batch_size: int = 128
+    lr: float = 0.1
+    schedule: str = "linear"
+    augment: bool = False
+    precision: str = "float32"
+    points: int = 25
+    statistics: int = 2000
+    match_images: int = 2000
+    device: str = "auto"
+
+    @classmethod
+    def of(cls, names: Mapping[str, Any], *, also: Collection[str] = ()) -> Experiment:
+        """From a notebook's globals() after its parameters cell.
+
+        also: the names of the chapter's further parameters. A plain value under any other name (a
+        misspelt papermill parameter) raises ValueError with the closest known name.
+        """
+        known = {f.name for f in fields(cls)}
+        plain = {
+            n for n, v in names.items()
+            if not n.startswith("_") and n not in ("In", "Out")
+            and isinstance(v, bool | int | float | str | list | tuple | dict | None)
+        }  # fmt: skip
+        for name in sorted(plain - known - set(also)):
+            close = difflib.get_close_matches(name, [*known, *also], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted([*known, *also])}"
+            raise ValueError(f"parameters: {name!r} is not a parameter of this notebook; {hint}")
+        return cls(**{n: names[n] for n in known if n in names})
+
+    @cached_property
+    def task(self) -> data.Task:
+        """The data, on the device."""
+        return data.load(self.dataset, device=self.device)
+
+    @cached_property
+    def net(self) -> nn.Module:
+        """The network, for its structure; its own weights are never used."""
+        shape = self.task.example.shape
+        return models.build(
+            self.network,
+            num_classes=self.task.num_classes,
+            in_channels=shape[1],
+            width=self.width,
+            image_size=shape[-1],
+        )
+
+    @cached_property
+    def sym(self) -> symmetry.Symmetry:
+        """The network's permutation symmetries."""
+        return symmetry.find(self.net, self.task.example.cpu())
+
+    def recipe(self, epochs: int) -> train.Recipe:
+        """How this experiment trains, for `epochs` epochs."""
+        return train.Recipe(
+            epochs=epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            schedule=self.schedule,
+            augment=self.augment,
+            precision=self.precision,
+        )
+
+    def endpoint(self, seed: int) -> Theta:
+        """The network trained from `seed`."""
+
+        def compute(checkpoint: store.Checkpoint) -> Theta:
+            recipe = self.recipe(self.epochs)
+            return train.fit(self.net, self.task, recipe, seed=seed, checkpoint=checkpoint).theta
+
+        return self._here(store.tensors(self._endpoint(seed), compute))
+
+    def matching(self, a: int, b: int) -> align.Matching:
+        """Neuron alignment of network b to network a. Cheap: computed each time."""
+        images = self.task.train.first(self.match_images)
+        return align.match(self.net, self.endpoint(a), self.endpoint(b), images, self.sym)
+
+    def pair(self, a: int, b: int, method: str) -> tuple[Theta, Theta]:
+        """Both ends: network a, and network b in the order of units that `method` gives."""
+        if method not in METHODS:
+            raise ValueError(f"pair: got method {method!r}, expected one of {METHODS}")
+        theta_a, theta_b = self.endpoint(a), self.endpoint(b)
+        if method == "aligned":
+            theta_b = self.sym.permute(theta_b, self.matching(a, b).perm)
+        return theta_a, theta_b
+
+    def curve(self, a: int, b: int, method: str, shape: str = "bezier") -> Curve:
+        """The trained curve between two networks ("line": nothing to train)."""
+        if shape not in SHAPES:
+            raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
+        ends = self.pair(a, b, method)
+        if shape == "line":
+            return curves.line(*ends)
+        fresh = curves.bezier(*ends) if shape == "bezier" else curves.chain(*ends)
+
+        def compute(checkpoint: store.Checkpoint) -> dict[str, Tensor]:
+            recipe = self.recipe(self.curve_epochs)
+            fitted = train.fit_curve(
+                self.net, fresh, self.task, recipe, seed=a * 1000 + b, checkpoint=checkpoint
+            )
+            return fitted.curve.points[1]
+
+        middle = store.tensors(self._curve(a, b, method, shape), compute)
+        return fresh.with_points([ends[0], self._here(middle), ends[1]])
+
+    def path(self, a: int, b: int, method: str, shape: str = "bezier") -> evaluate.Path:
+        """Test loss and accuracy along the curve."""
+        config = {
+            **self._curve(a, b, method, shape),
+            "what": "path",
+            "points": self.points,
+            "statistics": self.statistics,
+        }
+
+        def compute() -> dict[str, list[float]]:
+            curve = self.curve(a, b, method, shape)
+            path = evaluate.along(
+                self.net,
+                curve,
+                self.task.test,
+                statistics=self.task.train.first(self.statistics),
+                points=self.points,
+            )
+            return {name: array.tolist() for name, array in path._asdict().items()}
+
+        found = store.values(config, compute)
+        return evaluate.Path(**{name: np.array(found[name]) for name in evaluate.Path._fields})
+
+    def _endpoint(self, seed: int) -> dict[str, Any]:
+        return {
+            "what": "endpoint",
+            "dataset": self.dataset,
+            "network": self.network,
+            "width": self.width,
+            "recipe": self.recipe(self.epochs).config(),
+            "seed": seed,
+        }
+
+    def _curve(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "what": "curve",
+            "ends": [store.key(self._endpoint(seed)) for seed in (a, b)],
+            "network": f"{self.network} {self.width:g}, {self.dataset}, seeds {a} and {b}",
+            "method": method,
+            "shape": shape,
+        }
+        if method != "unaligned":
+            config["match_images"] = self.match_images
+        if shape != "line":
+            config["recipe"] = self.recipe(self.curve_epochs).config()
+        return config
+
+    def _here(self, theta: Mapping[str, Tensor]) -> Theta:
+        return {name: x.to(self.task.device) for name, x in theta.items()}

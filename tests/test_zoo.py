@@ -1,0 +1,85 @@
+"""Experiments: parameters by name; one configuration, one entry; the shipped networks are true."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mcnotes import evaluate, store, train
+from mcnotes.zoo import Experiment
+
+TINY = Experiment(width=2, epochs=1, curve_epochs=1, points=3, statistics=100, match_images=100)
+
+
+def test_parameters_by_name() -> None:
+    names = {"epochs": 3, "width": 4, "np": np, "_hidden": 1, "In": [], "pairs": [[1, 2]]}
+    assert Experiment.of(names, also=["pairs"]) == Experiment(epochs=3, width=4)
+    with pytest.raises(ValueError, match=r"'epoch' is not a parameter.*did you mean 'epochs'"):
+        Experiment.of({"epoch": 3})
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="got method 'best', expected one of"):
+        TINY.pair(1, 2, "best")
+    with pytest.raises(ValueError, match="got shape 'spline', expected one of"):
+        TINY.curve(1, 2, "unaligned", "spline")
+
+
+def test_stored_configurations_still_name_their_files() -> None:
+    """A file whose configuration does not hash to its name is out of date."""
+    entries = [p for p in store.zoo().iterdir() if p.suffix in (".safetensors", ".json")]
+    assert entries, "the zoo is empty: run `make zoo`"
+    for path in entries:
+        assert store.file_name(store.read_config(path), path.suffix) == path.name
+
+
+def test_default_experiment_is_in_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when a default changes and the zoo was not rebuilt."""
+    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
+    laptop = Experiment()
+    for seed in range(1, 7):
+        assert laptop.endpoint(seed)
+    for a, b in ((1, 2), (3, 4), (5, 6)):
+        for method in ("unaligned", "aligned"):
+            for shape in ("line", "bezier"):
+                laptop.path(a, b, method, shape)
+    assert not list(tmp_path.glob("*.*")), "something was computed: run `make zoo`"
+
+
+def test_stored_network_is_what_training_gives() -> None:
+    """The first epochs of the zoo's cheapest claim, recomputed: an end point's scores."""
+    laptop = Experiment(device="cpu")
+    theta = laptop.endpoint(1)
+    again = train.fit(laptop.net, laptop.task, laptop.recipe(laptop.epochs), seed=1).theta
+    stored, fresh = (evaluate.score(laptop.net, x, laptop.task.test) for x in (theta, again))
+    gap = max((theta[n] - again[n]).abs().max().item() for n in theta if "weight" in n)
+    print(f"largest difference in a weight {gap:.2e}; accuracy {stored} {fresh}")
+    assert abs(stored.accuracy - fresh.accuracy) < 0.015
+    assert abs(stored.loss - fresh.loss) < 0.04
+
+
+def test_stored_path_is_what_evaluation_gives() -> None:
+    laptop = Experiment(device="cpu")
+    path = laptop.path(1, 2, "unaligned", "line")
+    middle = len(path.t) // 2
+    theta = laptop.curve(1, 2, "unaligned", "line")(float(path.t[middle]))
+    images = laptop.task.train.first(laptop.statistics)
+    theta = evaluate.batchnorm(laptop.net, theta, images)
+    score = evaluate.score(laptop.net, theta, laptop.task.test)
+    assert score.loss == pytest.approx(path.loss[middle], rel=1e-3)
+    assert score.accuracy == pytest.approx(path.accuracy[middle], abs=2e-3)
+
+
+def test_everything_is_kept_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
+    monkeypatch.setenv("MCNOTES_ZOO", str(tmp_path / "none"))
+    first = {s: TINY.path(1, 2, "aligned", s) for s in ("line", "bezier", "chain")}
+    monkeypatch.setattr(train, "fit", None)
+    monkeypatch.setattr(train, "fit_curve", None)
+    monkeypatch.setattr(evaluate, "along", None)
+    for shape, path in first.items():
+        again = Experiment(**vars(TINY) | {"device": "cpu"}).path(1, 2, "aligned", shape)
+        np.testing.assert_array_equal(again.loss, path.loss)
+    curve = TINY.curve(1, 2, "aligned")
+    assert torch.equal(curve(0.0)["head.weight"], TINY.endpoint(1)["head.weight"])
