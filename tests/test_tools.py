@@ -313,6 +313,11 @@ class TestExtensions:
         assert source[0].startswith("Before.\n\n## `mcnotes.curves`")
         assert source[0].count(".. automodule:: mcnotes.") == 2
 
+    def test_single_backticks_in_docstrings_are_code(self) -> None:
+        lines = ["Two `nn.Module`s and `a", "b`; not ``c`` nor :func:`d`."]
+        pages.mark_code(None, "module", "", None, None, lines)
+        assert lines == [r"Two ``nn.Module``\ s and ``a", "b``; not ``c`` nor :func:`d`."]
+
     def test_formulas_render_without_a_script_and_faults_are_warnings(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

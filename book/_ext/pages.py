@@ -51,8 +51,16 @@ def list_modules(app: Any, docname: str, source: list[str]) -> None:
     source[0] = re.sub(r"```\{modules\}\n(.*?)```", sections, source[0], flags=re.DOTALL)
 
 
+def mark_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Read `x` in docstrings as code, as Markdown does (in reStructuredText it means nothing)."""
+    code = re.compile(r"(?<![`:])`([^`]+)`(?!`)(\w*)")
+    plain = code.sub(lambda m: f"``{m[1]}``" + (f"\\ {m[2]}" if m[2] else ""), "\n".join(lines))
+    lines[:] = plain.split("\n")
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", list_modules)
+    app.connect("autodoc-process-docstring", mark_code)
     app.connect("doctree-resolved", drop_repeated_ids)
     app.connect("html-page-context", add_tags)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
