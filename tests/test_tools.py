@@ -151,16 +151,16 @@ class TestColabCell:
         notebooks.stamp(made, "https://example.org/a/b")
         assert len(made.cells) == count + 1
         assert made.cells[0].source == notebooks.setup_source("https://example.org/a/b")
-        assert 'REPOSITORY = "https://example.org/a/b"' in made.cells[0].source
+        assert made.cells[0].source.endswith('set_up_colab("https://example.org/a/b")')
 
-    def test_does_nothing_elsewhere(self) -> None:
+    def test_elsewhere_does_nothing_and_leaves_no_variable(self) -> None:
         names: dict[str, Any] = {}
         exec(notebooks.setup_source(""), names)
-        assert {name for name in names if not name.startswith("__")} == {"sys", "REPOSITORY"}
+        assert {name for name in names if not name.startswith("__")} == {"set_up_colab"}
 
     def test_without_an_address_says_what_to_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())  # type: ignore[misc]
-        with pytest.raises(RuntimeError, match="set REPOSITORY in this cell"):
+        with pytest.raises(RuntimeError, match="address to clone into the last line"):
             exec(notebooks.setup_source(""), {})
 
     def test_clones_enters_and_installs_once(
@@ -236,8 +236,8 @@ class TestRunner:
             (small_book / file).write_text("x")
             keys.append(chapters.inputs())
         assert len(set(keys)) == 4
-        (small_book / "data/store/a").write_text("x")
-        (small_book / "data/downloads/a").write_text("x")
+        for file in ("data/store/a.json", "data/downloads/a.npz", "data/zoo/a.checkpoint"):
+            (small_book / file).write_text("x")
         assert chapters.inputs() == keys[-1]
 
     def test_a_wrong_preset_stops_before_anything_runs(

@@ -48,11 +48,9 @@ def select(only: list[str]) -> list[Path]:
 def inputs() -> str:
     """Hash of all that a chapter's numbers depend on besides its own code and parameters."""
     state = hashlib.sha256(f"torch {version('torch')} python {sys.version}".encode())
-    made = [ROOT / "data" / folder for folder in ("store", "downloads")]
-    files = [*ROOT.glob("mcnotes/*.py"), *ROOT.glob("data/**/*")]
-    for path in sorted(path for path in files if path.is_file()):
-        if any(folder in path.parents for folder in made):
-            continue
+    patterns = ("mcnotes/*.py", "data/*.npz", "data/zoo/*.safetensors", "data/*/*.json")
+    files = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    for path in sorted(path for path in files if path.parent.name not in ("store", "downloads")):
         state.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return state.hexdigest()
 

@@ -81,7 +81,7 @@ def parameters(notebook: Notebook) -> dict[str, Any]:
 def setup_source(url: str) -> str:
     """The first cell of every notebook, for a repository at `url` ("" where there is none)."""
     text = SETUP.read_text("utf8").rstrip("\n")
-    return text.replace('REPOSITORY = ""', f'REPOSITORY = "{url}"')
+    return text.replace('set_up_colab("")', f'set_up_colab("{url}")')
 
 
 def stamp(notebook: Notebook, url: str) -> None:
