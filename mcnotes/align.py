@@ -113,7 +113,6 @@ def match(
     at: At = "post",
     cost: Cost = "correlation",
     batch_size: int | None = None,
-    progress: bool = True,
 ) -> Matching:
     """The permutation of B's units that makes them most similar to A's (paper, algorithm 1).
 
@@ -124,9 +123,7 @@ def match(
     Raises AlignmentError when the networks differ in shape, or there is nothing to correlate.
     """
     start = time.perf_counter()
-    moments = stream(
-        net, theta_a, theta_b, images, sym, at=at, batch_size=batch_size, progress=progress
-    )
+    moments = stream(net, theta_a, theta_b, images, sym, at=at, batch_size=batch_size)
     perm, before, after, dead, ambiguous = {}, {}, {}, {}, {}
     for name, taps in moments.items():
         similarity = torch.stack([m.similarity(cost) for m in taps]).sum(0)
@@ -151,7 +148,6 @@ def stream(
     *,
     at: At = "post",
     batch_size: int | None = None,
-    progress: bool = True,
 ) -> dict[str, list[Moments]]:
     """The moments of every tap of every group, in one pass over `images`, evaluation mode.
 
@@ -168,7 +164,7 @@ def stream(
     moments: dict[str, list[Moments]] = {}
     tap: Callable[[Theta, Tensor], dict[str, list[Tensor]]] = sym.tapper(net, at=at)
     a, b = ({n: x.to(device) for n, x in theta.items()} for theta in (theta_a, theta_b))
-    bar = tqdm(total=len(images), desc="correlating", disable=not progress, leave=False)
+    bar = tqdm(total=len(images), desc="correlating", leave=False)
     with evaluate.mode(net, training=False), torch.no_grad(), bar:
         for x, _ in images.batches(size):
             for (name, acts_a), acts_b in zip(tap(a, x).items(), tap(b, x).values(), strict=True):

@@ -115,7 +115,6 @@ def along(
     *,
     statistics: Split | None,
     points: int = 25,
-    progress: bool = True,
 ) -> Path:
     """Loss and accuracy on `split` at `points` equidistant t in [0, 1].
 
@@ -125,7 +124,7 @@ def along(
     if points < 2:
         raise ValueError(f"along: got points={points}, expected at least 2 (both ends)")
     ts = torch.linspace(0, 1, points, dtype=torch.float64)
-    bar = tqdm(ts.tolist(), desc="along the curve", disable=not progress, leave=False)
+    bar = tqdm(ts.tolist(), desc="along the curve", leave=False)
     scores = np.array([_score_at(net, curve(t), split, statistics) for t in bar])
     arc = curve.lengths(ts, names=dict(net.named_parameters()))
     return Path(ts.numpy(), arc.cpu().numpy(), scores[:, 0], scores[:, 1])
@@ -153,7 +152,6 @@ def plane(
     statistics: Split | None,
     resolution: int = 17,
     margin: float = 0.2,
-    progress: bool = True,
 ) -> Plane:
     """Evaluate a `resolution`² grid of the plane through three networks (paper, section 5).
 
@@ -169,7 +167,7 @@ def plane(
     # Barycentric weights of every cell: the affine map that sends the corners to themselves.
     solve = np.linalg.inv(np.vstack([at.T, np.ones(3)]))
     cells = [(solve @ [u, v, 1.0]).tolist() for v in y for u in x]
-    bar = tqdm(cells, desc="plane", disable=not progress, leave=False)
+    bar = tqdm(cells, desc="plane", leave=False)
     found = np.array([_score_at(net, combine(corners, w), split, statistics) for w in bar])
     grid = found.reshape(resolution, resolution, 2)
     return Plane(x, y, grid[..., 0], grid[..., 1], at)

@@ -124,7 +124,6 @@ def fit(
     init: Theta | None = None,
     perturb: Perturb | None = None,
     checkpoint: Checkpoint | None = None,
-    progress: bool = True,
 ) -> Fit:
     """Train `net` on `task.train` from `init` (default: `initialise(net, seed)`).
 
@@ -133,7 +132,7 @@ def fit(
     With a `checkpoint` a stopped run goes on from its last epoch and ends with the same weights.
     """
     curve = Curve((init or initialise(net, seed),))
-    fitted = _run(net, curve, slice(0, 1), task, recipe, seed, perturb, checkpoint, progress)
+    fitted = _run(net, curve, slice(0, 1), task, recipe, seed, perturb, checkpoint)
     theta = evaluate.batchnorm(net, fitted.theta, task.train)
     return fitted._replace(curve=fitted.curve.with_points([theta]))
 
@@ -147,7 +146,6 @@ def fit_curve(
     seed: int,
     perturb: Perturb | None = None,
     checkpoint: Checkpoint | None = None,
-    progress: bool = True,
 ) -> Fit:
     """Train the inner control points of `curve`: minimise E_{t~U[0,1]} L(r(t)) (paper, eq. 2).
 
@@ -157,7 +155,7 @@ def fit_curve(
     if curve.degree < 2:
         raise TrainingError(f"fit_curve: a curve of degree {curve.degree} has no inner point to "
                             "train; use curves.bezier(a, b) or curves.chain(a, b)")  # fmt: skip
-    return _run(net, curve, slice(1, -1), task, recipe, seed, perturb, checkpoint, progress)
+    return _run(net, curve, slice(1, -1), task, recipe, seed, perturb, checkpoint)
 
 
 def _run(
@@ -169,12 +167,11 @@ def _run(
     seed: int,
     perturb: Perturb | None,
     checkpoint: Checkpoint | None,
-    progress: bool,
 ) -> Fit:
     step = Step(net, curve, free, recipe, task.device, perturb)
     start, losses = _resume(checkpoint, step)
     bar = tqdm(range(start, recipe.epochs), initial=start, total=recipe.epochs, desc="epoch",
-               disable=not progress, leave=False)  # fmt: skip
+               leave=False)  # fmt: skip
     for epoch in bar:
         devices = [task.device] if task.device.type == "cuda" else []
         with evaluate.mode(net, training=True), torch.random.fork_rng(devices):
