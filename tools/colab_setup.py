@@ -1,4 +1,4 @@
-def set_up_colab(repository: str, folder: str = "mode-connectivity-book") -> None:
+def set_up_colab(repository: str, folder: str = "mcnotes-book") -> None:
     """In Colab: get the book's code and data. Elsewhere: do nothing."""
     import os
     import subprocess
