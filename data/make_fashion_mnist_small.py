@@ -4,8 +4,8 @@
     python data/make_fashion_mnist_small.py --download    # or let torchvision fetch them
 
 Of each of the ten classes it takes 1,200 training and 300 test images of Fashion-MNIST: the first
-in the order of `mcnotes.data.fair_order`, that is, by the hash of their pixels. Images that occur
-more than once, in either set, are left out. The same files give the same bytes.
+in the order of `mcnotes.sources.fair_order`, that is, by the hash of their pixels. Images that
+occur more than once, in either set, are left out. The same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import hashlib
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mcnotes.data import fair_order
+from mcnotes.sources import fair_order
 
 HERE = Path(__file__).resolve().parent
 CLASS_NAMES = (
@@ -73,7 +74,7 @@ def make(folder: Path) -> bytes:
         everything.reshape(len(everything), -1), axis=0, return_inverse=True, return_counts=True
     )
     single = np.split(count[which] == 1, [len(sets["train"][0])])
-    arrays: dict[str, NDArray] = {"class_names": np.array(CLASS_NAMES)}
+    arrays: dict[str, NDArray[Any]] = {"class_names": np.array(CLASS_NAMES)}
     for (split, (images, labels)), keep in zip(sets.items(), single, strict=True):
         images, labels = images[keep], labels[keep]
         chosen = balanced(images, labels, PER_CLASS[split])
@@ -81,7 +82,7 @@ def make(folder: Path) -> bytes:
     return npz_bytes(arrays)
 
 
-def npz_bytes(arrays: dict[str, NDArray]) -> bytes:
+def npz_bytes(arrays: dict[str, NDArray[Any]]) -> bytes:
     """A compressed .npz file without dates in it."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:

@@ -1,12 +1,14 @@
 """Random image augmentation of whole batches on their device, reproducible from a generator.
 
-Every sample draws its own parameters; there is no loop over samples and no transfer to the host.
+Every sample draws its own parameters; there is no loop over samples and no transfer to the host, so
+that a CUDA graph can hold the whole of it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,15 +19,16 @@ from torch.nn import functional as F
 class Augment:
     """Per-sample random flip, crop, rotation, scale and colour of a batch of images.
 
-    padding    pixels of zeros round the image before a window of the old size is cut out of it
-    flip       mirror left to right, with probability 1/2
-    rotation   degrees; the angle is uniform in [-rotation, rotation], about the centre
-    scale      (low, high); the factor is uniform between them
-    contrast   c; blend with the image's mean grey, factor uniform in [1 - c, 1 + c]
-    saturation s; blend with each pixel's grey, factor uniform in [1 - s, 1 + s]; RGB only
+    In this order:
+    flip        mirror left to right, with probability 1/2
+    padding     pixels of zeros on each side; a window of the old size is cut out at random
+    rotation    degrees; the angle is uniform in [-rotation, rotation], about the centre
+    scale       (low, high); the magnification is uniform between them
+    contrast    c; blend with the image's mean grey, weight uniform in [1 - c, 1 + c]
+    saturation  s; blend with each pixel's grey, weight uniform in [1 - s, 1 + s]
 
-    Flip and crop move pixels exactly. With rotation or scale, all four are one bilinear resampling
-    with zeros outside.
+    The first four are one resampling. Without rotation and scale it moves pixels exactly, else it
+    is bilinear; outside are zeros. Colour is clipped to [0, 1].
     """
 
     padding: int = 0
@@ -36,54 +39,66 @@ class Augment:
     saturation: float = 0.0
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Augmented copy of float images [N, C, H, W] in [0, 1], same shape and range."""
-        if self.rotation or self.scale != (1.0, 1.0):
-            images = self._resample(images, generator)
-        elif self.flip or self.padding:
-            images = self._shift(images, generator)
+        """Augmented float images [N, C, H, W] in [0, 1] from such; nothing is changed in place.
+
+        Each call draws 7 N numbers from `generator` (torch's global one if None), used or not.
+        """
+        source = images.device if generator is None else generator.device
+        draws = torch.rand(7, len(images), generator=generator, device=source)
+        draws = draws.to(images.device, non_blocking=True)
+        if self.flip or self.padding or self.rotation or self.scale != (1.0, 1.0):
+            images = self._move(images, draws[:5])
+        if self.contrast or self.saturation:
+            images = self._colour(images, draws[5:])
         return images
 
-    def _uniform(
-        self, images: Tensor, generator: torch.Generator | None, low: float, high: float
-    ) -> Tensor:
-        """Uniform numbers [N] in [low, high) on the images' device."""
-        device = images.device if generator is None else generator.device
-        u = torch.rand(len(images), generator=generator, device=device)
-        return u.to(images.device, non_blocking=True) * (high - low) + low
+    def _move(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Fetch output pixel p, counted from the centre, from mirror * (R p / scale) + offset."""
+        size = images.shape[-2:]
+        angle = (draws[0] - 0.5) * math.radians(2 * self.rotation)
+        cos, sin = angle.cos(), angle.sin()
+        if self.scale != (1.0, 1.0):
+            low, high = self.scale
+            magnification = draws[1] * (high - low) + low
+            cos, sin = cos / magnification, sin / magnification
+        mirror = 1 - 2 * draws[2].round() if self.flip else 1
+        dx, dy = (draws[3:5] * (2 * self.padding + 1)).floor() - self.padding
+        pixels, unit = _centred(*size, images.device)
+        affine = torch.stack((mirror * cos, mirror * sin, dx, -sin, cos, dy), 1).view(-1, 2, 3)
+        grid = ((affine * unit).view(-1, 3) @ pixels).view(-1, 2, *size).permute(0, 2, 3, 1)
+        whole_pixels = not self.rotation and self.scale == (1.0, 1.0)
+        mode = "nearest" if whole_pixels else "bilinear"
+        return F.grid_sample(images, grid, mode, align_corners=False)
 
-    def _offsets(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Whole-pixel shifts [N], each of -padding..padding with the same probability."""
-        width = 2 * self.padding + 1
-        return self._uniform(images, generator, 0, width).floor() - self.padding
+    def _colour(self, images: Tensor, draws: Tensor) -> Tensor:
+        if self.contrast:
+            weight = 1 + (2 * draws[0] - 1) * self.contrast
+            mean = _grey(images).mean((1, 2, 3), keepdim=True)
+            images = torch.lerp(mean, images, weight[:, None, None, None]).clamp(0, 1)
+        if self.saturation:
+            weight = 1 + (2 * draws[1] - 1) * self.saturation
+            images = torch.lerp(_grey(images), images, weight[:, None, None, None]).clamp(0, 1)
+        return images
 
-    def _shift(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        n, channels, height, width = images.shape
-        rows = torch.arange(height, device=images.device)
-        columns = torch.arange(width, device=images.device).expand(n, width)
-        if self.flip:
-            mirrored = self._uniform(images, generator, 0, 1) < 0.5
-            columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
-        p = self.padding
-        padded = F.pad(images, (p, p, p, p))
-        dy, dx = (self._offsets(images, generator).long() + p for _ in range(2))
-        y = (rows + dy[:, None])[:, None, :, None]
-        x = (columns + dx[:, None])[:, None, None, :]
-        sample = torch.arange(n, device=images.device)[:, None, None, None]
-        channel = torch.arange(channels, device=images.device)[None, :, None, None]
-        return padded[sample, channel, y, x]
 
-    def _resample(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        height, width = images.shape[-2:]
-        angle = self._uniform(images, generator, -self.rotation, self.rotation) * (math.pi / 180)
-        factor = self._uniform(images, generator, *self.scale)
-        mirror = torch.ones_like(angle)
-        if self.flip:
-            mirror = torch.where(self._uniform(images, generator, 0, 1) < 0.5, -1.0, 1.0)
-        dy, dx = (self._offsets(images, generator) * 2 / size for size in (height, width))
-        cos, sin = angle.cos() / factor, angle.sin() / factor
-        rows = (
-            torch.stack((cos * mirror, -sin, dx), 1),
-            torch.stack((sin * mirror, cos, dy), 1),
-        )
-        grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, align_corners=False)
+def _grey(images: Tensor) -> Tensor:
+    """Brightness [N, 1, H, W] of RGB images by ITU-R BT.601; one channel is its own."""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = images.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+
+
+@lru_cache(maxsize=8)
+def _centred(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pixels as columns (x, y, 1) [3, H * W], counted from the image's centre.
+
+    And what turns pixels into the units of grid_sample, [2, 1]: from -1 to 1, edge to edge.
+    """
+    y, x = torch.meshgrid(
+        torch.arange(height) - (height - 1) / 2,
+        torch.arange(width) - (width - 1) / 2,
+        indexing="ij",
+    )
+    pixels = torch.stack((x, y, torch.ones_like(x))).view(3, -1)
+    return pixels.to(device), torch.tensor([[2 / width], [2 / height]]).to(device)

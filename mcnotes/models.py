@@ -18,7 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-DRAWN = (nn.Conv2d, nn.Linear)
+
+class Network(nn.Module):
+    """A network that draws the weights of its layers of the classes `drawn` by `draw`."""
+
+    draw: Callable[[Tensor], Tensor] = staticmethod(nn.init.xavier_normal_)
+    drawn: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
+
+    def reset_parameters(self) -> None:
+        """Draw them anew; call after the layers' own `reset_parameters`, which do the rest."""
+        for layer in self.modules():
+            if isinstance(layer, self.drawn):
+                self.draw(layer.weight)  # type: ignore[arg-type]  # it may be any class of layers
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -66,7 +77,7 @@ class ConvBlock(nn.Module):
         return F.relu(x) if self.relu else x
 
 
-class TinyTen(nn.Module):
+class TinyTen(Network):
     """Eight conv-BN-ReLU blocks w, w, 2w/2, 2w, 2w, 4w/2, 4w (no padding), 4w (1 x 1).
 
     With `width=16`, 10 classes and 3 channels it has 86,458 parameters (the paper's 0.09 M). Images
@@ -90,8 +101,7 @@ class TinyTen(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew; layers without a say here keep what they have."""
-        _draw_weights(self, nn.init.xavier_normal_)
+        super().reset_parameters()
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,41 +109,40 @@ class TinyTen(nn.Module):
         return logits
 
 
-class PadShortcut(nn.Module):
-    """Every second pixel, and zeros for the `new` channels: no parameters (He et al. 2016)."""
-
-    def __init__(self, new: int) -> None:
-        super().__init__()
-        self.new = new
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.new // 2, self.new - self.new // 2))
-
-
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut, added before the last ReLU (He et al. 2016)."""
+    """Two 3 x 3 convolutions beside a shortcut, added before the last ReLU (He et al. 2016).
+
+    Where the width grows, the shortcut is a 1 x 1 convolution with BatchNorm, or, for "pad", takes
+    every second pixel and adds channels of zeros.
+    """
 
     def __init__(self, before: int, after: int, stride: int, shortcut: str) -> None:
         super().__init__()
         self.first = ConvBlock(before, after, stride=stride)
         self.second = ConvBlock(after, after, relu=False)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 and shortcut == "conv":
+        self.new = after - before
+        if self.new and shortcut == "conv":
             self.shortcut = ConvBlock(before, after, kernel=1, stride=stride, relu=False)
-        elif stride != 1:
-            self.shortcut = PadShortcut(after - before)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.second(self.first(x)) + self.shortcut(x))
+        y = self.second(self.first(x))
+        if hasattr(self, "shortcut"):
+            x = self.shortcut(x)
+        elif self.new:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.new // 2, self.new - self.new // 2))
+        return F.relu(y + x)
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """ResNet for small images: three stages of (depth - 2) / 6 blocks of width w, 2w, 4w.
 
     ResNet32 has 466,906 parameters for 10 classes and 3 channels (the paper's 0.47 M) with
     `shortcut="conv"`, the 1 x 1 convolution and BatchNorm of the authors' code, and 464,154 with
     `shortcut="pad"`, the original one. Raises ValueError for other shortcuts and depths not 6n + 2.
     """
+
+    draw = staticmethod(partial(nn.init.kaiming_normal_, mode="fan_out"))
+    drawn = (nn.Conv2d,)
 
     def __init__(
         self, depth: int = 32, num_classes: int = 10, in_channels: int = 3, width: int = 16, *,
@@ -153,10 +162,6 @@ class ResNet(nn.Module):
             self.stages.append(nn.Sequential(first, *rest))
         self.head = nn.Linear(4 * width, num_classes)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the convolutions anew; layers without a say here keep what they have."""
-        _draw_weights(self, partial(nn.init.kaiming_normal_, mode="fan_out"), nn.Conv2d)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.stages(self.stem(normalise(x))).mean(dim=(2, 3)))
@@ -204,7 +209,7 @@ class WithAuxiliary(NamedTuple):
     late: Tensor
 
 
-class GoogLeNet(nn.Module):
+class GoogLeNet(Network):
     """Inception v1 with BatchNorm, for small images as in the authors' code.
 
     The 7 x 7 stem has stride 1, and only the poolings before 3a and 4a are left. With
@@ -213,6 +218,8 @@ class GoogLeNet(nn.Module):
     parameters, with auxiliary heads 10,237,388 (the paper's 10.24 M). `width` is a factor on all
     channels. Dropout (0.2, in the auxiliary heads 0.7) draws from torch's global generator.
     """
+
+    draw = staticmethod(partial(nn.init.trunc_normal_, std=0.01, a=-0.02, b=0.02))
 
     def __init__(
         self, num_classes: int = 10, in_channels: int = 3, width: float = 1.0, *,
@@ -233,14 +240,13 @@ class GoogLeNet(nn.Module):
             self.inceptions[name] = Inception(before, sizes)
             before = one + two + three + pool
             if auxiliary and name in ("4a", "4d"):
-                self.auxiliary[name] = _auxiliary_head(before, scaled(128, 1024), num_classes)
+                c, hidden = scaled(128, 1024)
+                first = [nn.AdaptiveAvgPool2d(4), block(before, c, 1), nn.Flatten()]
+                last = [nn.ReLU(), nn.Dropout(0.7), nn.Linear(hidden, num_classes)]
+                self.auxiliary[name] = nn.Sequential(*first, nn.Linear(16 * c, hidden), *last)
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(before, num_classes)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights anew; layers without a say here keep what they have."""
-        _draw_weights(self, partial(nn.init.trunc_normal_, std=0.01, a=-0.02, b=0.02))
 
     def forward(self, x: Tensor) -> Tensor | WithAuxiliary:
         x = self.stem(normalise(x))
@@ -251,25 +257,6 @@ class GoogLeNet(nn.Module):
                 extra.append(self.auxiliary[name](x))
         logits: Tensor = self.head(self.dropout(x.mean(dim=(2, 3))))
         return WithAuxiliary(logits, *extra) if extra else logits
-
-
-def _auxiliary_head(before: int, sizes: Sequence[int], num_classes: int) -> nn.Sequential:
-    channels, hidden = sizes
-    return nn.Sequential(
-        nn.AdaptiveAvgPool2d(4),
-        ConvBlock(before, channels, 1, eps=1e-3),
-        nn.Flatten(),
-        nn.Linear(16 * channels, hidden),
-        nn.ReLU(),
-        nn.Dropout(0.7),
-        nn.Linear(hidden, num_classes),
-    )
-
-
-def _draw_weights(net: nn.Module, draw: Callable[[Tensor], Any], kinds: Any = DRAWN) -> None:
-    for layer in net.modules():
-        if isinstance(layer, kinds):
-            draw(layer.weight)
 
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
