@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 import pytest
+import torch
 from docutils.core import publish_doctree
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from book._ext import mathematics, pages, repository
+from mcnotes.curves import Curve
+from mcnotes.zoo import Experiment
 from tools import chapters, notebooks, presets
 
 
@@ -314,9 +318,19 @@ class TestExtensions:
         assert source[0].count(".. automodule:: mcnotes.") == 2
 
     def test_single_backticks_in_docstrings_are_code(self) -> None:
-        lines = ["Two `nn.Module`s and `a", "b`; not ``c`` nor :func:`d`."]
+        lines = ["Two `nn.Module`s and `a", "b`; not ``c`` nor :func:`d` nor :py:func:`e`; `f`"]
         pages.mark_code(None, "module", "", None, None, lines)
-        assert lines == [r"Two ``nn.Module``\ s and ``a", "b``; not ``c`` nor :func:`d`."]
+        assert lines == [
+            r"Two ``nn.Module``\ s and ``a",
+            "b``; not ``c`` nor :func:`d` nor :py:func:`e`; ``f``",
+        ]
+
+    def test_other_projects_docstrings_stay_out(self) -> None:
+        fields = NamedTuple("fields", [("x", int)])
+        for obj in (torch.nn.Linear, partial(torch.nn.init.zeros_), fields.x):
+            assert pages.skip_foreign(None, "class", "x", obj, False, None) is True
+        for obj in (Experiment.task, Experiment.of, Curve, Curve.degree):
+            assert pages.skip_foreign(None, "class", "x", obj, False, None) is None
 
     def test_formulas_render_without_a_script_and_faults_are_warnings(
         self, monkeypatch: pytest.MonkeyPatch

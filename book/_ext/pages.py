@@ -53,14 +53,26 @@ def list_modules(app: Any, docname: str, source: list[str]) -> None:
 
 def mark_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Read `x` in docstrings as code, as Markdown does (in reStructuredText it means nothing)."""
-    code = re.compile(r"(?<![`:])`([^`]+)`(?!`)(\w*)")
-    plain = code.sub(lambda m: f"``{m[1]}``" + (f"\\ {m[2]}" if m[2] else ""), "\n".join(lines))
+    marked = re.compile(r"(:[\w:]+:`[^`]*`|``.*?``)|`([^`]+)`(\w*)", re.DOTALL)
+
+    def code(found: re.Match[str]) -> str:
+        return found[1] or f"``{found[2]}``" + (f"\\ {found[3]}" if found[3] else "")
+
+    plain = marked.sub(code, "\n".join(lines))
     lines[:] = plain.split("\n")
+
+
+def skip_foreign(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out what brings another project's docstring: aliases, partials, fields of tuples."""
+    inner = getattr(obj, "func", obj)  # of a cached property, or of a partial
+    home = getattr(inner, "__module__", None) or "builtins"
+    return True if home.split(".")[0] not in ("mcnotes", "builtins") else None
 
 
 def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", list_modules)
     app.connect("autodoc-process-docstring", mark_code)
+    app.connect("autodoc-skip-member", skip_foreign)
     app.connect("doctree-resolved", drop_repeated_ids)
     app.connect("html-page-context", add_tags)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -12,6 +12,11 @@ document.addEventListener("DOMContentLoaded", () => {
   sidebar?.setAttribute("role", "navigation");
   sidebar?.setAttribute("aria-label", "Chapters and search");
 
+  // The bibliography's entries: list roles that their contents do not fit.
+  for (const entry of document.querySelectorAll(".citation-list, .citation")) {
+    entry.removeAttribute("role");
+  }
+
   // What scrolls sideways must be reachable from the keyboard.
   const boxes = ".katex-display > .katex, .output.text_html, .pst-scrollable-table-container, pre";
   const mark = () => {
