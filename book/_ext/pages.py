@@ -65,7 +65,7 @@ def mark_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: lis
 def skip_foreign(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
     """Leave out what brings another project's docstring: aliases, partials, fields of tuples."""
     inner = getattr(obj, "func", obj)  # of a cached property, or of a partial
-    home = getattr(inner, "__module__", None) or "builtins"
+    home = getattr(inner, "__module__", None) or type(inner).__module__
     return True if home.split(".")[0] not in ("mcnotes", "builtins") else None
 
 
