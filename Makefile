@@ -7,6 +7,7 @@ JOBS   ?= 2
 BIN   := $(VENV)/bin
 BOOK  := $(BIN)/python -m tools.book
 READY := $(VENV)/.ready
+ALL   := '.[book,test]'
 QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
 
 .DEFAULT_GOAL := help
@@ -44,6 +45,6 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[book,test]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e $(ALL) || $(BIN)/pip install --quiet -e $(ALL)
 	$(BOOK) katex
 	@touch $@
