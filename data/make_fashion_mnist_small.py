@@ -36,7 +36,6 @@ CLASS_NAMES = (
     "Bag",
     "Ankle boot",
 )
-PER_CLASS = {"train": 1_200, "test": 300}
 PREFIX = {"train": "train", "test": "t10k"}
 
 
@@ -60,8 +59,8 @@ def balanced(
     return chosen[fair_order(images[chosen], labels[chosen])]
 
 
-def make(folder: Path) -> bytes:
-    """The .npz file made from the IDX files in `folder`."""
+def make(folder: Path, per_class: dict[str, int]) -> bytes:
+    """The .npz file made from the IDX files in `folder`, with so many images of each class."""
     sets = {
         split: (
             read_idx(folder, f"{p}-images-idx3-ubyte"),
@@ -77,7 +76,7 @@ def make(folder: Path) -> bytes:
     arrays: dict[str, NDArray[Any]] = {"class_names": np.array(CLASS_NAMES)}
     for (split, (images, labels)), keep in zip(sets.items(), single, strict=True):
         images, labels = images[keep], labels[keep]
-        chosen = balanced(images, labels, PER_CLASS[split])
+        chosen = balanced(images, labels, per_class[split])
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[chosen], labels[chosen]
     return npz_bytes(arrays)
 
@@ -101,6 +100,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="where the four IDX files are")
     parser.add_argument("--download", action="store_true", help="fetch them with torchvision")
     parser.add_argument("--out", type=Path, default=HERE / "fashion-mnist-small.npz")
+    parser.add_argument("--train", type=int, default=1_200, help="training images of each class")
+    parser.add_argument("--test", type=int, default=300, help="test images of each class")
     args = parser.parse_args()
     if args.download:
         from torchvision.datasets import FashionMNIST
@@ -109,7 +110,7 @@ def main() -> None:
         args.folder = HERE / "downloads" / "FashionMNIST" / "raw"
     if args.folder is None:
         parser.error("pass the folder of the IDX files, or --download")
-    content = make(args.folder)
+    content = make(args.folder, {"train": args.train, "test": args.test})
     args.out.write_bytes(content)
     print(f"{args.out}: {len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}")
 

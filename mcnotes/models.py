@@ -7,8 +7,6 @@ Weights are drawn from torch's global generator, in the distributions of the aut
 (IBM/NeuronAlignment), which also settles the shortcuts of ResNet and the size of GoogLeNet.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -21,6 +21,10 @@ from numpy.typing import NDArray
 
 Arrays = dict[str, NDArray[Any]]
 TINY = "tiny-imagenet-200"
+DAMAGE = (  # what NumPy and zipfile raise for files that are not what they should be
+    *(OSError, ValueError, EOFError, TypeError, AttributeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 class DataError(RuntimeError):
@@ -56,9 +60,9 @@ def read(name: str, root: Path, torchvision_class: str | None, download: bool) -
 def read_npz(path: Path) -> Arrays:
     """All arrays of a `.npz` file. Raises DataError if it is damaged; nothing is unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGE as error:
         raise DataError(
             f"data.load: {path} is damaged or no .npz file ({error}); "
             "delete it and fetch or make it again"
@@ -113,11 +117,18 @@ def read_tiny_imagenet(folder: Path) -> Arrays:
     ids = _lines(folder / "wnids.txt")
     words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt"))
     place = {wnid: label for label, wnid in enumerate(sorted(ids))}
-    train = [(f, place[i]) for i in place for f in (folder / "train" / i / "images").glob("*.JPEG")]
+    found = {i: sorted((folder / "train" / i / "images").glob("*.JPEG")) for i in place}
+    most, least = (pick(found, key=lambda i: len(found[i])) for pick in (max, min))
+    if len(found[least]) < max(1, len(found[most])):
+        raise DataError(
+            f"data.load: in {folder / 'train'}, {least} has {len(found[least])} pictures, "
+            f"{most} has {len(found[most])}; unpack {TINY}.zip there again"
+        )
+    train = [(file, place[i]) for i, files in found.items() for file in files]
     rows = [line.split("\t")[:2] for line in _lines(folder / "val" / "val_annotations.txt")]
     test = [(folder / "val" / "images" / file, place[wnid]) for file, wnid in rows]
     arrays: Arrays = {"class_names": np.array([words.get(i, i).split(",")[0] for i in place])}
-    for split, files in (("train", sorted(train)), ("test", test)):
+    for split, files in (("train", train), ("test", test)):
         arrays[f"{split}_images"] = np.stack([_decode(file) for file, _ in files])
         arrays[f"{split}_labels"] = np.array([label for _, label in files])
     return arrays
