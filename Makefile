@@ -43,8 +43,9 @@ clean:  ## remove what was built, keep .venv and data
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
-	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e $(ALL) || $(BIN)/pip install --quiet -e $(ALL)
-	$(BOOK) katex
+	@echo 'Setting up $(VENV); most of it is PyTorch, 5 GB'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --python $(BIN)/python -e $(ALL) || $(BIN)/pip install -e $(ALL)
+	@$(BOOK) katex
 	@touch $@
