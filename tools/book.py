@@ -22,38 +22,49 @@ from tools import chapters, notebooks, presets
 ROOT = presets.ROOT
 STAGE = ROOT / "_build" / "stage"
 HTML = ROOT / "_build" / "html"
+KEY = ROOT / "_build" / "html.key"  # what the pages were built from
 SITE = ["_config.yml", "_toc.yml", "index.md", "pyproject.toml"]
 
 
-def stage(preset: str | None) -> None:
-    """Copy the book's sources to a folder of their own, with the outputs of a run at `preset`."""
+def stage(ran: list[Path], preset: str) -> None:
+    """Copy the book's sources to a folder of their own, with the outputs of what `ran`."""
     shutil.rmtree(STAGE, ignore_errors=True)
     shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("__pycache__"))
     for name in SITE:
         shutil.copy(ROOT / name, STAGE)
-    for path in chapters.chapters() if preset else []:
+    for path in ran:
         notebook = notebooks.read(path)
-        executed = notebooks.read(chapters.result_path(path, str(preset)))
-        notebooks.take_outputs(notebook, executed)
+        notebooks.take_outputs(notebook, notebooks.read(chapters.result_path(path, preset)))
         notebooks.write(STAGE / path.relative_to(ROOT), notebook)
 
 
-def html(preset: str | None = None) -> int:
-    """Build the pages, warnings as errors; the exit status."""
+def html(ran: list[Path], preset: str) -> int:
+    """Build the pages unless they are up to date, warnings as errors; the exit status."""
     fetch()
-    stage(preset)
+    stage(ran, preset)
+    sources = [path for path in STAGE.rglob("*") if path.is_file()]
+    key = chapters.digest(ROOT, [*sources, *ROOT.glob("mcnotes/*.py")]) + repository_url(ROOT)
+    if not ((HTML / "index.html").exists() and KEY.exists() and KEY.read_text() == key):
+        if status := build():
+            return status
+        KEY.write_text(key)
+    print(f"The book is at {HTML / 'index.html'}")
+    return 0
+
+
+def build() -> int:
+    """Build the pages from the staged sources, from scratch; the exit status."""
     for folder in (HTML, ROOT / "_build" / ".doctrees"):
         shutil.rmtree(folder, ignore_errors=True)
+    KEY.unlink(missing_ok=True)
     flags = ["--path-output", ".", "-W", "-n", "--keep-going", "--quiet"]
     program = Path(sys.executable).with_name("jupyter-book")
-    command = [program, "build", STAGE, *flags]
+    command = [str(program), "build", str(STAGE), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout + done.stderr, file=sys.stderr)
-        return done.returncode
     shutil.rmtree(ROOT / "_build" / "jupyter_execute", ignore_errors=True)
-    print(f"The book is at {HTML / 'index.html'}")
-    return 0
+    return done.returncode
 
 
 def write_back(paths: list[Path], preset: str) -> None:
@@ -89,7 +100,7 @@ def main(command: str, only: list[str], preset: str, force: bool) -> int:
     if command == "katex":
         return 0 if fetch() else 1
     if command == "html":
-        return html()
+        return html([], preset)
     paths = chapters.select(only)
     if command == "notebooks":
         stamp_all(paths)
@@ -97,7 +108,7 @@ def main(command: str, only: list[str], preset: str, force: bool) -> int:
         return 1
     if command == "notebooks":
         write_back(paths, preset)
-    return html(preset) if command == "book" else 0
+    return html(paths, preset) if command == "book" else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,14 +46,19 @@ def select(only: list[str]) -> list[Path]:
     return found
 
 
+def digest(root: Path, files: Iterable[Path]) -> str:
+    """Hash of the names and contents of `files`, and of the versions that read them."""
+    state = hashlib.sha256(f"torch {version('torch')} python {sys.version}".encode())
+    for path in sorted(files):
+        state.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return state.hexdigest()
+
+
 def inputs() -> str:
     """Hash of all that a chapter's numbers depend on besides its own code and parameters."""
-    state = hashlib.sha256(f"torch {version('torch')} python {sys.version}".encode())
     patterns = ("mcnotes/*.py", "data/*.npz", "data/zoo/*.safetensors", "data/*/*.json")
     files = {path for pattern in patterns for path in ROOT.glob(pattern)}
-    for path in sorted(path for path in files if path.parent.name not in ("store", "downloads")):
-        state.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return state.hexdigest()
+    return digest(ROOT, (p for p in files if p.parent.name not in ("store", "downloads")))
 
 
 def changed(preset: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
