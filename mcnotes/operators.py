@@ -265,6 +265,15 @@ def copy(t: Ledger, old: Marked, new: Marked, *_: Any) -> Marked:
     return expand(t, new, old)
 
 
+@rule("zero", "fill")
+def fill(t: Ledger, x: Marked, value: Any = 0, *_: Any) -> Marked:
+    if isinstance(value, Marked):
+        raise Unknown("fill with a tensor")
+    t.mix(x, range(len(x.shape)), "is overwritten")
+    everywhere = frozenset(range(len(x.shape)))
+    return Marked(x.shape, uniform=everywhere, value=torch.tensor(float(value)))
+
+
 @rule("pad", "constant_pad_nd")
 def pad(t: Ledger, x: Marked, amounts: list[int], *rest: Any) -> Marked:
     mode, value = (
@@ -357,6 +366,7 @@ class Walk(Ledger):
         self.count = 1
         specs = {s.arg.name: s for s in program.graph_signature.input_specs}
         for node in program.graph.nodes:
+            self.node = node
             self.where = place(node) if node.op == "call_function" else ""
             if node.op == "placeholder":
                 self.marks[node] = self.enter(node, specs[node.name])
@@ -436,7 +446,7 @@ class Walk(Ledger):
         out = self.evaluate(node, name, given, marked)
         if out is None:
             out = Marked(())
-            if any(m.factors for m in marked):
+            if any(m.factors for m in marked) or name in ("zero", "fill"):
                 try:
                     out = self.apply(node, name, given, marked)
                 except Unknown as error:
@@ -446,11 +456,36 @@ class Walk(Ledger):
         if name in CONTRACTIONS and is_marked(out):
             self.readers += [n for n in node.all_input_nodes if n in self.live]
             self.opened += [f.label.flatten() for f in out.factors]
-        base = node
-        while inplace(base):  # the tensor it was given now holds the result as well
-            base = base.args[0]
-            self.marks[base] = out
+        if inplace(node) and any(m.factors for m in [out, *marked]):
+            self.write(node, out)
         return out
+
+    def write(self, node: Node, out: Marked) -> None:
+        """An in-place operator: its tensor, and those of which that is a part, hold the result."""
+        chain, base = {node}, node
+        while inplace(base) or is_view(base):
+            view, base = base, base.all_input_nodes[0]
+            chain.add(base)
+            if inplace(view):
+                self.marks[base] = out
+                continue
+            whole, name = self.marks[base], short(view)
+            try:
+                if name not in ("slice", "select"):
+                    raise Unknown(f"{short(node)}_ writes through {name}")
+                scatter = getattr(torch.ops.aten, f"{name}_scatter").default
+                moved = self.move(lambda xs: scatter(*xs, *view.args[1:]), [whole, out])  # noqa: B023
+                out = Marked(whole.shape, tuple(moved[0]) if moved else ())
+            except Unknown as error:
+                self.forget([whole, out], str(error))
+                out = Marked(whole.shape)
+            self.marks[base] = out
+        late = list(node.graph.nodes)
+        late = set(late[late.index(node) :])
+        for other in self.marks:
+            if other not in chain and root(other) is base and late & set(other.users):
+                self.forget(self.marks[other], "is written to through another view")
+                self.marks[other] = Marked(self.marks[other].shape)
 
     def evaluate(self, node: Node, name: str, given: Any, marked: list[Marked]) -> Any:
         """The value of a constant; None for everything else."""
@@ -574,24 +609,18 @@ def plain(node: Node, kept: set[Node]) -> None:
             node.target = getattr(getattr(torch.ops.aten, name), node.target._overloadname)
 
 
-def aliased(program: ExportedProgram) -> bool:
-    """Whether the graph writes into a tensor of which there is another view."""
+def is_view(node: Node) -> bool:
+    """Whether the result shares memory with the first argument."""
+    if not isinstance(node.target, OpOverload) or inplace(node):
+        return False
+    return any(r.alias_info and not r.alias_info.is_write for r in node.target._schema.returns)
 
-    def is_view(n: Node) -> bool:
-        if not isinstance(n.target, OpOverload) or inplace(n):
-            return False
-        return any(r.alias_info and not r.alias_info.is_write for r in n.target._schema.returns)
 
-    for node in program.graph.nodes:
-        base = node
-        while inplace(base):
-            base = base.args[0]
-        if base is not node and (is_view(base) or any(map(is_view, base.users))):
-            while is_view(base):
-                base = base.args[0]
-            if short(base) not in CREATORS or len(node.all_input_nodes) > 1:
-                return True
-    return False
+def root(node: Node) -> Node:
+    """The tensor whose memory a view, or the result of an in-place operator, is part of."""
+    while is_view(node) or inplace(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def is_marked(m: Any) -> bool:

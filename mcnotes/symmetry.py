@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -248,12 +248,21 @@ class Symmetry:
         `tolerance`, naming the group that does most harm alone.
         """
         generator = torch.Generator().manual_seed(seed)
-        net = copy.deepcopy(net).double()
-        state = {n: _jitter(t.cpu(), generator) for n, t in (theta or net.state_dict()).items()}
-        inputs = tuple(t.double() if t.is_floating_point() else t for t in _tuple(example))
+        state = {n: _jitter(t, generator) for n, t in (theta or net.state_dict()).items()}
+        device = next((t.device for t in state.values()), None)
+        inputs = tuple(
+            (t.double() if t.is_floating_point() else t).to(device) for t in _tuple(example)
+        )
+        # Everything in the state dict is replaced: copy the rest only, constants in float64.
+        net = copy.deepcopy(net, {id(t): t for t in net.state_dict(keep_vars=True).values()})
+        for module in net.modules():
+            for n in module._non_persistent_buffers_set:
+                if (t := getattr(module, n)) is not None and t.is_floating_point():
+                    setattr(module, n, t.double())
+        buffers = {n for n, _ in net.named_buffers()}
 
         def outputs(values: Theta) -> list[Tensor]:
-            values = {n: t.clone() for n, t in values.items()}
+            values = {n: t.clone() if n in buffers else t for n, t in values.items()}
             with _mode(net, self.train), torch.no_grad(), _NoDropout():
                 torch.manual_seed(seed)
                 out = functional_call(net, values, inputs, tie_weights=False)
@@ -348,8 +357,8 @@ def _jitter(t: Tensor, generator: torch.Generator) -> Tensor:
     """Scale each entry by about 1; move equal entries apart. Positive entries stay positive."""
     if not t.is_floating_point():
         return t
-    t = t.double()
-    noise = torch.rand(2, *t.shape, dtype=t.dtype, generator=generator)
+    t = t.detach().double()
+    noise = torch.rand(2, *t.shape, dtype=t.dtype, generator=generator).to(t.device)
     return t * (0.75 + noise[0] / 2) + 0.1 * noise[1] * bool((t == t.flatten()[:1].squeeze()).all())
 
 
@@ -399,8 +408,7 @@ def export(net: nn.Module, example: Example, train: bool) -> ExportedProgram:
     with _mode(net, train), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         try:
-            program = torch.export.export(net, inputs, dynamic_shapes=shapes, strict=False)
-            return program.run_decompositions({}) if operators.aliased(program) else program
+            return torch.export.export(net, inputs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
             own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
@@ -427,23 +435,26 @@ class Classes:
         tied = other > 0
         edges = coo_matrix((np.ones(tied.sum()), (unit[tied], other[tied])), (count, count))
         self.of = connected_components(edges, directed=False)[1]
+        entries = entries[:, entries[2] > 0]
         used = np.unique(entries[2])
         order = used[np.argsort(self.of[used], kind="stable")]
         first = np.searchsorted(self.of[order], self.of[order])
         self.rank = np.zeros(count, np.int64)
         self.rank[order] = np.arange(len(order)) - first
-        axis, _, member, place = entries
+        self.why: dict[int, str] = {}
+        for units, why in walk.pins:
+            for c in np.unique(self.of[units.numpy()]).tolist():
+                self.why.setdefault(c, why)
+        axis, _, member, place = entries[:, ~np.isin(self.of[entries[2]], list(self.why))]
+        alive = ~np.isin(self.of[unit], list(self.why))
+        event, unit, other, tag, slot, slot2 = facts[:, alive]
         rows = np.stack(
-            [event, self.rank[unit], np.where(tied, self.rank[other], other), tag, slot, slot2]
+            [event, self.rank[unit], np.where(other > 0, self.rank[other], other), tag, slot, slot2]
         )
         own = np.stack([-1 - axis, self.rank[member], place, *np.zeros((3, len(axis)), np.int64)])
         sums = np.zeros((self.of.max() + 1, 2), np.uint64)
         np.add.at(sums, self.of[unit], _mixed(rows))
         np.add.at(sums, self.of[member], _mixed(own))
-        self.why: dict[int, str] = {}
-        for units, why in walk.pins:
-            for c in np.unique(self.of[units.numpy()]).tolist():
-                self.why.setdefault(c, why)
         shared: dict[bytes, list[int]] = {}
         for c in dict.fromkeys(self.of[used].tolist()):
             if c and c not in self.why:
@@ -482,20 +493,57 @@ def find(net: nn.Module, example: Example, train: bool = False) -> Symmetry:
         [np.zeros((4, 0), int)] + [np.stack(np.broadcast_arrays(*p)) for p in parts], 1
     )
     first = Classes(walk, entries)
-    found = _groups(walk, first, entries, _names(walk, first, entries))
-    merged = _merged(walk, first, entries)
+    names = _names(walk, first, entries)
+    found = _groups(walk, first, entries, names)
     covered = first.group[first.of[entries[2]]] >= 0
-    if merged is not None:
-        blocks = Walk(program, merged)
-        outer = entries.copy()
-        outer[2:] = merged[0].numpy()[entries[2]], merged[1].numpy()[entries[2]]
+    twins = _twins(first, entries)
+    if twins:
+        merged = _merged(first, entries, twins)
+        blocks = Walk(program, (torch.from_numpy(merged[0]), torch.from_numpy(merged[1])))
+        outer = np.stack([*entries[:2], merged[0][entries[2]], merged[1][entries[2]]])
         second = Classes(blocks, outer)
-        inner = {first.groups[g][0]: n for g, n in enumerate(found)}
-        named = list(found)
-        nested = _groups(blocks, second, outer, [])
-    aliases = _aliases(net)
+        covered |= second.group[second.of[outer[2]]] >= 0
+        found |= _nested(blocks, second, outer, [names[g] for g in twins])
     inputs = tuple((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in _tuple(example))
     return Symmetry(found, _pinned(walk, first, entries, covered), inputs, train)
+
+
+def _twins(classes: Classes, entries: np.ndarray) -> list[int]:
+    """Groups that act on the same axes as another one: heads, channels of grouped convolutions."""
+    home = classes.group[classes.of[entries[2]]]
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for g in range(len(classes.groups)):
+        kinds.setdefault(tuple(np.sort(entries[0][home == g])), []).append(g)
+    return sorted(g for gs in kinds.values() if len(gs) > 1 for g in gs)
+
+
+def _merged(
+    classes: Classes, entries: np.ndarray, twins: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """For a second walk: whole groups as units, (unit, slot) for each unit of the first."""
+    group = classes.group[classes.of]
+    unit = np.where(group < 0, np.arange(len(group)) + len(twins) + 1, 0)
+    slot = np.zeros_like(unit)
+    for k, g in enumerate(twins):
+        at = np.flatnonzero(group == g)
+        unit[at] = k + 1
+        slot[at] = classes.index[classes.of[at]] * (classes.rank[at].max() + 1) + classes.rank[at]
+    unit[0] = 0
+    return unit, slot
+
+
+def _nested(
+    walk: Walk, classes: Classes, entries: np.ndarray, inner: list[str]
+) -> dict[str, Group]:
+    """Groups whose units are blocks; unit k + 1 of the walk is the inner group `inner[k]`."""
+    names, within = [], []
+    for g, cs in enumerate(classes.groups):
+        held = [[k + 1 for k in range(len(inner)) if classes.of[k + 1] == c] for c in cs]
+        held = [sorted(ks, key=lambda k: int(classes.rank[k])) for ks in held]
+        within.append(tuple(tuple(inner[k - 1] for k in ks) for ks in held))
+        names.append(within[-1][0][0].rsplit("[", 1)[0] + "[*]" if held[0] else f"blocks[{g}]")
+    groups = _groups(walk, classes, entries, names)
+    return {n: replace(g, inner=i) for (n, g), i in zip(groups.items(), within, strict=True)}
 
 
 def _names(walk: Walk, classes: Classes, entries: np.ndarray) -> list[str]:
@@ -575,14 +623,6 @@ def _pinned(
         key = (walk.axes[a].name, walk.axes[a].start, why)
         counts[key] = counts.get(key, 0) + 1
     return tuple(Pinned(name, axis, n, why) for (name, axis, why), n in counts.items())
-
-
-def _merged(walk: Walk, classes: Classes, entries: np.ndarray) -> tuple[Tensor, Tensor] | None:
-    return None
-
-
-def _aliases(net: nn.Module) -> dict[str, list[str]]:
-    return {}
 
 
 def _runner(
