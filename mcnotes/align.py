@@ -48,10 +48,11 @@ class Moments:
     def add(self, a: Tensor, b: Tensor) -> None:
         """Take in activations a, b: [samples, U] each."""
         self.samples += len(a)
-        self.sum_a += a.sum(0)
-        self.sum_b += b.sum(0)
-        self.square_a += torch.linalg.vector_norm(a, dim=0).double() ** 2
-        self.square_b += torch.linalg.vector_norm(b, dim=0).double() ** 2
+        exact = torch.float64  # a constant unit must come out constant
+        self.sum_a += a.sum(0, dtype=exact)
+        self.sum_b += b.sum(0, dtype=exact)
+        self.square_a += torch.linalg.vector_norm(a, dim=0, dtype=exact) ** 2
+        self.square_b += torch.linalg.vector_norm(b, dim=0, dtype=exact) ** 2
         self.cross += a.T @ b
 
     def covariance(self) -> Tensor:

@@ -105,7 +105,7 @@ class Experiment:
             recipe = self.recipe(self.epochs)
             return train.fit(self.net, self.task, recipe, seed=seed, checkpoint=checkpoint).theta
 
-        return self._here(store.tensors(self._endpoint(seed), compute))
+        return self._here(store.tensors(self.endpoint_config(seed), compute))
 
     def matching(self, a: int, b: int) -> align.Matching:
         """Neuron alignment of network b to network a. Cheap: computed each time."""
@@ -137,13 +137,13 @@ class Experiment:
             )
             return fitted.curve.points[1]
 
-        middle = store.tensors(self._curve(a, b, method, shape), compute)
+        middle = store.tensors(self.curve_config(a, b, method, shape), compute)
         return fresh.with_points([ends[0], self._here(middle), ends[1]])
 
     def path(self, a: int, b: int, method: str, shape: str = "bezier") -> evaluate.Path:
         """Test loss and accuracy along the curve."""
         config = {
-            **self._curve(a, b, method, shape),
+            **self.curve_config(a, b, method, shape),
             "what": "path",
             "points": self.points,
             "statistics": self.statistics,
@@ -163,7 +163,8 @@ class Experiment:
         found = store.values(config, compute)
         return evaluate.Path(**{name: np.array(found[name]) for name in evaluate.Path._fields})
 
-    def _endpoint(self, seed: int) -> dict[str, Any]:
+    def endpoint_config(self, seed: int) -> dict[str, Any]:
+        """What a network depends on: its entry's configuration in the store."""
         return {
             "what": "endpoint",
             "dataset": self.dataset,
@@ -173,10 +174,11 @@ class Experiment:
             "seed": seed,
         }
 
-    def _curve(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
+    def curve_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
+        """What a curve depends on: its entry's configuration in the store."""
         config: dict[str, Any] = {
             "what": "curve",
-            "ends": [store.key(self._endpoint(seed)) for seed in (a, b)],
+            "ends": [store.key(self.endpoint_config(seed)) for seed in (a, b)],
             "network": f"{self.network} {self.width:g}, {self.dataset}, seeds {a} and {b}",
             "method": method,
             "shape": shape,

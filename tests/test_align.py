@@ -1,0 +1,122 @@
+"""Alignment: exact moments, planted permutations, no growth with the data, errors."""
+
+import pytest
+import torch
+from small import normed, plain, task
+
+from mcnotes import align, models, symmetry, train
+from mcnotes.align import AlignmentError, Moments
+from mcnotes.curves import Theta
+from mcnotes.data import Split
+
+
+def noisy(theta: Theta, seed: int, level: float = 1e-3) -> Theta:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        n: x + level * x.std() * torch.randn(x.shape, generator=g) if x.dim() > 1 else x
+        for n, x in theta.items()
+    }
+
+
+def pictures(n: int, channels: int = 1, size: int = 28) -> Split:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, channels, size, size), generator=g, dtype=torch.uint8)
+    return Split(images, torch.zeros(n, dtype=torch.long))
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_moments_agree_with_a_direct_computation(scale: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(3000, 7, generator=g) * 2 + scale
+    b = (a.flip(1) + torch.randn(3000, 7, generator=g)).relu()
+    moments = Moments.zero(7, torch.device("cpu"))
+    for i in range(0, 3000, 64):
+        moments.add(a[i : i + 64], b[i : i + 64])
+    exact = torch.corrcoef(torch.cat([a.T, b.T]).double())[:7, 7:]
+    torch.testing.assert_close(moments.correlation(), exact, rtol=0, atol=1e-5)
+    cov = torch.cov(torch.cat([a.T, b.T]).double(), correction=0)[:7, 7:]
+    torch.testing.assert_close(moments.covariance(), cov, rtol=0, atol=1e-4 * scale)
+    distance = (a.double()[:, :, None] - b.double()[:, None, :]).square().mean(0)
+    torch.testing.assert_close(-moments.similarity("l2"), distance, rtol=1e-5, atol=1e-4)
+
+
+def test_dead_units_have_no_correlation() -> None:
+    a, b = torch.rand(100, 3), torch.rand(100, 3)
+    a[:, 1] = 0.3
+    moments = Moments.zero(3, torch.device("cpu"))
+    moments.add(a, b)
+    assert moments.deviations()[0][1] == 0
+    assert (moments.correlation()[1] == 0).all()
+
+
+NETWORKS = {
+    "mlp": lambda: models.build("mlp", num_classes=10, in_channels=1, image_size=28, width=32),
+    "tinyten": lambda: models.build("tinyten", num_classes=10, in_channels=1, width=8),
+    "resnet20": lambda: models.build("resnet20", num_classes=10, in_channels=1, width=8),
+    "googlenet": lambda: models.build("googlenet", num_classes=10, in_channels=1, width=0.125),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("at", ["post", "pre"])
+def test_planted_permutation_is_recovered(name: str, at: align.At) -> None:
+    net, images = NETWORKS[name](), pictures(128)
+    theta = train.initialise(net, 1)
+    sym = symmetry.find(net, next(images.batches(2))[0])
+    planted = sym.random(torch.Generator().manual_seed(2))
+    copy = sym.permute(noisy(theta, 3), planted)
+    found = align.match(net, theta, copy, images, sym, at=at)
+    back = sym.permute(copy, found.perm)
+    undone = sym.permute(copy, sym.inverse(planted))
+    for group, p in sym.compose(planted, found.perm).items():
+        alive = torch.ones(len(p), dtype=torch.bool)
+        alive[found.dead.get(group, [])] = False
+        assert torch.equal(p[alive], torch.arange(len(p))[alive]), group
+    assert all(torch.equal(back[n], undone[n]) for n in back) or any(
+        len(d) for d in found.dead.values()
+    )
+    for group in found.after:
+        assert found.after[group].sum() >= found.before[group].sum() - 1e-6
+
+
+def test_matching_is_the_best_of_all_permutations() -> None:
+    from itertools import permutations
+
+    net, data = (
+        torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(144, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)
+        ),
+        task(),
+    )
+    a, b = (train.initialise(net, s) for s in (1, 2))
+    sym = symmetry.find(net, data.example)
+    found = align.match(net, a, b, data.train, sym)
+    ((group, p),) = found.perm.items()
+    matrix = align.stream(net, a, b, data.train, sym)[group][0].correlation()
+    best = max(permutations(range(5)), key=lambda q: sum(matrix[i, j] for i, j in enumerate(q)))
+    assert p.tolist() == list(best)
+    torch.testing.assert_close(found.after[group], matrix[range(5), best])
+
+
+def test_batch_size_does_not_matter() -> None:
+    net, data = normed(), task()
+    a, b = (train.initialise(net, s) for s in (1, 2))
+    sym = symmetry.find(net, data.example)
+    small, large = (
+        align.match(net, a, b, data.train, sym, batch_size=n) for n in (7, len(data.train))
+    )
+    for group in small.after:
+        torch.testing.assert_close(small.after[group], large.after[group], rtol=0, atol=1e-6)
+
+
+def test_errors() -> None:
+    net, data = plain(), task()
+    sym = symmetry.find(net, data.example)
+    theta = train.initialise(net, 1)
+    with pytest.raises(AlignmentError, match="got 1 images, expected 2 or more"):
+        align.match(net, theta, theta, data.train.first(1), sym)
+    with pytest.raises(AlignmentError, match=r"'3\.bias' is"):
+        align.match(net, theta, theta | {"3.bias": torch.zeros(9)}, data.train, sym)
+    broken = theta | {"1.weight": theta["1.weight"] * torch.nan}
+    with pytest.raises(AlignmentError, match="not finite"):
+        align.match(net, theta, broken, data.train, sym)
