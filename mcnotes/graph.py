@@ -113,10 +113,14 @@ class Ledger:
 
     # Pointwise meeting of units
 
-    def see(self, x: Marked) -> None:
-        """An operator reads x: note which units and slots it gets."""
-        for f in x.factors:
-            self.fact(f.label, 0, 0, f.slot)
+    def see(self, *parts: Marked) -> None:
+        """An operator reads these tensors, in one role: note which units and slots it gets."""
+        seen = [
+            torch.stack([f.label.flatten(), f.slot.flatten()]) for x in parts for f in x.factors
+        ]
+        if seen:
+            units, slots = torch.cat(seen, 1).unique(dim=1)
+            self.fact(units, 0, 0, slots)
 
     def context(self, f: Factor, dims: set[int]) -> bool:
         """The units of f must keep their place along `dims`. False if they cannot move at all."""

@@ -81,7 +81,14 @@ def linear(t: Ledger, x: Marked, weight: Marked, bias: Marked | None = None) -> 
     return out if bias is None else t.tie(out, bias)
 
 
-@rule("matmul", "bmm", "mm", "mv", "dot")
+@rule("bilinear")
+def bilinear(t: Ledger, a: Marked, b: Marked, weight: Marked, bias: Marked | None) -> Marked:
+    batch = string.ascii_uppercase[: len(a.shape) - 1]
+    out = t.einsum(f"{batch}i,{batch}j,oij->{batch}o", a, b, weight)
+    return out if bias is None else t.tie(out, bias)
+
+
+@rule("matmul", "bmm", "mm", "mv", "dot", "vdot")
 def matmul(t: Ledger, a: Marked, b: Marked, *_: Any) -> Marked:
     batch = string.ascii_uppercase[: max(len(a.shape), len(b.shape), 2) - 2]
     i, j = "i" * (len(a.shape) > 1), "j" * (len(b.shape) > 1)
@@ -288,6 +295,8 @@ def pad(t: Ledger, x: Marked, amounts: list[int], *rest: Any) -> Marked:
     ):
         return t.mix(x, dims, "padded position")
     for k, pair in enumerate(pairs):
+        if not any(pair):
+            continue
         dim = len(x.shape) - 1 - k
         sizes = [tuple(n if k == dim else m for k, m in enumerate(x.shape)) for n in pair]
         ends = [
@@ -307,7 +316,7 @@ REDUCTIONS = {
 }
 POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_", "lp_pool")
 CONTRACTIONS = {
-    *"linear matmul bmm mm mv dot addmm baddbmm addmv einsum scaled_dot_product_attention embedding conv1d "
+    *"linear bilinear matmul bmm mm mv dot vdot addmm baddbmm addmv einsum scaled_dot_product_attention embedding conv1d "
     "conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 }
 CREATORS = {
@@ -366,12 +375,13 @@ class Walk(Ledger):
         self.count = 1
         specs = {s.arg.name: s for s in program.graph_signature.input_specs}
         for node in program.graph.nodes:
-            self.node = node
             self.where = place(node) if node.op == "call_function" else ""
             if node.op == "placeholder":
                 self.marks[node] = self.enter(node, specs[node.name])
             elif node.op == "call_function":
                 self.marks[node] = self.step(node)
+            elif node.op == "get_attr":
+                self.marks[node] = None
             elif node.op == "output":
                 outputs = [
                     s.arg.name
@@ -422,11 +432,11 @@ class Walk(Ledger):
                 label = label + self.count
                 self.count = int(label.max()) + 1
                 self.axes.append(Axis(spec.target, k, span, label.flatten()))
-                if not node.users:
-                    self.pin(label.flatten(), "is not used in this mode")
                 ident = torch.zeros_like(label)
                 if self.merged is not None:
                     label, ident = self.merged[0][label], self.merged[1][label]
+                if not node.users:
+                    self.pin(label.flatten(), "is not used in this mode")
                 size = [1] * k + list(label.shape) + [1] * (len(shape) - k - span)
                 factor = self.settle(label.view(size), ident.view(size))
                 factors += [factor] if factor else []
@@ -437,10 +447,10 @@ class Walk(Ledger):
         if value is None or isinstance(value, torch.SymInt | int | float | bool):
             return sizes(value)
         name = short(node)
-        if node.target is operator.getitem:
-            return self.marks[node.args[0]][node.args[1]]
         if any(n in self.live for n in node.all_input_nodes):
             self.live.add(node)
+        if node.target is operator.getitem:
+            return self.marks[node.args[0]][node.args[1]]
         given = map_arg((node.args, node.kwargs), self.marks.__getitem__)
         marked = [m for m in tree_leaves(given, is_leaf=is_marked) if is_marked(m)]
         out = self.evaluate(node, name, given, marked)
@@ -461,31 +471,35 @@ class Walk(Ledger):
         return out
 
     def write(self, node: Node, out: Marked) -> None:
-        """An in-place operator: its tensor, and those of which that is a part, hold the result."""
-        chain, base = {node}, node
-        while inplace(base) or is_view(base):
-            view, base = base, base.all_input_nodes[0]
-            chain.add(base)
-            if inplace(view):
-                self.marks[base] = out
-                continue
-            whole, name = self.marks[base], short(view)
-            try:
-                if name not in ("slice", "select"):
-                    raise Unknown(f"{short(node)}_ writes through {name}")
-                scatter = getattr(torch.ops.aten, f"{name}_scatter").default
-                moved = self.move(lambda xs: scatter(*xs, *view.args[1:]), [whole, out])  # noqa: B023
-                out = Marked(whole.shape, tuple(moved[0]) if moved else ())
-            except Unknown as error:
-                self.forget([whole, out], str(error))
-                out = Marked(whole.shape)
-            self.marks[base] = out
-        late = list(node.graph.nodes)
-        late = set(late[late.index(node) :])
-        for other in self.marks:
-            if other not in chain and root(other) is base and late & set(other.users):
-                self.forget(self.marks[other], "is written to through another view")
-                self.marks[other] = Marked(self.marks[other].shape)
+        """An in-place operator: the tensor that it was given, and what that is part of, change."""
+        nodes = list(node.graph.nodes)
+        later = set(nodes[nodes.index(node) + 1 :])
+        base, stale = (
+            root(node),
+            {n for n in self.marks if root(n) is root(node) and later & set(n.users)},
+        )
+        view = node
+        while view is not base:
+            stale.discard(view)
+            whole = view.all_input_nodes[0]
+            if is_view(view) and stale:
+                try:
+                    out = self.scatter(view, self.marks[whole], out)
+                except Unknown as error:
+                    self.forget([self.marks[whole], out], str(error))
+                    out = Marked(self.marks[whole].shape)
+            self.marks[whole], view = out, whole
+        for other in stale - {base}:
+            self.forget([self.marks[other], out], "is written to through another view")
+            self.marks[other] = Marked(self.marks[other].shape)
+
+    def scatter(self, view: Node, whole: Marked, part: Marked) -> Marked:
+        """`whole` after the slice that `view` took of it was overwritten by `part`."""
+        if short(view) not in ("slice", "select"):
+            raise Unknown(f"writing through a {short(view)}")
+        fn = getattr(torch.ops.aten, f"{short(view)}_scatter").default
+        moved = self.move(lambda xs: fn(*xs, *view.args[1:]), [whole, part])
+        return Marked(whole.shape, tuple(moved[0]) if moved else ())
 
     def evaluate(self, node: Node, name: str, given: Any, marked: list[Marked]) -> Any:
         """The value of a constant; None for everything else."""
@@ -508,11 +522,13 @@ class Walk(Ledger):
     def apply(self, node: Node, name: str, given: Any, marked: list[Marked]) -> Any:
         """The result of an operator, by its rule."""
         if not isinstance(node.target, OpOverload):
-            raise Unknown(f"{node.target} is not followed")
+            raise Unknown(f"{name} is not followed")
         named = {
             a.name: given[1].get(a.name, given[0][i] if i < len(given[0]) else a.default_value)
             for i, a in enumerate(node.target._schema.arguments)
         }
+        if name in RESHAPES or name in MOVES:
+            self.see(*marked)
         if name in RESHAPES:
             return self.view(marked[0], sizes(node.meta["val"]))
         if name in MOVES:
@@ -571,7 +587,13 @@ class Walk(Ledger):
     def sources(self, node: Node) -> Iterator[Node]:
         """The tensors that data movement and average pooling bring to `node`."""
         name = short(node)
-        if name in RESHAPES or name in MOVES or name in PASSING or name.startswith("adaptive_avg"):
+        if (
+            name in RESHAPES
+            or name in MOVES
+            or name in PASSING
+            or name.startswith("adaptive_avg")
+            or node.target is operator.getitem
+        ):
             for n in node.all_input_nodes:
                 if n in self.live:
                     yield from self.sources(n)

@@ -504,6 +504,14 @@ def find(net: nn.Module, example: Example, train: bool = False) -> Symmetry:
         second = Classes(blocks, outer)
         covered |= second.group[second.of[outer[2]]] >= 0
         found |= _nested(blocks, second, outer, [names[g] for g in twins])
+    same: dict[int, list[str]] = {}
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        same.setdefault(id(tensor), []).append(name)
+    tied = {name: names for names in same.values() for name in names}
+    found = {
+        n: replace(g, places=tuple(replace(p, name=a) for p in g.places for a in tied[p.name]))
+        for n, g in found.items()
+    }
     inputs = tuple((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in _tuple(example))
     return Symmetry(found, _pinned(walk, first, entries, covered), inputs, train)
 
@@ -642,7 +650,7 @@ def _runner(
         operators.plain(node, kept={nodes[n] for n in names})
     graph.output([nodes[n] for n in names])
     graph.eliminate_dead_code()
-    module = torch.fx.GraphModule({}, graph)
+    module = torch.fx.GraphModule(program.graph_module, graph)
     fixed = {
         **program.constants,
         **{n: t for n, t in program.state_dict.items() if not t.is_floating_point()},
