@@ -1,11 +1,11 @@
 """How many augmented training images a second: batches on the device, or one image after another.
 
 Compares, on the same random 32 x 32 x 3 images, shuffled, in batches of float tensors in [0, 1],
-(a) `mcnotes.data.Split.batches` with `Augment(padding=4, flip=True, rotation=15)` and (b) the usual
+(a) `mcnotes.data.Split.batches` with the augmentation of `mcnotes.data` for CIFAR and (b) the usual
 recipe of torchvision in a DataLoader: PIL image, RandomCrop(32, padding=4), RandomHorizontalFlip,
-RandomRotation(15), ToTensor; with no worker and with two persistent ones. (a) interpolates
-bilinearly, (b) takes the nearest pixel, torchvision's default, which is the cheaper. Epochs of all
-three alternate in one process; the ratio is the median over the rounds of (a) by the better of (b).
+RandomRotation(15), ToTensor; with no worker and with two persistent ones. Both rotate to the
+nearest pixel, torchvision's default (`--bilinear`: both interpolate). Epochs of all three alternate
+in one process; the ratio is the median over the rounds of (a) by the better of (b).
 
 The limit: reading each image's bytes once and writing its floats once, at the bandwidth at which
 this machine copies a large tensor.
@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 # Page faults of large tensors are most of the noise on a CPU: keep freed memory in the process, and
 # in the workers, which inherit this.
@@ -35,8 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from mcnotes.augment import Augment
-from mcnotes.data import Split
+from mcnotes.data import SOURCES, Split
 
 SIZE = 32
 
@@ -44,14 +44,14 @@ SIZE = 32
 class Pictures(Dataset[tuple[Tensor, int]]):
     """One image at a time, as torchvision's CIFAR10 gives them."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, interpolation: str) -> None:
         self.images = split.images.permute(0, 2, 3, 1).numpy()
         self.labels = split.labels.tolist()
         self.transform = transforms.Compose(
             [
                 transforms.RandomCrop(SIZE, padding=4),
                 transforms.RandomHorizontalFlip(),
-                transforms.RandomRotation(15),
+                transforms.RandomRotation(15, transforms.InterpolationMode(interpolation)),
                 transforms.ToTensor(),
             ]
         )
@@ -66,10 +66,10 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 class Ours:
     """An epoch at each iteration, like a DataLoader."""
 
-    def __init__(self, split: Split, batch: int) -> None:
+    def __init__(self, split: Split, batch: int, interpolation: str) -> None:
         self.split, self.batch = split, batch
         self.generator = torch.Generator(split.images.device).manual_seed(0)
-        self.augment = Augment(padding=4, flip=True, rotation=15)
+        self.augment = replace(SOURCES["cifar10"].augment, interpolation=interpolation)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.split.batches(self.batch, generator=self.generator, augment=self.augment)
@@ -108,15 +108,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", help="where (a) runs: cpu or cuda")
+    parser.add_argument("--bilinear", action="store_true", help="rotate with interpolation")
     args = parser.parse_args()
+    interpolation = "bilinear" if args.bilinear else "nearest"
 
     device = torch.device(args.device)
     images = torch.randint(0, 256, (args.images, SIZE, SIZE, 3), dtype=torch.uint8)
     split = Split(images.permute(0, 3, 1, 2), torch.zeros(args.images, dtype=torch.int64))
     on_device = Split(split.images.to(device), split.labels.to(device))
-    pictures = Pictures(split)
+    pictures = Pictures(split, interpolation)
     loaders: dict[str, Iterable[tuple[Tensor, Tensor]]] = {
-        "ours": Ours(on_device, args.batch),
+        "ours": Ours(on_device, args.batch, interpolation),
         "0 workers": DataLoader(pictures, args.batch, shuffle=True),
         "2 workers": DataLoader(
             pictures, args.batch, shuffle=True, num_workers=2, persistent_workers=True
@@ -143,6 +145,7 @@ def main() -> None:
         "dataloader_0_workers": round(statistics.median(rates["0 workers"])),
         "dataloader_2_workers": round(statistics.median(rates["2 workers"])),
         "limit_images_per_second": round(ideal),
+        "interpolation": interpolation,
         "images": args.images,
         "batch": args.batch,
         "rounds": args.rounds,

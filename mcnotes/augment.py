@@ -27,8 +27,8 @@ class Augment:
     contrast    c; blend with the image's mean grey, weight uniform in [1 - c, 1 + c]
     saturation  s; blend with each pixel's grey, weight uniform in [1 - s, 1 + s]
 
-    The first four are one resampling. Without rotation and scale it moves pixels exactly, else it
-    is bilinear; outside are zeros. Colour is clipped to [0, 1].
+    The first four are one resampling with zeros outside, "bilinear" or "nearest" as
+    `interpolation` says; flip and crop alone move pixels exactly. Colour is clipped to [0, 1].
     """
 
     padding: int = 0
@@ -37,6 +37,7 @@ class Augment:
     scale: tuple[float, float] = (1.0, 1.0)
     contrast: float = 0.0
     saturation: float = 0.0
+    interpolation: str = "bilinear"
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Augmented float images [N, C, H, W] in [0, 1] from such; nothing is changed in place.
@@ -67,7 +68,7 @@ class Augment:
         affine = torch.stack((mirror * cos, mirror * sin, dx, -sin, cos, dy), 1).view(-1, 2, 3)
         grid = ((affine * unit).view(-1, 3) @ pixels).view(-1, 2, *size).permute(0, 2, 3, 1)
         whole_pixels = not self.rotation and self.scale == (1.0, 1.0)
-        mode = "nearest" if whole_pixels else "bilinear"
+        mode = "nearest" if whole_pixels else self.interpolation
         return F.grid_sample(images, grid, mode, align_corners=False)
 
     def _colour(self, images: Tensor, draws: Tensor) -> Tensor:

@@ -128,9 +128,10 @@ class Source:
     torchvision: str | None = None
 
 
+# The authors' code (IBM/NeuronAlignment) leaves RandomAffine at its default, the nearest pixel.
 _FASHION = Augment(padding=2, flip=True)
-_CIFAR = Augment(padding=4, flip=True, rotation=15)
-_TINY = Augment(padding=8, flip=True, rotation=30, scale=(0.8, 1.2), contrast=0.25, saturation=0.25)
+_CIFAR = Augment(padding=4, flip=True, rotation=15, interpolation="nearest")
+_TINY = Augment(8, True, 30, (0.8, 1.2), contrast=0.25, saturation=0.25, interpolation="nearest")
 SOURCES = {
     "fashion-mnist-small": Source(2_000, _FASHION),
     "fashion-mnist": Source(5_000, _FASHION, "FashionMNIST"),

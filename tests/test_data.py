@@ -264,6 +264,21 @@ class TestAugment:
         assert 0.79 < factor.min() < 0.83
         assert 1.17 < factor.max() < 1.21
 
+    def test_the_nearest_pixel_makes_no_new_values(self) -> None:
+        x = noise(1, 1, 32).expand(20, -1, -1, -1)
+        everything = Augment(2, True, 30, (0.8, 1.2), interpolation="nearest")
+        assert torch.isin(
+            everything(x, seeded()), torch.cat((x[0].flatten(), torch.zeros(1)))
+        ).all()
+        smooth = Augment(2, True, 30, (0.8, 1.2))
+        assert not torch.isin(smooth(x, seeded()), x[0]).all()
+        # Both look at the same places: within the picture a ramp differs by less than a pixel.
+        ramp = torch.linspace(0, 1, 32).expand(20, 1, 32, 32)
+        inside = smooth(torch.ones_like(ramp), seeded()) > 0.9999
+        difference = everything(ramp, seeded()) - smooth(ramp, seeded())
+        assert inside.float().mean() > 0.6
+        assert difference[inside].abs().max() < 0.51 / 31
+
     def test_no_rotation_by_a_tiny_angle_range_is_the_identity(self) -> None:
         x = noise()
         torch.testing.assert_close(Augment(rotation=1e-6)(x, seeded()), x, atol=1e-4, rtol=0)
@@ -298,8 +313,12 @@ class TestAugment:
 
     def test_the_papers_augmentations(self) -> None:
         cifar, tiny = (data.SOURCES[name].augment for name in ("cifar10", "tiny-imagenet"))
-        assert cifar == data.SOURCES["cifar100"].augment == Augment(4, True, 15)
-        assert tiny == Augment(8, True, 30, (0.8, 1.2), 0.25, 0.25)
+        assert (
+            cifar
+            == data.SOURCES["cifar100"].augment
+            == Augment(4, True, 15, interpolation="nearest")
+        )
+        assert tiny == Augment(8, True, 30, (0.8, 1.2), 0.25, 0.25, "nearest")
 
 
 class TestLoad:
@@ -357,7 +376,7 @@ class TestLoad:
         task = data.load("cifar10", device="cpu", folder=tmp_path, validation=0, image_size=8)
         assert task.train.images.shape == (60, 3, 8, 8)
         assert (task.train.images == 77).all()
-        assert task.augment == Augment(padding=2, flip=True, rotation=15)
+        assert task.augment == Augment(2, True, 15, interpolation="nearest")
 
     def test_the_downloads_folder_is_looked_in_too(self, tmp_path: Path) -> None:
         (tmp_path / "downloads").mkdir()
