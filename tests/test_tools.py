@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from functools import partial
@@ -15,7 +16,7 @@ import torch
 from docutils.core import publish_doctree
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from book._ext import mathematics, pages, repository
+from book._ext import lighten, mathematics, pages, repository
 from mcnotes.curves import Curve
 from mcnotes.evaluate import Score
 from mcnotes.zoo import Experiment
@@ -344,3 +345,70 @@ class TestExtensions:
         assert not warnings
         assert mathematics.render(r"\unknown{x}") == ""
         assert warnings[0][1] == r"\unknown{x}"
+
+
+class TestLighten:
+    CSS = """/*! Notice. */
+@charset "utf-8"; /* a comment with } in it */
+:root { --x: "}"; }
+.kept, .dropped > .kept { color: red; }
+.dropped::after { content: "\\f00d"; }
+a:is(h1, h2:not(.dropped)):hover .kept { margin: 0 }
+.kept:not(.dropped) { background: url("data:image/svg+xml,rotate(45)") }
+@media (max-width: 9px) { .dropped { top: 0 } .w\\.5 { top: 1px } }
+@media print { .dropped { top: 0 } }
+@keyframes turn { from { top: 0 } to { top: 1px } }
+@font-face { font-family: F; src: url(fonts/f.woff2); }
+"""
+
+    def test_only_rules_that_no_page_can_use_are_dropped(self) -> None:
+        kept = lighten.purge(re.sub(r"/\*.*?\*/", "", self.CSS), {"kept", "w", "w.5"})
+        rules = dict(lighten.blocks(kept))
+        assert list(rules) == [
+            ":root",
+            ".kept",
+            "a:is(h1, h2:not(.dropped)):hover .kept",
+            ".kept:not(.dropped)",
+            "@media (max-width: 9px)",
+            "@keyframes turn",
+            "@font-face",
+        ]
+        assert rules[":root"] == ' --x: "}"; '
+        assert rules[".kept:not(.dropped)"] == (
+            ' background: url("data:image/svg+xml,rotate(45)") '
+        )
+        assert ".w\\.5" in str(rules["@media (max-width: 9px)"])
+        assert lighten.purge(kept, {"kept", "w", "w.5"}) == kept
+
+    def test_sheets_are_merged_with_imports_notices_and_addresses(self, tmp_path: Path) -> None:
+        (tmp_path / "styles").mkdir()
+        (tmp_path / "styles" / "a.css").write_text('@import "../basic.css";\n' + self.CSS)
+        (tmp_path / "basic.css").write_text("p { background: url(basic.png) }")
+        merged = lighten.merge(tmp_path, ["styles/a.css"], {"kept"})
+        assert merged.startswith("/*! Notice. */\np{")
+        assert "url('basic.png')" in merged
+        assert "url('styles/fonts/f.woff2')" in merged
+        assert "rotate(45)" in merged
+
+    def test_a_page_gets_one_sheet_and_no_script_that_blocks(self) -> None:
+        page = """<head>
+<link href="../_static/styles/theme.css?digest=1" rel="stylesheet" />
+<link rel="stylesheet" type="text/css" href="../_static/book.css?v=2" />
+<script defer src="../_static/scripts/fontawesome.js?digest=1"></script>
+<script src="../_static/documentation_options.js?v=1"></script>
+<script src="../_static/doctools.js?v=1"></script>
+<script data-x="y" src="../_static/tabs.js"></script>
+<script src="../searchindex.js"></script>
+<script>let inline = 1;</script>
+</head>"""
+        found = lighten.lighten_page(page, "chapter.html", "site.css?v=3")
+        assert found.splitlines() == [
+            "<head>",
+            '<link rel="stylesheet" href="../_static/site.css?v=3" />',
+            '<script src="../_static/documentation_options.js?v=1"></script>',
+            '<script defer src="../_static/doctools.js?v=1"></script>',
+            '<script defer data-x="y" src="../_static/tabs.js"></script>',
+            "<script>let inline = 1;</script>",
+            "</head>",
+        ]
+        assert "searchindex.js" in lighten.lighten_page(page, "search.html", "site.css")

@@ -9,7 +9,7 @@ def set_up_colab(repository: str, folder: str = "mcnotes-book") -> None:
     if not repository:
         raise RuntimeError(
             "This notebook does not know where its repository is: write the "
-            "address to clone into the last line of this cell, and run it again."
+            "address to clone into the last line of this cell and run it again."
         )
     if not os.path.isdir("mcnotes"):
         if not os.path.isdir(folder):

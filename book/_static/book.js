@@ -27,3 +27,6 @@ document.addEventListener("DOMContentLoaded", () => {
   mark();
   window.addEventListener("resize", mark);
 });
+
+// Pages opened from a disk may not fetch others: show search results without excerpts.
+if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
