@@ -29,7 +29,7 @@ MAKE = ROOT / "data" / "make_fashion_mnist_small.py"
 
 @pytest.fixture(scope="module")
 def small() -> Task:
-    return data.load("fashion-mnist-small", device="cpu")
+    return data.load("fashion-mnist-small", device="cpu", folder=SMALL.parent)
 
 
 def noise(n: int = 8, channels: int = 3, size: int = 12, seed: int = 0) -> Tensor:
@@ -386,6 +386,7 @@ class TestLoad:
     def test_the_data_folder_comes_from_the_environment(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.delenv("MCNOTES_DATA", raising=False)
         assert data.folder() == ROOT / "data"
         monkeypatch.setenv("MCNOTES_DATA", str(tmp_path))
         assert data.folder() == tmp_path
