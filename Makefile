@@ -35,8 +35,9 @@ test: setup  ## everything that must pass
 	$(QUIET) $(BIN)/pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env book
 	$(QUIET) $(BOOK) run --preset smoke
 
-zoo: setup  ## train the networks in data/zoo/ again
-	$(BIN)/python -m mcnotes.zoo
+zoo: setup  ## compute all of data/zoo again, by running the chapters
+	rm -f data/zoo/*.safetensors data/zoo/*.json
+	MCNOTES_STORE=$(CURDIR)/data/zoo $(BOOK) run --force
 
 clean:  ## remove what was built, keep .venv and data
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis

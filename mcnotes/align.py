@@ -42,8 +42,8 @@ class Moments:
     @classmethod
     def zero(cls, units: int, device: torch.device) -> Moments:
         """Nothing seen yet; float64 on `device`."""
-        vectors = torch.zeros(4, units, dtype=torch.float64, device=device)
-        return cls(0, *vectors, torch.zeros(units, units, dtype=torch.float64, device=device))
+        v = torch.zeros(4, units, dtype=torch.float64, device=device)
+        return cls(0, v[0], v[1], v[2], v[3], torch.outer(v[0], v[0]))
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Take in activations a, b: [samples, U] each."""

@@ -22,6 +22,7 @@ from tools import chapters, notebooks, presets
 ROOT = presets.ROOT
 STAGE = ROOT / "_build" / "stage"
 HTML = ROOT / "_build" / "html"
+README_FIGURE, README_PICTURE = "fig-04-main", ROOT / "book" / "main-result.png"
 KEY = ROOT / "_build" / "html.key"  # what the pages were built from
 SITE = ["_config.yml", "_toc.yml", "index.md", "pyproject.toml"]
 
@@ -74,6 +75,8 @@ def write_back(paths: list[Path], preset: str) -> None:
         notebooks.take_outputs(notebook, notebooks.read(chapters.result_path(path, preset)))
         notebooks.normalise(notebook)
         print(f"{path.name}: {'written' if notebooks.write(path, notebook) else 'unchanged'}")
+        if picture := notebooks.figure(notebook, README_FIGURE):
+            README_PICTURE.write_bytes(picture)
 
 
 def stamp_all(paths: list[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ def own_cells(notebook: Notebook) -> list[Notebook]:
     """The chapter's own code: without Colab's set-up and papermill's injected parameters."""
     cells = code_cells(notebook)
     return [c for c in cells if not is_setup(c) and "injected-parameters" not in tags(c)]
+
+
+def figure(notebook: Notebook, name: str) -> bytes | None:
+    """The stored PNG of the figure that its cell's metadata calls `name`; None if it has none."""
+    for cell in code_cells(notebook):
+        if cell.metadata.get("mystnb", {}).get("figure", {}).get("name") == name:
+            pictures = [
+                o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})
+            ]
+            return base64.b64decode(pictures[0]) if pictures else None
+    return None
 
 
 def digest(notebook: Notebook) -> str:
