@@ -394,6 +394,7 @@ a:is(h1, h2:not(.dropped)):hover .kept { margin: 0 }
         page = """<head>
 <link href="../_static/styles/theme.css?digest=1" rel="stylesheet" />
 <link rel="stylesheet" type="text/css" href="../_static/book.css?v=2" />
+<link rel="preload" as="script" href="../_static/scripts/bootstrap.js?digest=1" />
 <script defer src="../_static/scripts/fontawesome.js?digest=1"></script>
 <script src="../_static/documentation_options.js?v=1"></script>
 <script src="../_static/doctools.js?v=1"></script>
@@ -401,14 +402,14 @@ a:is(h1, h2:not(.dropped)):hover .kept { margin: 0 }
 <script src="../searchindex.js"></script>
 <script>let inline = 1;</script>
 </head>"""
-        found = lighten.lighten_page(page, "chapter.html", "site.css?v=3")
+        found = lighten.lighten_page(page, "chapter.html", "site.css?v=3", "let o;\n")
         assert found.splitlines() == [
             "<head>",
             '<link rel="stylesheet" href="../_static/site.css?v=3" />',
-            '<script src="../_static/documentation_options.js?v=1"></script>',
+            "<script>let o;</script>",
             '<script defer src="../_static/doctools.js?v=1"></script>',
             '<script defer data-x="y" src="../_static/tabs.js"></script>',
             "<script>let inline = 1;</script>",
             "</head>",
         ]
-        assert "searchindex.js" in lighten.lighten_page(page, "search.html", "site.css")
+        assert "searchindex.js" in lighten.lighten_page(page, "search.html", "a.css", "")

@@ -18,6 +18,7 @@ from typing import Any
 from fontTools import subset
 
 LINK = re.compile(r'<link[^>]*href="([^"]*?)_static/([^"?]+\.css)[^"]*"[^>]*>\n?')
+PRELOAD = re.compile(r'<link rel="preload" as="script"[^>]*>\n?')  # scripts can wait for the text
 SCRIPT = re.compile(r'<script(?: defer(?:="\w+")?)?([^>]*) src="([^"]+)"([^>]*)></script>\n?')
 ICON_SCRIPT = "scripts/fontawesome.js"
 SEARCH = ("searchtools.js", "language_data.js", "searchindex.js")  # only the search page needs them
@@ -114,22 +115,25 @@ def cut_icons(static: Path, css: str) -> str:
     return css
 
 
-def lighten_page(html: str, name: str, style: str) -> str:
-    """Refer to the one style sheet, and let no script hold up the page."""
+def lighten_page(html: str, name: str, style: str, options: str) -> str:
+    """Refer to the one style sheet, and let no script hold up the page.
+
+    options: the text of Sphinx's documentation_options.js, which scripts within the page read.
+    """
 
     def script(found: re.Match[str]) -> str:
         source = found[2].split("?")[0]
         if source.endswith(ICON_SCRIPT) or (source.endswith(SEARCH) and name != "search.html"):
             return ""
         if source.endswith("documentation_options.js"):
-            return found[0]  # the scripts within the page read it
+            return f"<script>{options.strip()}</script>\n"
         return f'<script defer{found[1]} src="{found[2]}"{found[3]}></script>\n'
 
     if not (first := LINK.search(html)):
         return html
     link = f'<link rel="stylesheet" href="{first[1]}_static/{style}" />\n'
     before, after = html[: first.start()], LINK.sub("", html[first.end() :])
-    return SCRIPT.sub(script, before + link + after)
+    return SCRIPT.sub(script, PRELOAD.sub("", before + link + after))
 
 
 def lighten(app: Any, exception: Exception | None) -> None:
@@ -145,8 +149,9 @@ def lighten(app: Any, exception: Exception | None) -> None:
     css = cut_icons(static, merge(static, list(dict.fromkeys(links)), words))
     (static / "site.css").write_text(css, "utf8")
     style = f"site.css?v={zlib.crc32(css.encode()):08x}"
+    options = (static / "documentation_options.js").read_text("utf8")
     for path, html in pages.items():
-        path.write_text(lighten_page(html, path.name, style), "utf8")
+        path.write_text(lighten_page(html, path.name, style, options), "utf8")
 
 
 def setup(app: Any) -> dict[str, bool]:
