@@ -64,12 +64,14 @@ class TestPresets:
         (fault,) = presets.check({"zzz": 3}, {"epochs": 12, "seed": 1})
         assert fault.endswith("there are: epochs, seed")
 
-    @pytest.mark.parametrize(("value", "default"), [("3", 3), (0.5, 3), (True, 1), ([1], 1)])
+    @pytest.mark.parametrize(("value", "default"), [("3", 3), (True, 1), ([1], 1)])
     def test_a_wrong_type_is_refused(self, value: object, default: object) -> None:
         (fault,) = presets.check({"x": value}, {"x": default})
         assert "is of type" in fault
 
-    @pytest.mark.parametrize(("value", "default"), [(1, 0.1), (3, 4), ("a", "b"), (None, 3)])
+    @pytest.mark.parametrize(
+        ("value", "default"), [(1, 0.1), (0.5, 8), (3, 4), ("a", "b"), (None, 3)]
+    )
     def test_a_fitting_value_is_accepted(self, value: object, default: object) -> None:
         assert presets.check({"x": value}, {"x": default}) == []
 

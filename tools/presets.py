@@ -46,8 +46,9 @@ def check(preset: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
 
 
 def _alike(value: object, default: object) -> bool:
-    """Same type; a whole number also goes where a fraction is the default."""
-    return type(value) is type(default) or (type(value) is int and type(default) is float)
+    """Same type, or both a number (True and False are none)."""
+    numbers = (int, float)
+    return type(value) is type(default) or (type(value) in numbers and type(default) in numbers)
 
 
 def _hint(name: str, known: list[str]) -> str:
