@@ -69,9 +69,7 @@ class TestPresets:
         (fault,) = presets.check({"x": value}, {"x": default})
         assert "is of type" in fault
 
-    @pytest.mark.parametrize(
-        ("value", "default"), [(1, 0.1), (0.5, 8), (3, 4), ("a", "b"), (None, 3)]
-    )
+    @pytest.mark.parametrize(("value", "default"), [(1, 0.1), (0.5, 8), ("a", "b"), (None, 3)])
     def test_a_fitting_value_is_accepted(self, value: object, default: object) -> None:
         assert presets.check({"x": value}, {"x": default}) == []
 
