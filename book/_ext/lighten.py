@@ -8,6 +8,7 @@ used, drops the icon script (the font draws the same icons) and lets no script b
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 import zlib
@@ -98,6 +99,7 @@ def merge(static: Path, sheets: list[str], words: set[str]) -> str:
 
 def cut_icons(static: Path, css: str) -> str:
     """Replace the icon fonts by ones that hold only the icons `css` names, and refer to these."""
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it reports on every table
     icons = {int(code, 16) for code in re.findall(r"\\([0-9a-f]{2,4})\b", css)}
     icons |= {ord(char) for char in css if ord(char) > 127}
     for font in (static / "vendor/fontawesome/webfonts").glob("*.ttf"):
