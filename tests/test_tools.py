@@ -97,6 +97,7 @@ class TestNormalise:
         cell.execution_count = 17
         cell.outputs = [
             new_output("stream", name="stdout", text="1\n"),
+            new_output("display_data", data={notebooks.WIDGET: {}, "text/plain": "0%"}),
             new_output("stream", name="stdout", text="2\n"),
             new_output("execute_result", data={"text/plain": "3"}, execution_count=17),
         ]

@@ -14,6 +14,7 @@ Notebook = Any  # nbformat.NotebookNode: attribute access to JSON, which types c
 
 SETUP = Path(__file__).with_name("colab_setup.py")
 KEEP = {"tags", "mystnb"}  # cell metadata that the book reads; editors and papermill add more
+WIDGET = "application/vnd.jupyter.widget-view+json"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -118,16 +119,18 @@ def normalise(notebook: Notebook) -> None:
         seen.add(cell.id)
     for number, cell in enumerate(code_cells(notebook), 1):
         cell.execution_count = number
-        cell.outputs = merge_streams(cell.outputs)
+        cell.outputs = tidy(cell.outputs)
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number
 
 
-def merge_streams(outputs: list[Notebook]) -> list[Notebook]:
-    """Join what was printed in several pieces: where it is cut depends on timing."""
+def tidy(outputs: list[Notebook]) -> list[Notebook]:
+    """Drop progress bars; join what was printed in pieces, which are cut by timing."""
     merged: list[Notebook] = []
     for output in outputs:
+        if WIDGET in output.get("data", {}):
+            continue  # lives in a running kernel only, and its page would fetch a foreign script
         last = merged[-1] if merged else None
         if last and output.output_type == "stream" == last.output_type and output.name == last.name:
             last.text += output.text
@@ -141,4 +144,4 @@ def take_outputs(notebook: Notebook, executed: Notebook) -> None:
     if digest(notebook) != digest(executed):
         raise ValueError("the executed notebook has other code than the one to receive its outputs")
     for cell, source in zip(own_cells(notebook), own_cells(executed), strict=True):
-        cell.outputs = source.outputs
+        cell.outputs = tidy(source.outputs)
