@@ -4,8 +4,9 @@ Compares, on the same random 32 x 32 x 3 images, shuffled, in batches of float t
 (a) `mcnotes.data.Split.batches` with the augmentation of `mcnotes.data` for CIFAR and (b) the usual
 recipe of torchvision in a DataLoader: PIL image, RandomCrop(32, padding=4), RandomHorizontalFlip,
 RandomRotation(15), ToTensor; with no worker and with two persistent ones. Both rotate to the
-nearest pixel, torchvision's default (`--bilinear`: both interpolate). Epochs of all three alternate
-in one process; the ratio is the median over the rounds of (a) by the better of (b).
+nearest pixel, torchvision's default (`--bilinear`: both interpolate). (a) runs on one thread, as
+no worker needs a core; `--threads` gives it more. Epochs of all three alternate in one process; the
+ratio is the median over the rounds of (a) by the better of (b).
 
 The limit: reading each image's bytes once and writing its floats once, at the bandwidth at which
 this machine copies a large tensor.
@@ -109,7 +110,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", help="where (a) runs: cpu or cuda")
     parser.add_argument("--bilinear", action="store_true", help="rotate with interpolation")
+    parser.add_argument("--threads", type=int, default=1, help="of (a) on a CPU")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     interpolation = "bilinear" if args.bilinear else "nearest"
 
     device = torch.device(args.device)
