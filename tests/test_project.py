@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from book._ext.repository import repository_url
-from tools import chapters, notebooks, presets
+from tools import book, chapters, notebooks, presets
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -148,6 +148,18 @@ class TestRepository:
             for key in keys.split(",")
         }
         assert cited <= set(known), sorted(cited - set(known))
+
+
+class TestReadme:
+    def test_its_picture_is_the_one_that_chapter_4_drew(self) -> None:
+        notebook = notebooks.read(ROOT / "book" / "04_neuron_alignment.ipynb")
+        drawn = notebooks.figure(notebook, book.README_FIGURE)
+        assert drawn == book.README_PICTURE.read_bytes(), "run `make notebooks`"
+        assert f"({book.README_PICTURE.relative_to(ROOT)})" in (ROOT / "README.md").read_text()
+
+    def test_a_missing_figure_is_none(self) -> None:
+        notebook = notebooks.read(ROOT / "book" / "04_neuron_alignment.ipynb")
+        assert notebooks.figure(notebook, "fig-00-none") is None
 
 
 class TestPresets:
