@@ -1,8 +1,8 @@
 """What a training step on a curve costs beside a plain one.
 
 Compares, on the same batches, (a) a plain PyTorch step: `net(x)`, `backward`, `torch.optim.SGD`
-with Nesterov momentum and weight decay, and (b) a step of `mcnotes.train.Step` on the inner point of a
-quadratic Bézier curve with the same optimiser. Rounds of a few steps of each alternate in one
+with Nesterov momentum and weight decay, and (b) a step of `mcnotes.train.Step` on the inner point
+of a quadratic Bézier curve with the same optimiser. Rounds of a few steps of each alternate in one
 process, in changing order; the ratio is the median of the rounds' ratios.
 
 The limit: the curve step must read three control points and write one point more than the plain
