@@ -4,11 +4,9 @@ One pass over the images feeds both networks and accumulates, group by group, th
 units' activations; the permutation that maximises the summed similarity is a linear assignment.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -30,50 +28,42 @@ class AlignmentError(ValueError):
 
 @dataclass
 class Moments:
-    """Raw moments of units of A and B over `samples`: sums, sums of squares, cross products."""
+    """Raw moments, in float64, of units of A and B over `samples`."""
 
     samples: int
-    sum_a: Tensor  # [U]
-    sum_b: Tensor  # [U]
-    square_a: Tensor  # [U]
-    square_b: Tensor  # [U]
+    sums: Tensor  # [2, U], of A and of B
+    squares: Tensor  # [2, U]
     cross: Tensor  # [U, U], entry (i, j) = Σ aᵢ bⱼ
 
     @classmethod
-    def zero(cls, units: int, device: torch.device) -> Moments:
-        """Nothing seen yet; float64 on `device`."""
-        v = torch.zeros(4, units, dtype=torch.float64, device=device)
-        return cls(0, v[0], v[1], v[2], v[3], torch.outer(v[0], v[0]))
+    def zero(cls, units: int, device: torch.device) -> "Moments":
+        """Nothing seen yet."""
+        shapes = ((2, units), (2, units), (units, units))
+        return cls(0, *(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Take in activations a, b: [samples, U] each."""
         self.samples += len(a)
-        exact = torch.float64  # a constant unit must come out constant
-        self.sum_a += a.sum(0, dtype=exact)
-        self.sum_b += b.sum(0, dtype=exact)
-        self.square_a += torch.linalg.vector_norm(a, dim=0, dtype=exact) ** 2
-        self.square_b += torch.linalg.vector_norm(b, dim=0, dtype=exact) ** 2
         self.cross += a.T @ b
+        exact = torch.float64  # a constant unit must come out constant
+        for i, x in enumerate((a, b)):
+            self.sums[i] += x.sum(0, dtype=exact)
+            self.squares[i] += torch.linalg.vector_norm(x, dim=0, dtype=exact) ** 2
 
     def covariance(self) -> Tensor:
         """Cov(aᵢ, bⱼ): [U, U]."""
-        n = self.samples
-        return self.cross / n - torch.outer(self.sum_a / n, self.sum_b / n)
+        return self.cross / self.samples - torch.outer(*self.sums / self.samples)
 
-    def deviations(self) -> tuple[Tensor, Tensor]:
-        """Standard deviations of the units of A and of B: [U] each."""
+    def deviations(self) -> Tensor:
+        """Standard deviations of the units of A and of B: [2, U]."""
         n = self.samples
-        va = self.square_a / n - (self.sum_a / n) ** 2
-        vb = self.square_b / n - (self.sum_b / n) ** 2
+        variance = self.squares / n - (self.sums / n) ** 2
         # What is left of a constant after cancellation is rounding, not variance.
-        va = va.where(va > 1e-10 * self.square_a / n, 0)
-        vb = vb.where(vb > 1e-10 * self.square_b / n, 0)
-        return va.sqrt(), vb.sqrt()
+        return variance.where(variance > 1e-10 * self.squares / n, 0).sqrt()
 
     def correlation(self) -> Tensor:
         """Pearson correlations [U, U]; 0 where a unit is constant (dead)."""
-        sa, sb = self.deviations()
-        scale = torch.outer(sa, sb)
+        scale = torch.outer(*self.deviations())
         return torch.where(scale > 0, self.covariance() / scale, 0.0).clamp(-1, 1)
 
     def similarity(self, cost: Cost) -> Tensor:
@@ -82,39 +72,26 @@ class Moments:
             return self.correlation()
         if cost == "covariance":
             return self.covariance()
-        squares = self.square_a[:, None] + self.square_b[None, :]
+        squares = self.squares[0][:, None] + self.squares[1]
         return (2 * self.cross - squares) / self.samples  # −E(aᵢ − bⱼ)²
 
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """A permutation of network B's units, and how well the matched units agree.
+    """A permutation of network B's units, and how well the matched units agree, by group."""
 
-    perm: apply with `sym.permute(theta_b, matching.perm)`. before, after: group → correlation of
-    A's unit i with B's unit i, before and after [U] (mean over a group's taps). dead: group →
-    units of A that are constant on the images; their partners are arbitrary. ambiguous: group →
-    units of A for which another unit of B is as similar within 0.01. seconds: for the whole call.
-    """
-
-    perm: Perm
-    before: dict[str, Tensor]
-    after: dict[str, Tensor]
-    dead: dict[str, Tensor]
-    ambiguous: dict[str, Tensor]
+    perm: Perm  # apply with `sym.permute(theta_b, matching.perm)`
+    before: dict[str, Tensor]  # [U], correlation of A's unit i with B's, mean over the taps
+    after: dict[str, Tensor]  # [U]
+    dead: dict[str, Tensor]  # units of A that are constant; their partners are arbitrary
+    ambiguous: dict[str, Tensor]  # units of A to which another of B is as similar within 0.01
     seconds: float
 
 
 def match(
-    net: nn.Module,
-    theta_a: Theta,
-    theta_b: Theta,
-    images: Split,
-    sym: Symmetry,
-    *,
-    at: At = "post",
-    cost: Cost = "correlation",
-    batch_size: int | None = None,
-) -> Matching:
+    net: nn.Module, theta_a: Theta, theta_b: Theta, images: Split, sym: Symmetry, *,
+    at: At = "post", cost: Cost = "correlation", batch_size: int | None = None
+) -> Matching:  # fmt: skip
     """The permutation of B's units that makes them most similar to A's (paper, algorithm 1).
 
     images: what to correlate on, some thousands of training images. at: activations after ("post")
@@ -125,31 +102,24 @@ def match(
     """
     start = time.perf_counter()
     moments = stream(net, theta_a, theta_b, images, sym, at=at, batch_size=batch_size)
-    perm, before, after, dead, ambiguous = {}, {}, {}, {}, {}
+    found = Matching({}, {}, {}, {}, {}, 0.0)
     for name, taps in moments.items():
-        similarity = torch.stack([m.similarity(cost) for m in taps]).sum(0)
-        p = perms.assign(similarity)
+        p = perms.assign(torch.stack([m.similarity(cost) for m in taps]).sum(0))
         correlation = torch.stack([m.correlation() for m in taps]).mean(0).cpu()
-        perm[name] = p
-        before[name] = correlation.diagonal().clone()
-        after[name] = correlation.gather(1, p[:, None]).squeeze(1)
+        after = correlation.gather(1, p[:, None])
         constant = torch.stack([m.deviations()[0] == 0 for m in taps]).all(0).cpu()
-        dead[name] = constant.nonzero().flatten()
-        rivals = (correlation > after[name][:, None] - 0.01).sum(1) > 1
-        ambiguous[name] = (rivals & ~constant).nonzero().flatten()
-    return Matching(perm, before, after, dead, ambiguous, time.perf_counter() - start)
+        rivals = (correlation > after - 0.01).sum(1) > 1
+        found.perm[name] = p
+        found.before[name], found.after[name] = correlation.diagonal().clone(), after.squeeze(1)
+        found.dead[name] = constant.nonzero().flatten()
+        found.ambiguous[name] = (rivals & ~constant).nonzero().flatten()
+    return replace(found, seconds=time.perf_counter() - start)
 
 
 def stream(
-    net: nn.Module,
-    theta_a: Theta,
-    theta_b: Theta,
-    images: Split,
-    sym: Symmetry,
-    *,
-    at: At = "post",
-    batch_size: int | None = None,
-) -> dict[str, list[Moments]]:
+    net: nn.Module, theta_a: Theta, theta_b: Theta, images: Split, sym: Symmetry, *,
+    at: At = "post", batch_size: int | None = None
+) -> dict[str, list[Moments]]:  # fmt: skip
     """The moments of every tap of every group, in one pass over `images`, evaluation mode.
 
     batch_size: default 64 on a CPU, where small batches stay in the cache, else 512.

@@ -4,8 +4,6 @@ Every sample draws its own parameters; there is no loop over samples and no tran
 that a CUDA graph can hold the whole of it.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,9 +15,8 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Augment:
-    """Per-sample random flip, crop, rotation, scale and colour of a batch of images.
+    """Per-sample random flip, crop, rotation, scale and colour of a batch of images, in this order:
 
-    In this order:
     flip        mirror left to right, with probability 1/2
     padding     pixels of zeros on each side; a window of the old size is cut out at random
     rotation    degrees; the angle is uniform in [-rotation, rotation], about the centre
@@ -44,13 +41,18 @@ class Augment:
 
         Each call draws 7 N numbers from `generator` (torch's global one if None), used or not.
         """
-        source = images.device if generator is None else generator.device
+        source = generator.device if generator else images.device
         draws = torch.rand(7, len(images), generator=generator, device=source)
         draws = draws.to(images.device, non_blocking=True)
         if self.flip or self.padding or self.rotation or self.scale != (1.0, 1.0):
             images = self._move(images, draws[:5])
-        if self.contrast or self.saturation:
-            images = self._colour(images, draws[5:])
+        for share, draw, grey in (
+            (self.contrast, draws[5], lambda x: _grey(x).mean((1, 2, 3), keepdim=True)),
+            (self.saturation, draws[6], _grey),
+        ):
+            if share:
+                weight = 1 + (2 * draw - 1) * share
+                images = torch.lerp(grey(images), images, weight[:, None, None, None]).clamp(0, 1)
         return images
 
     def _move(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -58,28 +60,16 @@ class Augment:
         size = images.shape[-2:]
         angle = (draws[0] - 0.5) * math.radians(2 * self.rotation)
         cos, sin = angle.cos(), angle.sin()
-        if self.scale != (1.0, 1.0):
-            low, high = self.scale
-            magnification = draws[1] * (high - low) + low
-            cos, sin = cos / magnification, sin / magnification
+        low, high = self.scale
+        magnification = draws[1] * (high - low) + low
+        cos, sin = cos / magnification, sin / magnification
         mirror = 1 - 2 * draws[2].round() if self.flip else 1
         dx, dy = (draws[3:5] * (2 * self.padding + 1)).floor() - self.padding
         pixels, unit = _centred(*size, images.device)
         affine = torch.stack((mirror * cos, mirror * sin, dx, -sin, cos, dy), 1).view(-1, 2, 3)
         grid = ((affine * unit).view(-1, 3) @ pixels).view(-1, 2, *size).permute(0, 2, 3, 1)
-        whole_pixels = not self.rotation and self.scale == (1.0, 1.0)
-        mode = "nearest" if whole_pixels else self.interpolation
+        mode = self.interpolation if self.rotation or self.scale != (1.0, 1.0) else "nearest"
         return F.grid_sample(images, grid, mode, align_corners=False)
-
-    def _colour(self, images: Tensor, draws: Tensor) -> Tensor:
-        if self.contrast:
-            weight = 1 + (2 * draws[0] - 1) * self.contrast
-            mean = _grey(images).mean((1, 2, 3), keepdim=True)
-            images = torch.lerp(mean, images, weight[:, None, None, None]).clamp(0, 1)
-        if self.saturation:
-            weight = 1 + (2 * draws[1] - 1) * self.saturation
-            images = torch.lerp(_grey(images), images, weight[:, None, None, None]).clamp(0, 1)
-        return images
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -92,14 +82,10 @@ def _grey(images: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _centred(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixels as columns (x, y, 1) [3, H * W], counted from the image's centre.
-
-    And what turns pixels into the units of grid_sample, [2, 1]: from -1 to 1, edge to edge.
+    """Pixels (x, y, 1) from the image's centre, [3, H * W], and what takes them to grid_sample's
+    units, from -1 to 1, edge to edge, [2, 1].
     """
-    y, x = torch.meshgrid(
-        torch.arange(height) - (height - 1) / 2,
-        torch.arange(width) - (width - 1) / 2,
-        indexing="ij",
-    )
-    pixels = torch.stack((x, y, torch.ones_like(x))).view(3, -1)
+    y = (torch.arange(height) - (height - 1) / 2).repeat_interleave(width)
+    x = (torch.arange(width) - (width - 1) / 2).repeat(height)
+    pixels = torch.stack((x, y, torch.ones_like(x)))
     return pixels.to(device), torch.tensor([[2 / width], [2 / height]]).to(device)

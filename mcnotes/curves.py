@@ -4,9 +4,7 @@ A point is a network's state, `Theta = dict[str, Tensor]`. Every curve here is l
 points, r(t) = Σᵢ wᵢ(t) pᵢ with Σᵢ wᵢ = 1, so training and evaluation need only the weights w(t).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import comb
 from typing import Literal
@@ -22,10 +20,8 @@ Kind = Literal["bezier", "chain"]
 class Curve:
     """r: [0, 1] → parameters, from its control points; r(0) and r(1) are the first and the last.
 
-    `kind` says how the points act: "bezier" (weights are the Bernstein polynomials; degree 1 is the
-    straight line, degree 0 a single network) or "chain" (the polygon through the points, each
-    segment taking an equal share of t).
-
+    kind: "bezier" (Bernstein polynomials; degree 1 is the straight line, degree 0 one network) or
+    "chain" (the polygon through the points, each segment taking an equal share of t).
     Raises ValueError when the points do not hold the same names, shapes and dtypes.
     """
 
@@ -35,8 +31,8 @@ class Curve:
     def __post_init__(self) -> None:
         if not self.points:
             raise ValueError("Curve: got no control point, expected at least one")
-        if self.kind not in _WEIGHTS:
-            raise ValueError(f"Curve: got kind {self.kind!r}, expected one of {sorted(_WEIGHTS)}")
+        if self.kind not in ("bezier", "chain"):
+            raise ValueError(f"Curve: got kind {self.kind!r}, expected 'bezier' or 'chain'")
         for i, point in enumerate(self.points[1:], start=1):
             check_same_space(self.points[0], point, f"Curve: control point {i}")
 
@@ -47,49 +43,50 @@ class Curve:
 
     def weights(self, t: Tensor) -> Tensor:
         """w(t): the weight of each control point. t: any shape [...], in [0, 1]. Gives [..., k]."""
-        return _WEIGHTS[self.kind](t, self.degree)
+        n = self.degree
+        if self.kind == "chain":  # hat functions
+            knots = torch.arange(n + 1, dtype=t.dtype, device=t.device)
+            return (1 - (t[..., None] * n - knots).abs()).clamp_min(0)
+        bernstein = [comb(n, i) * (1 - t) ** (n - i) * t**i for i in range(n + 1)]
+        return torch.stack(bernstein, dim=-1)
 
     def __call__(self, t: float) -> Theta:
-        """r(t), a new dict (at t = 0 and 1 exactly the end points).
-
-        Integer buffers cannot be averaged: they are taken from the nearer end.
-        """
+        """r(t), exactly the ends at t = 0 and 1; integer buffers are those of the nearer end."""
         if not 0 <= t <= 1:
             raise ValueError(f"Curve: got t = {t}, expected a number in [0, 1]")
         w = self.weights(torch.tensor(t, dtype=torch.float64)).tolist()
         near = self.points[0 if t < 0.5 else -1]
         used = [(wi, p) for wi, p in zip(w, self.points, strict=True) if wi != 0]
-        return {name: _mix(name, used, near) for name in near}
+        return {name: _mix(name, used) if x.is_floating_point() else x.clone()
+                for name, x in near.items()}  # fmt: skip
 
-    def with_points(self, points: Sequence[Theta]) -> Curve:
+    def with_points(self, points: Sequence[Theta]) -> "Curve":
         """The same kind of curve through other control points."""
         return replace(self, points=tuple(points))
 
     def lengths(
         self, t: Tensor, names: Collection[str] | None = None, per_step: int = 64
     ) -> Tensor:
-        """Arc length from r(t[0]) to each r(t[i]), Euclidean, over the tensors `names`.
+        """Arc length from r(t[0]) to each r(t[i]): float64 [n], beginning with 0.
 
         t: [n], increasing. `names`: default every floating-point tensor. Each interval is measured
-        with `per_step` chords. Returns float64 [n], beginning with 0. Only the control points' Gram
-        matrix is needed: ‖r(s) − r(t)‖² = Δwᵀ G Δw, whatever the number of parameters.
+        with `per_step` chords, ‖r(s) − r(t)‖² = Δwᵀ G Δw, whatever the number of parameters.
         """
         t = t.to(torch.float64)
         steps = torch.linspace(0, 1, per_step + 1, dtype=torch.float64)[:-1]
-        fine = torch.cat([(t[:-1, None] + (t[1:] - t[:-1])[:, None] * steps).flatten(), t[-1:]])
+        fine = torch.cat([(t[:-1, None] + t.diff()[:, None] * steps).flatten(), t[-1:]])
         dw = self.weights(fine).diff(dim=0)  # [m, k]
         chords = torch.einsum("mi,ij,mj->m", dw, self.gram(names), dw).clamp_min(0).sqrt()
         return torch.cat([torch.zeros(1, dtype=torch.float64), chords.cumsum(0)])[::per_step]
 
     def gram(self, names: Collection[str] | None = None) -> Tensor:
         """G[i, j] = ⟨pᵢ − p₀, pⱼ − p₀⟩ over the tensors `names`. Float64 [k, k], on the CPU."""
-        first = self.points[0]
-        chosen = [n for n in names or first if first[n].is_floating_point()]
         gram = torch.zeros(len(self.points), len(self.points), dtype=torch.float64)
-        for name in chosen:
-            origin = first[name].double()
-            rows = torch.stack([p[name].double() - origin for p in self.points]).flatten(1)
-            gram += (rows @ rows.T).cpu()
+        for name in names or self.points[0]:
+            if self.points[0][name].is_floating_point():
+                rows = torch.stack([p[name].double().flatten() for p in self.points])
+                rows -= rows[0].clone()
+                gram += (rows @ rows.T).cpu()
         return gram
 
 
@@ -129,28 +126,12 @@ def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 def _on_line(a: Theta, b: Theta, segments: int) -> tuple[Theta, ...]:
     if segments < 1:
         raise ValueError(f"curve: got {segments} segments, expected at least 1")
-    straight = line(a, b)
-    return (a, *(straight(i / segments) for i in range(1, segments)), b)
+    return (a, *(line(a, b)(i / segments) for i in range(1, segments)), b)
 
 
-def _mix(name: str, used: list[tuple[float, Theta]], near: Theta) -> Tensor:
-    if not near[name].is_floating_point():
-        return near[name].clone()
-    total = used[0][1][name] * used[0][0]
-    for wi, point in used[1:]:
-        total = total.add(point[name], alpha=wi)
+def _mix(name: str, used: list[tuple[float, Theta]]) -> Tensor:
+    (weight, point), *others = used
+    total = point[name] * weight
+    for weight, point in others:
+        total = total.add(point[name], alpha=weight)
     return total
-
-
-def _bernstein(t: Tensor, degree: int) -> Tensor:
-    return torch.stack(
-        [comb(degree, i) * (1 - t) ** (degree - i) * t**i for i in range(degree + 1)], dim=-1
-    )
-
-
-def _hat(t: Tensor, degree: int) -> Tensor:
-    knots = torch.arange(degree + 1, dtype=t.dtype, device=t.device)
-    return (1 - (t[..., None] * degree - knots).abs()).clamp_min(0)
-
-
-_WEIGHTS: dict[str, Callable[[Tensor, int], Tensor]] = {"bezier": _bernstein, "chain": _hat}

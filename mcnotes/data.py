@@ -2,18 +2,15 @@
 
 Whatever the source (`mcnotes.sources`), the images of a split stand in the order of `fair_order`:
 any prefix is a fair and class-balanced sample. The last images of train in that order are held out
-for validation, so that the validation set is the same wherever the files came from. The test set is
-the data set's own, untouched.
+for validation; the test set is the data set's own, untouched.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import difflib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,40 +26,32 @@ __all__ = ["SOURCES", "Augment", "DataError", "Split", "Task", "folder", "load"]
 class Split:
     """Images uint8 [N, C, H, W] and labels int64 [N] on one device.
 
-    Images made by `load` lie in memory channels last, which convolutions on CPUs run 1.2 to 1.5
-    times faster on, whatever the layout of the weights; the batches keep that.
+    Batches lie in memory channels last: convolutions on CPUs are then 1.2 to 1.5 times faster.
     """
 
     images: Tensor
     labels: Tensor
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise ValueError(
-                f"Split: got images {self.images.dtype} {tuple(self.images.shape)}, "
-                "expected torch.uint8 [N, C, H, W]"
-            )
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"Split: got labels {self.labels.dtype} {tuple(self.labels.shape)}, "
-                f"expected torch.int64 [{len(self.images)}], one for each image"
-            )
+        x, y = self.images, self.labels
+        if x.dtype != torch.uint8 or x.ndim != 4:
+            raise ValueError(f"Split: got images {x.dtype} {tuple(x.shape)}, "
+                             "expected torch.uint8 [N, C, H, W]")  # fmt: skip
+        if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+            raise ValueError(f"Split: got labels {y.dtype} {tuple(y.shape)}, "
+                             f"expected torch.int64 [{len(x)}], one for each image")  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def first(self, n: int) -> Split:
+    def first(self, n: int) -> "Split":
         """The first `n` images, or all if there are fewer: a fair sample."""
         return Split(self.images[:n], self.labels[:n])
 
     def batches(
-        self,
-        size: int,
-        *,
-        generator: torch.Generator | None = None,
-        augment: Augment | None = None,
-        drop_last: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self, size: int, *, generator: torch.Generator | None = None,
+        augment: Augment | None = None, drop_last: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
         """Yield float images [size, C, H, W] in [0, 1] and labels [size], once through the split.
 
         Shuffled if there is a `generator`, which also drives `augment`: its state decides all. The
@@ -70,24 +59,17 @@ class Split:
         """
         if size < 1:
             raise ValueError(f"Split.batches: got size={size}, expected at least 1")
-        n = len(self)
-        order = None
+        n, device = len(self), self.images.device
+        order = torch.arange(n, device=device)
         if generator is not None:
-            order = torch.randperm(n, generator=generator, device=generator.device)
-            order = order.to(self.images.device)
+            order = torch.randperm(n, generator=generator, device=generator.device).to(device)
         for start in range(0, n - size + 1 if drop_last else n, size):
-            stop = min(start + size, n)
-            images, labels = self._at(slice(start, stop) if order is None else order[start:stop])
-            yield (_channels_last(augment(images, generator)) if augment else images), labels
-
-    def _at(self, where: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Float images in [0, 1] and labels at these places."""
-        images = self.images.permute(0, 2, 3, 1)
-        if isinstance(where, Tensor):
-            images, labels = images.index_select(0, where), self.labels.index_select(0, where)
-        else:
-            images, labels = images[where], self.labels[where]
-        return images.permute(0, 3, 1, 2).float().mul_(1 / 255), labels
+            places = order[start : start + size]
+            pixels = self.images.permute(0, 2, 3, 1).index_select(0, places)
+            images = pixels.permute(0, 3, 1, 2).float().mul_(1 / 255)
+            if augment:
+                images = _channels_last(augment(images, generator))
+            yield images, self.labels.index_select(0, places)
 
 
 @dataclass(frozen=True)
@@ -114,13 +96,8 @@ class Task:
         """Float images [2, C, H, W] in [0, 1]: the first two of train."""
         return next(self.train.first(2).batches(2))[0]
 
-    def generator(self, seed: int) -> torch.Generator:
-        """A new random generator on the task's device, so that no draw crosses to the host."""
-        return torch.Generator(self.device).manual_seed(seed)
 
-
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """What is particular to a data set: images held out, augmentation, class in torchvision."""
 
     validation: int
@@ -142,44 +119,30 @@ SOURCES = {
 
 
 def folder() -> Path:
-    """The data folder: $MCNOTES_DATA, or `data/` of the repository that the package stands in.
-
-    Raises DataError if there is no such folder.
-    """
+    """The data folder: $MCNOTES_DATA, or the repository's `data/`. Raises DataError without it."""
     named = os.environ.get("MCNOTES_DATA")
-    path = Path(named) if named else Path(__file__).resolve().parent.parent / "data"
+    path = Path(named or Path(__file__).resolve().parents[1] / "data")
     if not path.is_dir():
         origin = "MCNOTES_DATA is" if named else "the package is not in its repository: no"
-        raise DataError(
-            f"data.folder: {origin} {path}, expected a folder; set MCNOTES_DATA to the folder of "
-            "the data, such as data/ of a clone of the repository"
-        )
+        raise DataError(f"data.folder: {origin} {path}, expected a folder; set MCNOTES_DATA to the "
+                        "data, such as data/ of a clone of the repository")  # fmt: skip
     return path
 
 
-def _root(named: str | Path | None) -> Path:
-    return folder() if named is None else Path(named)
+_default_folder = folder  # `load` has a parameter of that name
 
 
 def load(
-    name: str,
-    *,
-    device: str | torch.device = "auto",
-    folder: str | Path | None = None,
-    download: bool = False,
-    validation: int | None = None,
-    image_size: int | None = None,
-) -> Task:
-    """A data set by its name, one of `SOURCES`, as tensors on the device.
+    name: str, *, device: str | torch.device = "auto", folder: str | Path | None = None,
+    download: bool = False, validation: int | None = None, image_size: int | None = None
+) -> Task:  # fmt: skip
+    """A data set by its name, one of `SOURCES`, as tensors on the device ("auto": CUDA if it can).
 
-    `device="auto"` is CUDA if there is one, else the CPU. `folder` replaces the data folder, where
-    `<name>.npz` is looked for first; `download` lets torchvision fetch what is not there.
-    `validation` images of train are held out as `val`: None takes the data set's own number, 0
-    trains on all, as the paper does, and leaves `val` empty. `image_size` resizes once, with
-    antialiasing (the paper's GoogLeNet sees Tiny ImageNet at 32).
-
-    Raises ValueError for an unknown name or an impossible `validation`, DataError for files that
-    are missing or damaged.
+    `folder` replaces the data folder, where `<name>.npz` is looked for first; `download` lets
+    torchvision fetch what is not there. `validation` images of train are held out as `val`: None
+    takes the data set's own number, 0 trains on all, as the paper does. `image_size` resizes once,
+    with antialiasing (the paper's GoogLeNet sees Tiny ImageNet at 32). Raises ValueError for an
+    unknown name or an impossible `validation`, DataError for files that are missing or damaged.
     """
     if name not in SOURCES:
         close = difflib.get_close_matches(name.lower(), SOURCES, n=1)
@@ -188,23 +151,20 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     source = SOURCES[name]
-    arrays = read(name, _root(folder), source.torchvision, download)
-    everything = _split(arrays, "train", image_size, device)
+    root = _default_folder() if folder is None else Path(folder)
+    arrays = read(name, root, source.torchvision, download)
+    train, test = (_split(arrays, which, image_size, device) for which in ("train", "test"))
     held_out = source.validation if validation is None else validation
-    cut = len(everything) - held_out
-    if not 0 < cut <= len(everything):
-        raise ValueError(
-            f"data.load: got validation={held_out}, expected at least 0 and fewer than the "
-            f"{len(everything)} training images of {name}"
-        )
-    return Task(
-        name,
-        train=everything.first(cut),
-        val=Split(everything.images[cut:], everything.labels[cut:]),
-        test=_split(arrays, "test", image_size, device),
-        class_names=tuple(map(str, arrays["class_names"])),
-        augment=_resized(source.augment, arrays["train_images"].shape[1], image_size),
-    )
+    cut = len(train) - held_out
+    if not 0 < cut <= len(train):
+        raise ValueError(f"data.load: got validation={held_out}, expected at least 0 and fewer "
+                         f"than the {len(train)} training images of {name}")  # fmt: skip
+    val = Split(train.images[cut:], train.labels[cut:])
+    augment, old = source.augment, arrays["train_images"].shape[1]
+    if image_size is not None:
+        augment = replace(augment, padding=round(augment.padding * image_size / old))
+    class_names = tuple(map(str, arrays["class_names"]))
+    return Task(name, train.first(cut), val, test, class_names, augment)
 
 
 def _split(arrays: Arrays, which: str, image_size: int | None, device: str | torch.device) -> Split:
@@ -212,24 +172,12 @@ def _split(arrays: Arrays, which: str, image_size: int | None, device: str | tor
     order = fair_order(images, labels)
     pixels = torch.from_numpy(images[order].reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)
     if image_size is not None:
-        size = (image_size, image_size)
-        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    return Split(
-        _channels_last(pixels).to(device), torch.from_numpy(labels[order]).long().to(device)
-    )
-
-
-def _resized(augment: Augment, old: int, new: int | None) -> Augment:
-    """`augment` with its padding in proportion to the new image size."""
-    padding = augment.padding if new is None else round(augment.padding * new / old)
-    return dataclasses.replace(augment, padding=padding)
+        pixels = F.interpolate(pixels, (image_size,) * 2, mode="bilinear", antialias=True)
+    classes = torch.from_numpy(labels[order]).long()
+    return Split(_channels_last(pixels).to(device), classes.to(device))
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    """The same images with the strides of [N, H, W, C], one channel included.
-
-    `contiguous(memory_format=...)` leaves one channel with strides that convolutions take for
-    [N, C, H, W].
-    """
+    """With the strides of [N, H, W, C], which `contiguous` gives only to several channels."""
     n, c, h, w = images.shape
     return images.permute(0, 2, 3, 1).reshape(n, -1).view(n, h, w, c).permute(0, 3, 1, 2)

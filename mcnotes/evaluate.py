@@ -3,10 +3,8 @@
 Everything takes the network's state as a value: `net` is never changed.
 """
 
-from __future__ import annotations
-
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +21,6 @@ from mcnotes.curves import Curve, Theta, check_same_space, views
 from mcnotes.data import Split
 
 Array = NDArray[np.float64]
-_BATCH = 500
 
 
 class Score(NamedTuple):
@@ -33,7 +30,7 @@ class Score(NamedTuple):
     accuracy: float
 
 
-def score(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = _BATCH) -> Score:
+def score(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500) -> Score:
     """Loss and accuracy of `theta` on `split`, in evaluation mode."""
     total = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
     with mode(net, training=False), torch.no_grad():
@@ -45,31 +42,36 @@ def score(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = _BATC
     return Score(loss, accuracy)
 
 
-def probabilities(
-    net: nn.Module, theta: Theta, split: Split, *, batch_size: int = _BATCH
-) -> Tensor:
-    """Predicted class probabilities in evaluation mode. Returns [N, classes], float32."""
+def probabilities(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500) -> Tensor:
+    """Predicted class probabilities in evaluation mode: [N, classes], float32."""
     with mode(net, training=False), torch.no_grad():
         batches = (functional_call(net, theta, (x,)) for x, _ in split.batches(batch_size))
         return torch.cat([z.float().softmax(1) for z in batches])
 
 
-def batchnorm(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = _BATCH) -> Theta:
+def batchnorm(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500) -> Theta:
     """`theta` with its BatchNorm running statistics computed anew on `split`, in one pass.
 
     The mean over equal batches of the batch mean and (unbiased) variance; a last partial batch is
     left out. The statistics of a mixture of two networks are no mixture of their statistics, which
     is why every point of a curve needs this (paper, section 4). Without BatchNorm: a plain copy.
     """
-    if not any(_tracked(net)):
+    tracked = (m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats)
+    if not (momenta := {m: m.momentum for m in tracked}):
         return dict(theta)
-    fresh = {n: x.clone() if n in dict(net.named_buffers()) else x for n, x in theta.items()}
+    buffers = dict(net.named_buffers())
+    fresh = {n: x.clone() if n in buffers else x for n, x in theta.items()}
     for name in (n for n in fresh if n.endswith("num_batches_tracked")):
         fresh[name].zero_()
-    size = min(batch_size, len(split))
-    with mode(net, training=False), _cumulative(net), torch.no_grad():
-        for x, _ in split.batches(size, drop_last=True):
-            functional_call(net, fresh, (x,))
+    with mode(net, training=False), torch.no_grad():
+        try:
+            for norm in momenta:
+                norm.train().momentum = None  # plain averages
+            for x, _ in split.batches(min(batch_size, len(split)), drop_last=True):
+                functional_call(net, fresh, (x,))
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
     return fresh
 
 
@@ -109,12 +111,7 @@ def barrier(t: Array, loss: Array) -> float:
 
 
 def along(
-    net: nn.Module,
-    curve: Curve,
-    split: Split,
-    *,
-    statistics: Split | None,
-    points: int = 25,
+    net: nn.Module, curve: Curve, split: Split, *, statistics: Split | None, points: int = 25
 ) -> Path:
     """Loss and accuracy on `split` at `points` equidistant t in [0, 1].
 
@@ -125,57 +122,46 @@ def along(
         raise ValueError(f"along: got points={points}, expected at least 2 (both ends)")
     ts = torch.linspace(0, 1, points, dtype=torch.float64)
     bar = tqdm(ts.tolist(), desc="along the curve", leave=False)
-    scores = np.array([_score_at(net, curve(t), split, statistics) for t in bar])
+    loss, accuracy = _scores(net, map(curve, bar), split, statistics).T
     arc = curve.lengths(ts, names=dict(net.named_parameters()))
-    return Path(ts.numpy(), arc.cpu().numpy(), scores[:, 0], scores[:, 1])
+    return Path(ts.numpy(), arc.numpy(), loss, accuracy)
 
 
 class Plane(NamedTuple):
-    """Loss and accuracy over the plane through three networks, in orthonormal coordinates.
+    """Loss and accuracy over the plane through three networks, in orthonormal coordinates."""
 
-    x [columns], y [rows]: distances in parameter space from the first network; loss, accuracy
-    [rows, columns]; corners [3, 2]: where the three networks lie.
-    """
-
-    x: Array
-    y: Array
-    loss: Array
-    accuracy: Array
-    corners: Array
+    x: Array  # [columns], distance in parameter space from the first network
+    y: Array  # [rows]
+    loss: Array  # [rows, columns]
+    accuracy: Array  # [rows, columns]
+    corners: Array  # [3, 2], where the three networks lie
 
 
 def plane(
-    net: nn.Module,
-    corners: tuple[Theta, Theta, Theta],
-    split: Split,
-    *,
-    statistics: Split | None,
-    resolution: int = 17,
-    margin: float = 0.2,
-) -> Plane:
+    net: nn.Module, corners: tuple[Theta, Theta, Theta], split: Split, *,
+    statistics: Split | None, resolution: int = 17, margin: float = 0.2
+) -> Plane:  # fmt: skip
     """Evaluate a `resolution`² grid of the plane through three networks (paper, section 5).
 
-    margin: how far the grid goes beyond the corners, as a share of their extent. BatchNorm is
-    recomputed on `statistics` in each cell, as in `along`. Raises ValueError when the three lie on
-    one line.
+    margin: how far the grid goes beyond the corners, as a share of their extent. `statistics` as in
+    `along`, in each cell. Raises ValueError when the three lie on one line.
     """
     at = coordinates(net, corners)
     low, high = at.min(0), at.max(0)
     pad = margin * (high - low).max()
-    x = np.linspace(low[0] - pad, high[0] + pad, resolution)
-    y = np.linspace(low[1] - pad, high[1] + pad, resolution)
+    x, y = np.linspace(low - pad, high + pad, resolution).T
     # Barycentric weights of every cell: the affine map that sends the corners to themselves.
     solve = np.linalg.inv(np.vstack([at.T, np.ones(3)]))
-    cells = [(solve @ [u, v, 1.0]).tolist() for v in y for u in x]
-    bar = tqdm(cells, desc="plane", leave=False)
-    found = np.array([_score_at(net, combine(corners, w), split, statistics) for w in bar])
-    grid = found.reshape(resolution, resolution, 2)
-    return Plane(x, y, grid[..., 0], grid[..., 1], at)
+    cells = tqdm([(solve @ [u, v, 1.0]).tolist() for v in y for u in x], desc="plane", leave=False)
+    found = _scores(net, (combine(corners, weights) for weights in cells), split, statistics)
+    loss, accuracy = found.T.reshape(2, resolution, resolution)
+    return Plane(x, y, loss, accuracy, at)
 
 
 def coordinates(net: nn.Module, corners: tuple[Theta, Theta, Theta]) -> Array:
-    """Where three networks lie in the plane through them: [3, 2], the first at the origin, the
-    second on the first axis. Distances are Euclidean, over the parameters.
+    """Where three networks lie in the plane through them: [3, 2], Euclidean over the parameters.
+
+    The first is the origin, the second on the first axis. Raises ValueError as `plane`.
     """
     gram = Curve(corners).gram(dict(net.named_parameters())).numpy()
     a = np.sqrt(gram[1, 1])
@@ -189,12 +175,10 @@ def combine(thetas: tuple[Theta, ...], weights: list[float]) -> Theta:
     """Σᵢ wᵢ θᵢ over floating-point tensors; integer buffers are those of the first. Σᵢ wᵢ = 1."""
     for i, theta in enumerate(thetas[1:], start=1):
         check_same_space(thetas[0], theta, f"combine: network {i}")
-    return {
-        n: torch.stack([w * t[n] for w, t in zip(weights, thetas, strict=True)]).sum(0)
-        if x.is_floating_point()
-        else x.clone()
-        for n, x in thetas[0].items()
-    }
+    mixed = {n: x.clone() for n, x in thetas[0].items()}
+    for n in (n for n, x in mixed.items() if x.is_floating_point()):
+        mixed[n] = torch.stack([w * t[n] for w, t in zip(weights, thetas, strict=True)]).sum(0)
+    return mixed
 
 
 def curvature(
@@ -204,38 +188,26 @@ def curvature(
 
     Lanczos (scipy's eigsh) on Hessian–vector products, evaluation mode. Returns float64 [top].
     """
-    names = [n for n, _ in net.named_parameters()]
-    leaves = [theta[n].detach().clone().requires_grad_() for n in names]
-    shapes = [x.shape for x in leaves]
+    free = {n: theta[n].detach().clone().requires_grad_() for n, _ in net.named_parameters()}
+    leaves = list(free.values())
     n = sum(x.numel() for x in leaves)
 
     def product(v: Array) -> Array:
         flat = torch.from_numpy(v.astype(np.float32)).to(leaves[0]).flatten()
-        parts = views(flat, shapes)
+        direction = views(flat, [x.shape for x in leaves])
         total = torch.zeros(n, dtype=torch.float64, device=flat.device)
-        for x, y in split.batches(_BATCH):
-            z = functional_call(net, theta | dict(zip(names, leaves, strict=True)), (x,))
-            loss = cross_entropy(z, y, reduction="sum")
+        for x, y in split.batches(500):
+            loss = cross_entropy(functional_call(net, theta | free, (x,)), y, reduction="sum")
             slopes = torch.autograd.grad(loss, leaves, create_graph=True)
-            hv = torch.autograd.grad(slopes, leaves, grad_outputs=parts)
+            hv = torch.autograd.grad(slopes, leaves, grad_outputs=direction)
             total += torch.cat([h.flatten() for h in hv]).double() / len(split)
         return total.cpu().numpy()
 
+    start = np.random.default_rng(0).standard_normal(n)
+    options = {"which": "LA", "v0": start, "tol": tolerance, "return_eigenvectors": False}
     with mode(net, training=False):
-        operator = LinearOperator((n, n), matvec=product, dtype=np.float64)
-        start = np.random.default_rng(0).standard_normal(n)
-        found = eigsh(
-            operator, k=top, which="LA", v0=start, tol=tolerance, return_eigenvectors=False
-        )
+        found = eigsh(LinearOperator((n, n), matvec=product, dtype=np.float64), top, **options)
     return np.sort(found)[::-1].copy()
-
-
-def _score_at(net: nn.Module, theta: Theta, split: Split, statistics: Split | None) -> Score:
-    return score(net, batchnorm(net, theta, statistics) if statistics else theta, split)
-
-
-def _tracked(net: nn.Module) -> Iterator[_BatchNorm]:
-    return (m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats)
 
 
 @contextlib.contextmanager
@@ -250,16 +222,9 @@ def mode(net: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = flag
 
 
-@contextlib.contextmanager
-def _cumulative(net: nn.Module) -> Iterator[None]:
-    """BatchNorm layers are in train mode and take plain averages for a while."""
-    norms = list(_tracked(net))
-    before = [m.momentum for m in norms]
-    try:
-        for m in norms:
-            m.momentum = None
-            m.train()
-        yield
-    finally:
-        for m, momentum in zip(norms, before, strict=True):
-            m.momentum = momentum
+def _scores(
+    net: nn.Module, points: Iterable[Theta], split: Split, statistics: Split | None
+) -> Array:
+    """Loss and accuracy [points, 2], BatchNorm recomputed on `statistics` (if not None)."""
+    fresh = (batchnorm(net, theta, statistics) if statistics else theta for theta in points)
+    return np.array([score(net, theta, split) for theta in fresh])

@@ -1,10 +1,7 @@
 """The book's figures: one style, one colour per method, drawn from plain arrays.
 
-Every function takes numbers, draws on the axes it is given, and returns nothing: captions and
-alternative texts are the chapter's.
+A function draws numbers on the axes it is given; captions and alternative texts are the chapter's.
 """
-
-from __future__ import annotations
 
 import base64
 import html
@@ -23,31 +20,17 @@ Array = NDArray[np.float64]
 
 # Okabe and Ito's palette: distinct under the common forms of colour blindness.
 COLORS = {
-    "endpoints": "#000000",
-    "unaligned": "#D55E00",
-    "aligned": "#0072B2",
-    "PAM unaligned": "#E69F00",
-    "PAM aligned": "#56B4E9",
-    "random": "#7F7F7F",
-    "other": "#009E73",
-    "robust": "#CC79A7",
-}
+    "endpoints": "#000000", "random": "#7F7F7F", "other": "#009E73", "robust": "#CC79A7",
+    "unaligned": "#D55E00", "PAM unaligned": "#E69F00",
+    "aligned": "#0072B2", "PAM aligned": "#56B4E9",
+}  # fmt: skip
 STYLE: dict[str, Any] = {
-    "figure.figsize": (6.0, 3.4),
-    "figure.dpi": 110,
-    "savefig.dpi": 160,
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "image.cmap": "viridis",
+    "figure.figsize": (6.0, 3.4), "figure.dpi": 110, "savefig.dpi": 160,
+    "figure.facecolor": "white", "figure.constrained_layout.use": True, "font.size": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "lines.linewidth": 1.8, "legend.frameon": False, "image.cmap": "viridis",
     "svg.hashsalt": "mcnotes",
-}
+}  # fmt: skip
 
 
 def use() -> None:
@@ -77,26 +60,15 @@ def chord(ax: Axes, y: Array) -> None:
 
 
 def surface(
-    ax: Axes,
-    x: Array,
-    y: Array,
-    z: Array,
-    *,
-    label: str,
-    levels: int = 18,
-    top: float | None = None,
-) -> None:
-    """Filled contours of z [rows, columns] over x [columns], y [rows]; values above `top` are cut.
-
-    Adds the colour bar, named `label`.
-    """
+    ax: Axes, x: Array, y: Array, z: Array, *,
+    label: str, levels: int = 18, top: float | None = None
+) -> None:  # fmt: skip
+    """Contours of z [rows, columns] over x, y, cut above `top`, and their colour bar, `label`."""
     shown = np.minimum(z, top if top is not None else z.max())
     filled = ax.contourf(x, y, shown, levels=levels, cmap="viridis_r")
     ax.set_aspect("equal")
     ax.grid(visible=False)
-    figure = ax.get_figure()
-    assert isinstance(figure, Figure)
-    figure.colorbar(filled, ax=ax, label=label, shrink=0.85)
+    ax.figure.colorbar(filled, ax=ax, label=label, shrink=0.85)
 
 
 def corners(ax: Axes, at: Array, names: Sequence[str], colors: Sequence[str]) -> None:
@@ -120,7 +92,7 @@ def images(ax: Axes, pictures: Array, columns: int, gap: int = 1) -> None:
     rows = -(-n // columns)
     sheet = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, *pictures.shape[3:]))
     for i, picture in enumerate(pictures):
-        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        top, left = i // columns * (h + gap), i % columns * (w + gap)
         sheet[top : top + h, left : left + w] = picture
     ax.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
@@ -139,25 +111,19 @@ class Table:
     def __init__(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         self.header = [str(h) for h in header]
         self.rows = [[str(cell) for cell in row] for row in rows]
-        if odd := [row for row in self.rows if len(row) != len(self.header)]:
-            raise ValueError(
-                f"Table: a row of {len(odd[0])} cells under {len(self.header)} headings: {odd[0]}"
-            )
+        n = len(self.header)
+        if odd := [row for row in self.rows if len(row) != n]:
+            raise ValueError(f"Table: a row of {len(odd[0])} cells under {n} headings: {odd[0]}")
 
     def __repr__(self) -> str:
-        lines = [self.header, *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        columns = zip(self.header, *self.rows, strict=True)
+        padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+        return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
 
     def _repr_html_(self) -> str:
         head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in self.header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>"
-            for row in self.rows
-        )
+        rows = ("".join(f"<td>{html.escape(c)}</td>" for c in row) for row in self.rows)
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
         return f'<table class="table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
@@ -169,19 +135,13 @@ class Slider:
     """
 
     def __init__(
-        self,
-        figure: Figure,
-        ax: Axes,
-        at: Array,
-        t: Array,
-        readings: Mapping[str, Array],
-        alt: str,
+        self, figure: Figure, ax: Axes, at: Array, t: Array, readings: Mapping[str, Array], alt: str
     ) -> None:
         figure.canvas.draw()
         width, height = figure.get_size_inches() * figure.dpi
-        pixels = ax.transData.transform(at)
-        self.points = [[round(x, 1), round(height - y, 1)] for x, y in pixels.tolist()]
         self.size = (round(width), round(height))
+        places = ax.transData.transform(at).tolist()
+        self.points = [[round(x, 1), round(height - y, 1)] for x, y in places]
         self.t = [round(v, 4) for v in np.asarray(t).tolist()]
         self.readings = {k: [float(f"{v:.4g}") for v in vs] for k, vs in readings.items()}
         self.alt = html.escape(alt, quote=True)
@@ -192,23 +152,26 @@ class Slider:
         self.picture = base64.b64encode(buffer.getvalue()).decode()
         plt.close(figure)
 
+    def __repr__(self) -> str:
+        return f"Slider({len(self.t)} positions)"
+
     def _repr_html_(self) -> str:
         width, height = self.size
-        data: dict[str, Any] = {"p": self.points, "t": self.t, "r": self.readings}
+        data = json.dumps({"p": self.points, "t": self.t, "r": self.readings})
         path = " ".join(f"{x},{y}" for x, y in self.points)
-        first = self.points[0]
+        x, y = self.points[0]
         return f"""<div class="t-slider" style="max-width:{width}px">
 <svg viewBox="0 0 {width} {height}" role="img" aria-label="{self.alt}" style="width:100%">
 <image href="data:image/png;base64,{self.picture}" width="{width}" height="{height}"/>
 <polyline points="{path}" fill="none" stroke="white" stroke-width="4" opacity=".7"/>
 <polyline points="{path}" fill="none" stroke="black" stroke-width="1.6"/>
-<circle cx="{first[0]}" cy="{first[1]}" r="7" fill="#CC79A7" stroke="white" stroke-width="2"/></svg>
+<circle cx="{x}" cy="{y}" r="7" fill="#CC79A7" stroke="white" stroke-width="2"/></svg>
 <label style="display:flex;gap:.6em;align-items:center">t
 <input type="range" min="0" max="{len(self.t) - 1}" value="0" style="flex:1"
  aria-label="position t along the curve"></label>
 <output aria-live="polite" style="font-variant-numeric:tabular-nums"></output>
 <script>(() => {{
-  const d = {json.dumps(data)};
+  const d = {data};
   const box = document.currentScript.parentElement;
   const knob = box.querySelector("input"), dot = box.querySelector("circle");
   const show = () => {{

@@ -17,29 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Network(nn.Module):
-    """A network that draws the weights of its layers of the classes `drawn` by `draw`."""
-
-    draw: Callable[[Tensor], Tensor] = staticmethod(nn.init.xavier_normal_)
-    drawn: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
-
-    def reset_parameters(self) -> None:
-        """Draw them anew; call after the layers' own `reset_parameters`, which do the rest."""
-        for layer in self.modules():
-            if isinstance(layer, self.drawn):
-                self.draw(layer.weight)  # type: ignore[arg-type]  # it may be any class of layers
-
-
 def normalise(images: Tensor) -> Tensor:
     """Shift and scale images from [0, 1] to [-2, 2]; any shape."""
     return (images - 0.5) / 0.25
 
 
 class MLP(nn.Module):
-    """Fully connected: flatten, one ReLU layer per entry of `hidden`, logits. No BatchNorm.
-
-    `in_features` is C * H * W of the images: 784 for 28 x 28 x 1, 3072 for 32 x 32 x 3.
-    """
+    """Fully connected, from C * H * W = `in_features`; a ReLU layer per entry of `hidden`."""
 
     def __init__(
         self, num_classes: int = 10, in_features: int = 784, hidden: Sequence[int] = (256, 256)
@@ -75,26 +59,34 @@ class ConvBlock(nn.Module):
         return F.relu(x) if self.relu else x
 
 
-class TinyTen(Network):
-    """Eight conv-BN-ReLU blocks w, w, 2w/2, 2w, 2w, 4w/2, 4w (no padding), 4w (1 x 1).
+class Network(nn.Module):
+    """A network that draws the weights of its layers of the classes `drawn` by `draw`."""
 
-    With `width=16`, 10 classes and 3 channels it has 86,458 parameters (the paper's 0.09 M). Images
-    must be at least 9 x 9.
+    draw: Callable[[Tensor], Tensor] = staticmethod(nn.init.xavier_normal_)
+    drawn: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
+
+    def reset_parameters(self) -> None:
+        """Draw them anew; call after the layers' own `reset_parameters`, which do the rest."""
+        for layer in self.modules():
+            if isinstance(layer, self.drawn):
+                self.draw(layer.weight)  # type: ignore[arg-type]  # it may be any class of layers
+
+
+class TinyTen(Network):
+    """Eight conv-BN-ReLU blocks w, w, 2w/2, 2w, 2w, 4w/2, 4w, 4w, for images from 9 x 9.
+
+    It has 86,458 parameters (the paper's 0.09 M) for width 16, 10 classes and 3 channels.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, width: int = 16) -> None:
         super().__init__()
         w = width
         self.blocks = nn.Sequential(
-            ConvBlock(in_channels, w),
-            ConvBlock(w, w),
-            ConvBlock(w, 2 * w, stride=2),
-            ConvBlock(2 * w, 2 * w),
-            ConvBlock(2 * w, 2 * w),
-            ConvBlock(2 * w, 4 * w, stride=2),
-            ConvBlock(4 * w, 4 * w, padding=0),
+            ConvBlock(in_channels, w), ConvBlock(w, w),
+            ConvBlock(w, 2 * w, stride=2), ConvBlock(2 * w, 2 * w), ConvBlock(2 * w, 2 * w),
+            ConvBlock(2 * w, 4 * w, stride=2), ConvBlock(4 * w, 4 * w, padding=0),
             ConvBlock(4 * w, 4 * w, kernel=1),
-        )
+        )  # fmt: skip
         self.head = nn.Linear(4 * w, num_classes)
         self.reset_parameters()
 
@@ -153,11 +145,12 @@ class ResNet(Network):
             raise ValueError(f"ResNet: got shortcut={shortcut!r}, expected 'conv' or 'pad'")
         self.stem = ConvBlock(in_channels, width)
         self.stages = nn.Sequential()
-        sizes = (width, width, 2 * width, 4 * width)
-        for before, after, stride in zip(sizes, sizes[1:], (1, 2, 2), strict=False):
+        before = width
+        for after, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
             first = ResidualBlock(before, after, stride, shortcut)
             rest = [ResidualBlock(after, after, 1, shortcut) for _ in range(depth // 6 - 1)]
             self.stages.append(nn.Sequential(first, *rest))
+            before = after
         self.head = nn.Linear(4 * width, num_classes)
         self.reset_parameters()
 
@@ -167,10 +160,9 @@ class ResNet(Network):
 
 
 class Inception(nn.Module):
-    """Four branches side by side: 1 x 1; 1 x 1, 3 x 3; 1 x 1, 3 x 3 again; 3 x 3 maximum, 1 x 1.
+    """Four branches: 1 x 1; 1 x 1, 3 x 3; 1 x 1, 3 x 3; maximum, 1 x 1 (`sizes` in this order).
 
-    `sizes` are their channels in that order. The third branch has 3 x 3 kernels, as in torchvision,
-    where Szegedy et al. (2015) have 5 x 5.
+    The third has 3 x 3 kernels, as in torchvision, where Szegedy et al. (2015) have 5 x 5.
     """
 
     def __init__(self, before: int, sizes: Sequence[int]) -> None:
@@ -183,20 +175,16 @@ class Inception(nn.Module):
         self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1), block(before, pool, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)), 1)
+        return torch.cat([branch(x) for branch in self.children()], dim=1)
 
 
 INCEPTIONS = {  # Szegedy et al. (2015), table 1
-    "3a": (64, 96, 128, 16, 32, 32),
-    "3b": (128, 128, 192, 32, 96, 64),
-    "4a": (192, 96, 208, 16, 48, 64),
-    "4b": (160, 112, 224, 24, 64, 64),
-    "4c": (128, 128, 256, 24, 64, 64),
-    "4d": (112, 144, 288, 32, 64, 64),
+    "3a": (64, 96, 128, 16, 32, 32), "3b": (128, 128, 192, 32, 96, 64),
+    "4a": (192, 96, 208, 16, 48, 64), "4b": (160, 112, 224, 24, 64, 64),
+    "4c": (128, 128, 256, 24, 64, 64), "4d": (112, 144, 288, 32, 64, 64),
     "4e": (256, 160, 320, 32, 128, 128),
-    "5a": (256, 160, 320, 32, 128, 128),
-    "5b": (384, 192, 384, 48, 128, 128),
-}
+    "5a": (256, 160, 320, 32, 128, 128), "5b": (384, 192, 384, 48, 128, 128),
+}  # fmt: skip
 
 
 class WithAuxiliary(NamedTuple):
@@ -210,11 +198,10 @@ class WithAuxiliary(NamedTuple):
 class GoogLeNet(Network):
     """Inception v1 with BatchNorm, for small images as in the authors' code.
 
-    The 7 x 7 stem has stride 1, and only the poolings before 3a and 4a are left. With
-    `auxiliary=True` there are two more heads, after 4a and 4d: in train mode the output is then
-    `WithAuxiliary`, in eval mode the logits alone. For 100 classes and 3 channels it has 5,702,404
-    parameters, with auxiliary heads 10,237,388 (the paper's 10.24 M). `width` is a factor on all
-    channels. Dropout (0.2, in the auxiliary heads 0.7) draws from torch's global generator.
+    The 7 x 7 stem has stride 1, and only the poolings before 3a and 4a are left. With `auxiliary`
+    there are two more heads, after 4a and 4d, and in train mode the output is `WithAuxiliary`. For
+    100 classes and 3 channels it has 5,702,404 parameters, with auxiliary heads 10,237,388 (the
+    paper's 10.24 M). `width` is a factor on all channels. Dropout draws from torch's generator.
     """
 
     draw = staticmethod(partial(nn.init.trunc_normal_, std=0.01, a=-0.02, b=0.02))
@@ -257,32 +244,21 @@ class GoogLeNet(Network):
         return WithAuxiliary(logits, *extra) if extra else logits
 
 
+RESNETS = {f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 56)}
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": MLP,
-    "tinyten": TinyTen,
-    "resnet20": partial(ResNet, 20),
-    "resnet32": partial(ResNet, 32),
-    "resnet56": partial(ResNet, 56),
-    "googlenet": GoogLeNet,
-}
+    "mlp": MLP, "tinyten": TinyTen, **RESNETS, "googlenet": GoogLeNet
+}  # fmt: skip
 
 
 def build(
-    name: str,
-    *,
-    num_classes: int,
-    in_channels: int,
-    width: float | None = None,
-    image_size: int | None = None,
-    **options: Any,
-) -> nn.Module:
-    """A network by its name: one of `BUILDERS`.
+    name: str, *, num_classes: int, in_channels: int, width: float | None = None,
+    image_size: int | None = None, **options: Any
+) -> nn.Module:  # fmt: skip
+    """A network by its name: one of `BUILDERS`. `options` go to its constructor.
 
     `width` is the channels of the first stage (TinyTen, ResNet), a factor (GoogLeNet) or the units
-    of each of two hidden layers (MLP); None takes the network's own. Only the MLP uses `image_size`
-    and cannot do without. `options` go to the network's constructor.
-
-    Raises ValueError for an unknown name and for an MLP without `image_size`.
+    of each of two hidden layers (MLP); None takes the network's own. Only the MLP needs
+    `image_size`. Raises ValueError for an unknown name and for an MLP without `image_size`.
     """
     if name not in BUILDERS:
         close = difflib.get_close_matches(name.lower(), BUILDERS, n=1)

@@ -7,12 +7,11 @@ Each source gives the same arrays, the ones that a `.npz` file of a data set hol
     class_names                 str [classes]
 """
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import os
-import zipfile
-import zlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,7 @@ from numpy.typing import NDArray
 
 Arrays = dict[str, NDArray[Any]]
 TINY = "tiny-imagenet-200"
-DAMAGE = (  # what NumPy and zipfile raise for files that are not what they should be
-    *(OSError, ValueError, EOFError, TypeError, AttributeError),
-    *(zipfile.BadZipFile, zlib.error),
-)
+_UNPACK = f"unpack {TINY}.zip there again"
 
 
 class DataError(RuntimeError):
@@ -42,50 +38,51 @@ def read(name: str, root: Path, torchvision_class: str | None, download: bool) -
 
     Raises DataError if none has, or if what is there is damaged or of another form.
     """
+    downloads = root / "downloads"
     if path := find(root, f"{name}.npz"):
         return check(read_npz(path), path)
     if name == "tiny-imagenet" and (path := find(root, TINY)):
-        return check(_cache(read_tiny_imagenet(path), path.with_name(f"{name}.npz")), path)
-    if torchvision_class and (download or (root / "downloads").is_dir()):
-        return _from_torchvision(torchvision_class, root / "downloads", download)
-    cures = ["restore it from the repository"] if not torchvision_class else ["pass download=True"]
+        arrays = check(read_tiny_imagenet(path), path)
+        part = path.with_name(f"{name}.{os.getpid()}.part")
+        with part.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes no dict
+        part.replace(path.with_name(f"{name}.npz"))
+        return arrays
+    if torchvision_class and (download or downloads.is_dir()):
+        return check(_from_torchvision(torchvision_class, downloads, download), downloads)
+    cure = "pass download=True" if torchvision_class else "restore it from the repository"
     if name == "tiny-imagenet":
-        cures = [f"unpack http://cs231n.stanford.edu/{TINY}.zip to {root / 'downloads' / TINY}"]
-    raise DataError(
-        f"data.load: found no {name}.npz in {root} or {root / 'downloads'}; "
-        f"{cures[0]}, or name another folder by folder=... or MCNOTES_DATA"
-    )
+        cure = f"unpack http://cs231n.stanford.edu/{TINY}.zip to {downloads / TINY}"
+    raise DataError(f"data.load: found no {name}.npz in {root} or {downloads}; {cure}, "
+                    "or name another folder by folder=... or MCNOTES_DATA")  # fmt: skip
 
 
 def read_npz(path: Path) -> Arrays:
     """All arrays of a `.npz` file. Raises DataError if it is damaged; nothing is unpickled."""
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except DAMAGE as error:
-        raise DataError(
-            f"data.load: {path} is damaged or no .npz file ({error}); "
-            "delete it and fetch or make it again"
-        ) from error
+    sound = _sound(f"{path} is damaged or no .npz file", "delete it and fetch or make it again")
+    with sound, path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
 
 
 def check(arrays: Arrays, path: Path) -> Arrays:
     """`arrays` as they are; raises DataError naming `path` if they are not of the form above."""
-    expected = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
-    missing = [key for key in [*expected, "class_names"] if key not in arrays]
-    fault = f"lacks {', '.join(missing)}" if missing else ""
-    for split in ("train", "test") if not missing else ():
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        classes = len(arrays["class_names"])
-        if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
-            fault = f"has {split}_images of {images.dtype} {images.shape}, not uint8 [N, H, W(, 3)]"
-        elif labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            fault = f"has {split}_labels of {labels.dtype} {labels.shape}, not [{len(images)}]"
-        elif len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-            fault = f"has {split}_labels outside of 0..{classes - 1}, its class_names"
-    if fault:
+    if fault := next(_faults(arrays), None):
         raise DataError(f"data.load: {path} {fault}; delete it and fetch or make it again")
     return arrays
+
+
+def _faults(arrays: Arrays) -> Iterator[str]:
+    expected = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
+    yield from (f"lacks {key}" for key in [*expected, "class_names"] if key not in arrays)
+    classes = len(arrays["class_names"])
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
+            yield f"has {split}_images of {images.dtype} {images.shape}, not uint8 [N, H, W(, 3)]"
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            yield f"has {split}_labels of {labels.dtype} {labels.shape}, not [{len(images)}]"
+        if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+            yield f"has {split}_labels outside of 0..{classes - 1}, its class_names"
 
 
 def _from_torchvision(torchvision_class: str, root: Path, download: bool) -> Arrays:
@@ -93,20 +90,16 @@ def _from_torchvision(torchvision_class: str, root: Path, download: bool) -> Arr
     import torchvision  # takes a second, and most loads do without
 
     make = getattr(torchvision.datasets, torchvision_class)
+    cure = "check the connection" if download else "pass download=True"
     arrays: Arrays = {}
-    try:
+    with _sound(f"torchvision finds no sound {torchvision_class} in {root}",
+                f"delete what is there of it and {cure}"):  # fmt: skip
         for split in ("train", "test"):
             files = make(root, train=split == "train", download=download)
             arrays[f"{split}_images"] = np.asarray(files.data)
             arrays[f"{split}_labels"] = np.asarray(files.targets)
         arrays["class_names"] = np.array(files.classes)
-    except Exception as error:  # damaged files raise whatever torchvision meets first
-        cure = "check the connection" if download else "pass download=True"
-        raise DataError(
-            f"data.load: torchvision finds no sound {torchvision_class} in {root} ({error}); "
-            f"delete what is there of it and {cure}"
-        ) from error
-    return check(arrays, root)
+    return arrays
 
 
 def read_tiny_imagenet(folder: Path) -> Arrays:
@@ -114,55 +107,44 @@ def read_tiny_imagenet(folder: Path) -> Arrays:
 
     The labelled `val` becomes the test set, as is customary; the labels of `test` are not public.
     """
-    ids = _lines(folder / "wnids.txt")
+    ids = sorted(_lines(folder / "wnids.txt"))
     words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt"))
-    place = {wnid: label for label, wnid in enumerate(sorted(ids))}
-    found = {i: sorted((folder / "train" / i / "images").glob("*.JPEG")) for i in place}
-    most, least = (pick(found, key=lambda i: len(found[i])) for pick in (max, min))
-    if len(found[least]) < max(1, len(found[most])):
-        raise DataError(
-            f"data.load: in {folder / 'train'}, {least} has {len(found[least])} pictures, "
-            f"{most} has {len(found[most])}; unpack {TINY}.zip there again"
-        )
-    train = [(file, place[i]) for i, files in found.items() for file in files]
-    rows = [line.split("\t")[:2] for line in _lines(folder / "val" / "val_annotations.txt")]
-    test = [(folder / "val" / "images" / file, place[wnid]) for file, wnid in rows]
-    arrays: Arrays = {"class_names": np.array([words.get(i, i).split(",")[0] for i in place])}
+    rows = [line.split("\t") for line in _lines(folder / "val" / "val_annotations.txt")]
+    train = [(path, i) for i in ids for path in sorted(folder.glob(f"train/{i}/images/*.JPEG"))]
+    test = [(folder / "val" / "images" / name, i) for name, i, *_ in rows]
+    count = Counter(i for _, i in train)
+    least, most = (pick(ids, key=lambda i: count[i]) for pick in (min, max))
+    if not 0 < count[least] == count[most]:
+        raise DataError(f"data.load: in {folder / 'train'}, {least} has {count[least]} pictures, "
+                        f"{most} has {count[most]}; {_UNPACK}")  # fmt: skip
+    arrays: Arrays = {"class_names": np.array([words.get(i, i).split(",")[0] for i in ids])}
     for split, files in (("train", train), ("test", test)):
-        arrays[f"{split}_images"] = np.stack([_decode(file) for file, _ in files])
-        arrays[f"{split}_labels"] = np.array([label for _, label in files])
+        arrays[f"{split}_images"] = np.stack([_decode(path) for path, _ in files])
+        arrays[f"{split}_labels"] = np.array([ids.index(i) for _, i in files])
     return arrays
 
 
 def _lines(path: Path) -> list[str]:
-    try:
+    with _sound(f"cannot read {path}", _UNPACK):
         return path.read_text().splitlines()
-    except OSError as error:
-        raise DataError(
-            f"data.load: cannot read {path} ({error}); unpack {TINY}.zip there again"
-        ) from error
 
 
 def _decode(path: Path) -> NDArray[np.uint8]:
     """RGB pixels [H, W, 3] of a picture, grey ones included."""
     from PIL import Image
 
+    with _sound(f"cannot decode {path}", _UNPACK), Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+@contextlib.contextmanager
+def _sound(fault: str, cure: str) -> Iterator[None]:
     try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise DataError(
-            f"data.load: cannot decode {path} ({error}); unpack {TINY}.zip there again"
-        ) from error
-
-
-def _cache(arrays: Arrays, path: Path) -> Arrays:
-    """Write `arrays` to `path`, whole or not at all, and give them back."""
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes no dict of arrays
-    part.replace(path)
-    return arrays
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files raise whatever their reader meets first
+        raise DataError(f"data.load: {fault} ({error}); {cure}") from error
 
 
 def fair_order(images: NDArray[np.uint8], labels: NDArray[Any]) -> NDArray[np.intp]:

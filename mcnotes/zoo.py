@@ -4,16 +4,14 @@ The chapters and the full-scale runs get their numbers through `Experiment`, so 
 them need is computed once. `make zoo` fills data/zoo by running the chapters.
 """
 
-from __future__ import annotations
-
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from mcnotes import align, curves, data, evaluate, models, store, symmetry, train
 from mcnotes.curves import Curve, Theta
@@ -24,30 +22,25 @@ SHAPES = ("line", "bezier", "chain")
 
 @dataclass(frozen=True)
 class Experiment:
-    """The parameters that every chapter and preset shares, and what follows from them.
-
-    epochs, curve_epochs: training length of single networks and of curves. points: where a path is
-    measured. statistics: training images on which BatchNorm is recomputed. match_images: training
-    images on which activations are correlated. device: "auto", "cpu", "cuda".
-    """
+    """The parameters that every chapter and preset shares, and what follows from them."""
 
     dataset: str = "fashion-mnist-small"
     network: str = "tinyten"
     width: float = 8
-    epochs: int = 12
+    epochs: int = 12  # of single networks
     curve_epochs: int = 12
     batch_size: int = 128
     lr: float = 0.1
     schedule: str = "linear"
     augment: bool = False
     precision: str = "float32"
-    points: int = 25
-    statistics: int = 2000
-    match_images: int = 2000
-    device: str = "auto"
+    points: int = 25  # where a path is measured
+    statistics: int = 2000  # training images on which BatchNorm is recomputed
+    match_images: int = 2000  # training images on which activations are correlated
+    device: str = "auto"  # or "cpu", "cuda"
 
     @classmethod
-    def of(cls, names: Mapping[str, Any], *, also: Collection[str] = ()) -> Experiment:
+    def of(cls, names: Mapping[str, Any], *, also: Collection[str] = ()) -> "Experiment":
         """From a notebook's globals() after its parameters cell.
 
         also: the names of the chapter's further parameters. A plain value under any other name (a
@@ -73,14 +66,9 @@ class Experiment:
     @cached_property
     def net(self) -> nn.Module:
         """The network, for its structure; its own weights are never used."""
-        shape = self.task.example.shape
-        return models.build(
-            self.network,
-            num_classes=self.task.num_classes,
-            in_channels=shape[1],
-            width=self.width,
-            image_size=shape[-1],
-        )
+        _, channels, _, size = self.task.example.shape
+        return models.build(self.network, num_classes=self.task.num_classes, in_channels=channels,
+                            width=self.width, image_size=size)  # fmt: skip
 
     @cached_property
     def sym(self) -> symmetry.Symmetry:
@@ -89,14 +77,8 @@ class Experiment:
 
     def recipe(self, epochs: int) -> train.Recipe:
         """How this experiment trains, for `epochs` epochs."""
-        return train.Recipe(
-            epochs=epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            schedule=self.schedule,
-            augment=self.augment,
-            precision=self.precision,
-        )
+        names = ("batch_size", "lr", "schedule", "augment", "precision")
+        return train.Recipe(epochs, **{name: getattr(self, name) for name in names})
 
     def endpoint(self, seed: int) -> Theta:
         """The network trained from `seed`."""
@@ -105,7 +87,7 @@ class Experiment:
             recipe = self.recipe(self.epochs)
             return train.fit(self.net, self.task, recipe, seed=seed, checkpoint=checkpoint).theta
 
-        return self._here(store.tensors(self.endpoint_config(seed), compute))
+        return self._tensors(self.endpoint_config(seed), compute)
 
     def matching(self, a: int, b: int) -> align.Matching:
         """Neuron alignment of network b to network a. Cheap: computed each time."""
@@ -126,68 +108,50 @@ class Experiment:
         if shape not in SHAPES:
             raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
         ends = self.pair(a, b, method)
+        fresh: Curve = getattr(curves, shape)(*ends)
         if shape == "line":
-            return curves.line(*ends)
-        fresh = curves.bezier(*ends) if shape == "bezier" else curves.chain(*ends)
+            return fresh
 
-        def compute(checkpoint: store.Checkpoint) -> dict[str, Tensor]:
+        def compute(checkpoint: store.Checkpoint) -> Theta:
             recipe = self.recipe(self.curve_epochs)
-            fitted = train.fit_curve(
-                self.net, fresh, self.task, recipe, seed=a * 1000 + b, checkpoint=checkpoint
-            )
+            fitted = train.fit_curve(self.net, fresh, self.task, recipe, seed=a * 1000 + b,
+                                     checkpoint=checkpoint)  # fmt: skip
             return fitted.curve.points[1]
 
-        middle = store.tensors(self.curve_config(a, b, method, shape), compute)
-        return fresh.with_points([ends[0], self._here(middle), ends[1]])
+        middle = self._tensors(self.curve_config(a, b, method, shape), compute)
+        return fresh.with_points([ends[0], middle, ends[1]])
 
     def path(self, a: int, b: int, method: str, shape: str = "bezier") -> evaluate.Path:
         """Test loss and accuracy along the curve."""
-        config = {
-            **self.curve_config(a, b, method, shape),
-            "what": "path",
-            "points": self.points,
-            "statistics": self.statistics,
-        }
+        measured = {"what": "path", "points": self.points, "statistics": self.statistics}
 
         def compute() -> dict[str, list[float]]:
-            curve = self.curve(a, b, method, shape)
-            path = evaluate.along(
-                self.net,
-                curve,
-                self.task.test,
-                statistics=self.task.train.first(self.statistics),
-                points=self.points,
-            )
+            images = self.task.train.first(self.statistics)
+            path = evaluate.along(self.net, self.curve(a, b, method, shape), self.task.test,
+                                  statistics=images, points=self.points)  # fmt: skip
             return {name: array.tolist() for name, array in path._asdict().items()}
 
-        found = store.values(config, compute)
+        found = store.values(self.curve_config(a, b, method, shape) | measured, compute)
         return evaluate.Path(**{name: np.array(found[name]) for name in evaluate.Path._fields})
 
     def endpoint_config(self, seed: int) -> dict[str, Any]:
         """What a network depends on: its entry's configuration in the store."""
-        return {
-            "what": "endpoint",
-            "dataset": self.dataset,
-            "network": self.network,
-            "width": self.width,
-            "recipe": self.recipe(self.epochs).config(),
-            "seed": seed,
-        }
+        return {"what": "endpoint", "dataset": self.dataset, "network": self.network,
+                "width": self.width, "recipe": self.recipe(self.epochs).config(),
+                "seed": seed}  # fmt: skip
 
     def curve_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a curve depends on: its entry's configuration in the store."""
-        config: dict[str, Any] = {
-            "what": "curve",
-            "ends": [store.key(self.endpoint_config(seed)) for seed in (a, b)],
-            "network": f"{self.network} {self.width:g}, {self.dataset}, seeds {a} and {b}",
-            "method": method,
-            "shape": shape,
-        }
+        ends = [store.key(self.endpoint_config(seed)) for seed in (a, b)]
+        words = f"{self.network} {self.width:g}, {self.dataset}, seeds {a} and {b}"
+        config: dict[str, Any] = {"what": "curve", "ends": ends, "network": words,
+                                  "method": method, "shape": shape}  # fmt: skip
         if method != "unaligned":
             config["match_images"] = self.match_images
         if shape != "line":
             config["recipe"] = self.recipe(self.curve_epochs).config()
         return config
 
-    def _here(self, theta: Mapping[str, Tensor]) -> Theta:
-        return {name: x.to(self.task.device) for name, x in theta.items()}
+    def _tensors(self, config: store.Config, compute: Callable[[store.Checkpoint], Theta]) -> Theta:
+        found = store.tensors(config, compute)
+        return {name: x.to(self.task.device) for name, x in found.items()}

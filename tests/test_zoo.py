@@ -1,5 +1,6 @@
 """Experiments: parameters by name; one configuration, one entry; the shipped networks are true."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_everything_is_kept_and_reused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(train, "fit_curve", None)
     monkeypatch.setattr(evaluate, "along", None)
     for shape, path in first.items():
-        again = Experiment(**vars(TINY) | {"device": "cpu"}).path(1, 2, "aligned", shape)
+        again = replace(TINY, device="cpu").path(1, 2, "aligned", shape)
         np.testing.assert_array_equal(again.loss, path.loss)
     curve = TINY.curve(1, 2, "aligned")
     assert torch.equal(curve(0.0)["head.weight"], TINY.endpoint(1)["head.weight"])
