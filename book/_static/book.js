@@ -8,7 +8,7 @@ document.addEventListener("DOMContentLoaded", () => {
     }
     if (button.innerText.trim()) button.removeAttribute("aria-label");
   }
-  const sidebar = document.querySelector("#pst-primary-sidebar");
+  const sidebar = document.querySelector("#pst-primary-sidebar, .bd-sidebar-primary");
   sidebar?.setAttribute("role", "navigation");
   sidebar?.setAttribute("aria-label", "Chapters and search");
 
