@@ -91,9 +91,8 @@ def visit_inline(writer: Any, node: nodes.math) -> None:
 def visit_display(writer: Any, node: nodes.math_block) -> None:
     writer.body.append(writer.starttag(node, "div", "", CLASS="math"))
     if node["number"]:
-        writer.body.append(f'<span class="eqno">({get_node_equation_number(writer, node)})')
-        writer.add_permalink_ref(node, "Link to this equation")
-        writer.body.append("</span>")
+        number = get_node_equation_number(writer, node)
+        writer.body.append(f'<span class="eqno">({number})</span>')
     writer.body.append(render(node.astext(), display=True, location=node) + "</div>\n")
     raise nodes.SkipNode
 
