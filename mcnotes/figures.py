@@ -138,6 +138,8 @@ class Slider:
         self, figure: Figure, ax: Axes, at: Array, t: Array, readings: Mapping[str, Array], alt: str
     ) -> None:
         figure.canvas.draw()
+        figure.canvas.draw()  # with equal axes the layout settles in the second pass only
+        figure.set_layout_engine("none")  # and now stays: saving must not move the axes
         width, height = figure.get_size_inches() * figure.dpi
         self.size = (round(width), round(height))
         places = ax.transData.transform(at).tolist()
