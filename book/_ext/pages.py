@@ -52,11 +52,17 @@ def list_modules(app: Any, docname: str, source: list[str]) -> None:
 
 
 def mark_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Read `x` in docstrings as code, as Markdown does (in reStructuredText it means nothing)."""
-    marked = re.compile(r"(:[\w:]+:`[^`]*`|``.*?``)|`([^`]+)`(\w*)", re.DOTALL)
+    """Read docstrings as plain text with `code` and :role:`links`.
+
+    What reStructuredText would take for markup besides, such as relu_ and *args, stays as it is.
+    """
+    marked = re.compile(r"(:[\w:]+:`[^`]*`|``.*?``)|`([^`]+)`(\w*)|(\*|_(?!\w)|\|)", re.DOTALL)
 
     def code(found: re.Match[str]) -> str:
-        return found[1] or f"``{found[2]}``" + (f"\\ {found[3]}" if found[3] else "")
+        link, text, ending, sign = found.groups()
+        if sign:
+            return f"\\{sign}"
+        return link or f"``{text}``" + (f"\\ {ending}" if ending else "")
 
     plain = marked.sub(code, "\n".join(lines))
     lines[:] = plain.split("\n")
