@@ -1,534 +1,223 @@
 """Find the permutation symmetries of any network, prove them, apply them (chapter 3).
 
-    sym = symmetry.find(net, example)
-    sym.verify(net, example)
-    theta = sym.permute(theta, sym.random(generator))   # another network, the same function
-
-A group of n interchangeable units stands for n! copies of the network. A nested group moves
-whole blocks of units (attention heads, groups of a convolution) and has, for each block, `inner`
-groups that permute within it. A permutation `p` of units acts by `new[i] = old[p[i]]` at every
-place of its group; inner groups act first, then nested ones.
+sym = symmetry.find(net, example)
+sym.verify(net, example)
+theta = sym.permute(theta, sym.random(generator))   # another network, the same function
 """
 
-from __future__ import annotations
-
-import copy
-import json
-import math
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.fx import Node
 
-from mcnotes import operators, perms
-from mcnotes.operators import Walk, rule
-
-Theta = dict[str, Tensor]
-Perm = dict[str, Tensor]
-At = Literal["post", "pre"]
-Example = Tensor | tuple[Tensor, ...]
+from mcnotes import tracing
+from mcnotes.action import Example, Group, Perm, Pinned, Place, Symmetry, Tap
+from mcnotes.graph import Ledger, Marked
+from mcnotes.operators import IDENTITIES, MOVES, POOLS, RESHAPES, RULES, rule
+from mcnotes.tracing import SymmetryError, short
+from mcnotes.walk import Walk
 
 __all__ = ["Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "Tap", "find", "rule"]
 
 
-class SymmetryError(ValueError):
-    """The network cannot be followed, or a symmetry does not hold; the text says why and where."""
+def find(net: nn.Module, example: Example, train: bool = False) -> Symmetry:
+    """The permutation symmetries of `net`, from its operator graph.
 
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a group acts on one tensor: row u of `index` [units, slots] holds unit u's positions
-
-    along `axis` of the parameter or buffer `name` (of `span` axes flattened into one, if span > 1).
+    example: an input with its batch in front, or a tuple of inputs. train: follow the network in
+    training mode, in which auxiliary heads exist. The network is not changed.
+    Raises SymmetryError when torch.export cannot follow the network. What is not understood is
+    pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`; `Symmetry.verify` proves.
     """
-
-    name: str
-    axis: int
-    span: int
-    index: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Tap:
-    """Where a group can be seen: positions `index` [units, slots] along the flattened `dims`."""
-
-    node: str
-    dims: tuple[int, ...]
-    index: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """`size` interchangeable units; `inner` names, per unit, the groups of the units within."""
-
-    size: int
-    places: tuple[Place, ...]
-    post: tuple[Tap, ...]
-    pre: tuple[Tap, ...]
-    inner: tuple[tuple[str, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """`count` entries along an axis of a parameter that stay where they are, and why."""
-
-    name: str
-    axis: int
-    count: int
-    why: str
-
-
-@dataclass(frozen=True, eq=False)
-class Symmetry:
-    """All that may be permuted in a network without changing its function: a value.
-
-    groups: name → Group, inner groups before the nested ones that move them. pinned: what stays,
-    and why. inputs: shape and dtype of the example's tensors. train: the mode it was found in.
-    """
-
-    groups: Mapping[str, Group]
-    pinned: tuple[Pinned, ...]
-    inputs: tuple[tuple[tuple[int, ...], str], ...]
-    train: bool = False
-
-    def identity(self) -> Perm:
-        """The permutation that moves nothing."""
-        return {name: perms.identity(g.size) for name, g in self.groups.items()}
-
-    def random(self, generator: torch.Generator | None = None) -> Perm:
-        """An independent, uniformly random permutation of every group."""
-        return {name: perms.random(g.size, generator) for name, g in self.groups.items()}
-
-    def complete(self, perm: Perm) -> Perm:
-        """`perm` with the identity for each group that it leaves out.
-
-        Raises ValueError for names that are no groups, and for index vectors that do not fit.
-        """
-        if unknown := sorted(set(perm) - set(self.groups)):
-            near = get_close_matches(unknown[0], self.groups, n=1) or list(self.groups)[:3]
-            raise ValueError(f"no group {unknown[0]!r}; did you mean {near}? See sym.groups")
-        return self.identity() | {
-            n: perms.check(p, self.groups[n].size, f"group {n!r}") for n, p in perm.items()
-        }
-
-    def compose(self, p: Perm, q: Perm) -> Perm:
-        """First p, then q, as one: `permute(θ, compose(p, q)) = permute(permute(θ, p), q)`."""
-        p, q = self.complete(p), self.complete(q)
-        return {m: perms.compose(p[m], q[n]) for n, m in self._carried(p).items()}
-
-    def inverse(self, p: Perm) -> Perm:
-        """The permutation that undoes p."""
-        p = self.complete(p)
-        return {n: perms.invert(p[m]) for n, m in self._carried(p).items()}
-
-    def _carried(self, p: Perm) -> dict[str, str]:
-        """For each group the one whose units p brings to its place: itself, unless blocks move."""
-        source = {n: n for n in self.groups}
-        for name, g in self.groups.items():
-            if g.inner:
-                for i, j in enumerate(p[name].tolist()):
-                    source.update(zip(g.inner[i], g.inner[j], strict=True))
-        return source
-
-    def permute(self, theta: Theta, perm: Perm) -> Theta:
-        """A new state dict with the same function: `new[i] = old[p[i]]` at every place.
-
-        Groups missing in `perm` keep their order. Works on any device; tensors that no group
-        touches are passed on as they are. Raises ValueError for permutations or parameters that
-        do not fit this network.
-        """
-        perm = self.complete(perm)
-        moves: dict[tuple[str, int, int], Tensor] = {}
-        for name, g in self.groups.items():
-            for at in g.places if not _trivial(perm[name]) else ():
-                size = self._size(theta, at)
-                move = moves.setdefault((at.name, at.axis, at.span), torch.arange(size))
-                index = torch.from_numpy(at.index)
-                move[index] = move[index[perm[name]]]
-        out = dict(theta)
-        # Channels within the groups of a convolution (span 2) move before the groups do.
-        for (name, axis, span), move in sorted(moves.items(), key=lambda m: -m[0][2]):
-            flat = out[name].flatten(axis, axis + span - 1)
-            moved = flat.index_select(axis, move.to(flat.device))
-            out[name] = moved.view(out[name].shape)
-        return out
-
-    def apply_matrices(self, theta: Theta, matrices: Mapping[str, Tensor]) -> Theta:
-        """`permute` with any square matrices [size, size], differentiably: new = M · old.
-
-        A permutation p is the matrix `torch.eye(size)[p]`; doubly stochastic ones serve PAM.
-        """
-        out = dict(theta)
-        for name, matrix in matrices.items():
-            for at in self.groups[name].places:
-                t = out[at.name]
-                flat = t.flatten(at.axis, at.axis + at.span - 1).movedim(at.axis, 0)
-                index = torch.from_numpy(at.index).to(t.device)
-                mixed = torch.einsum("ij,js...->is...", matrix.to(t), flat[index])
-                flat = flat.index_put((index,), mixed).movedim(0, at.axis)
-                out[at.name] = flat.reshape(t.shape)
-        return out
-
-    def _size(self, theta: Theta, at: Place) -> int:
-        if at.name not in theta:
-            raise ValueError(
-                f"permute: the parameters have no {at.name!r} that this symmetry acts on"
-            )
-        shape = theta[at.name].shape[at.axis : at.axis + at.span]
-        if len(shape) < at.span or shape.numel() <= at.index.max():
-            raise ValueError(
-                f"permute: {at.name!r} has shape {tuple(theta[at.name].shape)}, too small for axis "
-                f"{at.axis} of this symmetry; are these parameters of the same network?"
-            )
-        return shape.numel()
-
-    def log10_orbit(self) -> float:
-        """log₁₀ of the number of equivalent copies of a generic network: Σ log₁₀ n! over groups."""
-        return sum(math.lgamma(g.size + 1) for g in self.groups.values()) / math.log(10)
-
-    def explain(self, name: str) -> str:
-        """What is known of the parameter or buffer `name`, axis by axis, in words."""
-        lines = [
-            f"{name}, axis {p.axis}: {p.index.size} positions of group {n!r} ({g.size} units)"
-            for n, g in self.groups.items()
-            for p in g.places
-            if p.name == name
-        ] + [
-            f"{name}, axis {p.axis}: {p.count} fixed: {p.why}"
-            for p in self.pinned
-            if p.name == name
-        ]
-        return "\n".join(lines) or f"{name}: nothing is known; is it in the state dict?"
-
-    def table(self) -> list[dict[str, Any]]:
-        """One row per group: name, units, places, inner groups, taps."""
-        return [
-            {
-                "group": n,
-                "units": g.size,
-                "acts on": ", ".join(f"{p.name}[{p.axis}]" for p in g.places),
-                "taps": len(g.post),
-            }
-            for n, g in self.groups.items()
-        ]
-
-    def _repr_markdown_(self) -> str:
-        rows = self.table()
-        lines = ["| " + " | ".join(rows[0] if rows else ["group"]) + " |"]
-        lines.append("|" + "---|" * len(rows[0] if rows else [1]))
-        lines += ["| " + " | ".join(str(v) for v in r.values()) + " |" for r in rows]
-        return "\n".join(lines) + f"\n\n10^{self.log10_orbit():,.0f} equivalent copies."
-
-    def verify(
-        self,
-        net: nn.Module,
-        example: Example,
-        theta: Theta | None = None,
-        *,
-        tolerance: float = 1e-6,
-        seed: int = 0,
-    ) -> float:
-        """Permute every group at random in float64 and compare outputs; the relative difference.
-
-        theta: default the network's own parameters. Either is jittered first, so that units that
-        are equal (fresh biases, statistics) cannot hide an error. Raises SymmetryError above
-        `tolerance`, naming the group that does most harm alone.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        state = {n: _jitter(t, generator) for n, t in (theta or net.state_dict()).items()}
-        device = next((t.device for t in state.values()), None)
-        inputs = tuple(
-            (t.double() if t.is_floating_point() else t).to(device) for t in _tuple(example)
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    program = tracing.export(net, inputs, train)
+    walk = Walk(program, RULES)
+    units = Classes(walk, walk.entries)
+    names = group_names(walk, units)
+    groups = gather(walk, units, names)
+    moving = units.group[units.of[walk.entries[2]]] >= 0
+    if twins := alike(walk, units):
+        # Again, with whole groups as units: heads, and the groups of grouped convolutions.
+        second = Walk(program, RULES, merged(units, twins))
+        blocks = Classes(second, second.entries)
+        groups |= nested(second, blocks, [names[g] for g in twins])
+        moving |= blocks.group[blocks.of[second.entries[2]]] >= 0
+    tied: dict[int, list[str]] = {}
+    state = net.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        tied.setdefault(id(tensor), []).append(name)
+    groups = {
+        n: replace(
+            g, places=tuple(replace(p, name=m) for p in g.places for m in tied[id(state[p.name])])
         )
-        # Everything in the state dict is replaced: copy the rest only, constants in float64.
-        net = copy.deepcopy(net, {id(t): t for t in net.state_dict(keep_vars=True).values()})
-        for module in net.modules():
-            for n in module._non_persistent_buffers_set:
-                if (t := getattr(module, n)) is not None and t.is_floating_point():
-                    setattr(module, n, t.double())
-        buffers = {n for n, _ in net.named_buffers()}
-
-        def outputs(values: Theta) -> list[Tensor]:
-            values = {n: t.clone() if n in buffers else t for n, t in values.items()}
-            with _mode(net, self.train), torch.no_grad(), _NoDropout():
-                torch.manual_seed(seed)
-                out = functional_call(net, values, inputs, tie_weights=False)
-            return [o for o in tree_leaves(out) if isinstance(o, Tensor)]
-
-        before = outputs(state)
-        perm = self.random(generator)
-        error = _difference(before, outputs(self.permute(state, perm)))
-        if not error <= tolerance:
-            harm = {
-                n: _difference(before, outputs(self.permute(state, {n: p})))
-                for n, p in perm.items()
-            }
-            worst = max(
-                harm, key=lambda n: -1.0 if harm[n] <= tolerance else harm[n], default="none"
-            )
-            raise SymmetryError(
-                f"verify: outputs differ by {error:.1e} (relative, float64), allowed {tolerance:.0e}; "
-                f"worst group {worst!r} ({harm.get(worst, 0.0):.1e} alone)"
-            )
-        return error
-
-    def tapper(self, net: nn.Module, at: At = "post") -> Callable[..., dict[str, list[Tensor]]]:
-        """A function (θ, x) → {group: [activations [samples, units], …]}, one run of the network.
-
-        at: "post", what the next contraction sees; "pre", before the nonlinearity. All positions
-        but the units' are samples. Evaluation mode; any batch size.
-        """
-        example = tuple(
-            torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in self.inputs
-        )
-        program = export(net, example, self.train)
-        return _runner(program, {n: getattr(g, at) for n, g in self.groups.items()})
-
-    def to_json(self) -> str:
-        """Text from which `from_json` restores an equal symmetry."""
-        return json.dumps(asdict(self), default=_compact)
-
-    @classmethod
-    def from_json(cls, text: str) -> Symmetry:
-        """The symmetry that `to_json` wrote."""
-        raw = json.loads(text)
-        groups = {
-            name: Group(
-                g["size"],
-                tuple(Place(**p | {"index": _expand(p["index"])}) for p in g["places"]),
-                *(
-                    tuple(Tap(t["node"], tuple(t["dims"]), _expand(t["index"])) for t in g[k])
-                    for k in ("post", "pre")
-                ),
-                tuple(map(tuple, g["inner"])),
-            )
-            for name, g in raw["groups"].items()
-        }
-        pinned = tuple(Pinned(**p) for p in raw["pinned"])
-        inputs = tuple((tuple(shape), dtype) for shape, dtype in raw["inputs"])
-        return cls(groups, pinned, inputs, raw["train"])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Symmetry) and self.to_json() == other.to_json()
-
-
-def _compact(index: np.ndarray) -> Any:
-    """Positions as start and two strides where they are regular, else in full."""
-    u, s = np.indices(index.shape)
-    start = int(index[0, 0])
-    steps = [
-        int(index[-1, 0] - start) // max(1, len(index) - 1),
-        int(index[0, -1] - start) // max(1, index.shape[1] - 1),
-    ]
-    if np.array_equal(index, start + u * steps[0] + s * steps[1]):
-        return {"start": start, "steps": steps, "shape": index.shape}
-    return index.tolist()
-
-
-def _expand(stored: Any) -> np.ndarray:
-    if isinstance(stored, list):
-        return np.array(stored)
-    u, s = np.indices(stored["shape"])
-    return stored["start"] + u * stored["steps"][0] + s * stored["steps"][1]
-
-
-def _trivial(p: Tensor) -> bool:
-    return torch.equal(p, torch.arange(len(p)))
-
-
-def _tuple(example: Example) -> tuple[Tensor, ...]:
-    return (example,) if isinstance(example, Tensor) else tuple(example)
-
-
-def _jitter(t: Tensor, generator: torch.Generator) -> Tensor:
-    """Scale each entry by about 1; move equal entries apart. Positive entries stay positive."""
-    if not t.is_floating_point():
-        return t
-    t = t.detach().double()
-    noise = torch.rand(2, *t.shape, dtype=t.dtype, generator=generator).to(t.device)
-    return t * (0.75 + noise[0] / 2) + 0.1 * noise[1] * bool((t == t.flatten()[:1].squeeze()).all())
-
-
-def _difference(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest relative difference of corresponding outputs; NaN counts as infinite."""
-    each = [
-        float((x - y).abs().max() / x.abs().max().clamp_min(1e-300))
-        for x, y in zip(a, b, strict=True)
-    ]
-    return max((e if e == e else math.inf for e in each), default=math.inf)
-
-
-class _NoDropout(TorchFunctionMode):
-    """Dropout draws a mask per unit, which hides invariance: leave it out."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "dropout" in getattr(func, "__name__", ""):
-            return args[0] if args else (kwargs or {})["input"]
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _mode(net: nn.Module, train: bool) -> Iterator[None]:
-    """Set and restore the training flags of all modules; keep attention on its plain path."""
-    flags = {m: m.training for m in net.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        net.train(train)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for m, flag in flags.items():
-            m.training = flag
-
-
-# Discovery
-
-
-def export(net: nn.Module, example: Example, train: bool) -> ExportedProgram:
-    """The operator graph of `net`, for any batch size where the network allows it.
-
-    Raises SymmetryError where the network cannot be traced, naming the line and a cure.
-    """
-    inputs = tuple(torch.cat([t, t]) if t.dim() and len(t) == 1 else t for t in _tuple(example))
-    shapes = tuple({0: Dim.AUTO} if t.dim() else None for t in inputs)
-    with _mode(net, train), warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        try:
-            return torch.export.export(net, inputs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
-            at = (
-                f"{own[-1].filename.rsplit('/', 1)[-1]}:{own[-1].lineno} ({own[-1].line})"
-                if own
-                else "?"
-            )
-            raise SymmetryError(
-                f"find: torch.export cannot follow {type(net).__name__} at {at}: "
-                f"{str(error).splitlines()[0]} Make the control flow independent of the data "
-                "(torch.where instead of if), or find the symmetries of the part without it."
-            ) from error
+        for n, g in groups.items()
+    }
+    return Symmetry(groups, pinned(walk, units, ~moving), train)
 
 
 class Classes:
-    """The units of a walk in classes that move as one, and groups of interchangeable classes."""
+    """Units that move as one, and the groups of classes that may change places.
 
-    def __init__(self, walk: Walk, entries: np.ndarray) -> None:
-        """entries [4, n]: axis, position, unit, slot of each entry of each parameter axis."""
-        facts = torch.cat(walk.facts, 1).numpy()
-        event, unit, other, tag, slot, slot2 = facts
-        count = int(entries[2].max()) + 1
-        tied = other > 0
-        edges = coo_matrix((np.ones(tied.sum()), (unit[tied], other[tied])), (count, count))
-        self.of = connected_components(edges, directed=False)[1]
+    entries [4, n]: axis, position, unit and slot of each entry of each parameter axis. `of`: the
+    class of each unit; `rank`: its place among the units of its class; `group` and `index` of
+    each class (group -1: it stays); `why`: the reason for each class that is pinned.
+    """
+
+    def __init__(self, ledger: Ledger, entries: np.ndarray) -> None:
         entries = entries[:, entries[2] > 0]
+        facts = torch.cat(ledger.facts, 1).numpy()
+        tied = facts[:, facts[2] > 0]
+        count = int(max(entries[2].max(initial=0), facts[1:3].max(initial=0))) + 1
+        edges = coo_matrix((np.ones(tied.shape[1]), (tied[1], tied[2])), (count, count))
+        self.of = connected_components(edges, directed=False)[1]
         used = np.unique(entries[2])
         order = used[np.argsort(self.of[used], kind="stable")]
-        first = np.searchsorted(self.of[order], self.of[order])
         self.rank = np.zeros(count, np.int64)
-        self.rank[order] = np.arange(len(order)) - first
+        self.rank[order] = np.arange(len(order)) - np.searchsorted(self.of[order], self.of[order])
         self.why: dict[int, str] = {}
-        for units, why in walk.pins:
+        for units, why in ledger.pins:
             for c in np.unique(self.of[units.numpy()]).tolist():
                 self.why.setdefault(c, why)
-        axis, _, member, place = entries[:, ~np.isin(self.of[entries[2]], list(self.why))]
-        alive = ~np.isin(self.of[unit], list(self.why))
-        event, unit, other, tag, slot, slot2 = facts[:, alive]
-        rows = np.stack(
-            [event, self.rank[unit], np.where(other > 0, self.rank[other], other), tag, slot, slot2]
-        )
-        own = np.stack([-1 - axis, self.rank[member], place, *np.zeros((3, len(axis)), np.int64)])
-        sums = np.zeros((self.of.max() + 1, 2), np.uint64)
-        np.add.at(sums, self.of[unit], _mixed(rows))
-        np.add.at(sums, self.of[member], _mixed(own))
-        shared: dict[bytes, list[int]] = {}
+        pinned = list(self.why)
+        axis, _, member, slot = entries[:, ~np.isin(self.of[entries[2]], pinned)]
+        event, unit, other, *rest = facts[:, ~np.isin(self.of[facts[1]], pinned)]
+        # Equal sums of hashes: the same facts about the members of the same ranks.
+        sums = np.zeros((int(self.of.max(initial=0)) + 1, 2), np.uint64)
+        ranked = np.where(other > 0, self.rank[other], other)
+        np.add.at(sums, self.of[unit], hashes([event, self.rank[unit], ranked, *rest]))
+        np.add.at(sums, self.of[member], hashes([-1 - axis, self.rank[member], slot]))
+        alike: dict[bytes, list[int]] = {}
         for c in dict.fromkeys(self.of[used].tolist()):
-            if c and c not in self.why:
-                shared.setdefault(sums[c].tobytes(), []).append(c)
-        self.groups = [cs for cs in shared.values() if len(cs) > 1]
+            if c not in self.why:
+                alike.setdefault(sums[c].tobytes(), []).append(c)
+        self.groups = [cs for cs in alike.values() if len(cs) > 1]
         self.group = np.full(len(sums), -1)
         self.index = np.zeros(len(sums), np.int64)
         for g, cs in enumerate(self.groups):
             self.group[cs], self.index[cs] = g, np.arange(len(cs))
 
 
-def _mixed(rows: np.ndarray) -> np.ndarray:
-    """128 bits per column of `rows`, equal only where the columns are (up to luck of 2^-128)."""
-    h = np.zeros((rows.shape[1], 2), np.uint64) + np.array(
-        [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64
-    )
-    for row in rows.astype(np.uint64):
-        h = (h ^ row[:, None]) * np.array([0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53], np.uint64)
-        h ^= h >> np.uint64(29)
-        h = h * np.array([0x9FB21C651E98DF25, 0xD6E8FEB86659FD93], np.uint64)
-        h ^= h >> np.uint64(32)
+def hashes(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """128 bits for each row of integer columns [n]: [n, 2]. A clash needs luck of 2⁻¹²⁸."""
+    odd = np.array([[0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F]], np.uint64)
+    h = np.broadcast_to(odd, (len(columns[0]), 2))
+    for column in columns:
+        for shift in (29, 32):
+            h = (h ^ column.astype(np.uint64)[:, None]) * (odd ^ np.uint64(shift << 8))
+            h = h ^ (h >> np.uint64(shift))
     return h
 
 
-def find(net: nn.Module, example: Example, train: bool = False) -> Symmetry:
-    """The permutation symmetries of `net`, from its operator graph (chapter 3).
+def group_names(walk: Walk, classes: Classes) -> list[str]:
+    """A group is called after the parameter that first brings in its units."""
+    axis, position, unit, _ = walk.entries
+    opened = np.full(len(classes.rank), len(walk.opened))
+    for k, units in reversed(list(enumerate(walk.opened))):
+        opened[units[units > 0].numpy()] = k
+    group = classes.group[classes.of[unit]]
+    order = np.lexsort((position, axis, opened[unit], group))
+    _, first = np.unique(group[order], return_index=True)
+    chosen = axis[order[first]][-len(classes.groups) :] if classes.groups else []
+    stems = [walk.axes[a].name.removesuffix(".weight") for a in chosen]
+    count = dict.fromkeys(stems, 0)
+    names = []
+    for stem in stems:
+        names.append(f"{stem}[{count[stem]}]" if stems.count(stem) > 1 else stem)
+        count[stem] += 1
+    return names
 
-    example: the input, or a tuple of inputs, with a batch in front. train: follow the network in
-    training mode, where auxiliary heads exist. The network is not changed.
-    Raises SymmetryError for a network that torch.export cannot follow.
-    """
-    program = export(net, example, train)
-    walk = Walk(program)
-    parts = [(k, np.arange(len(a.units)), a.units.numpy(), 0) for k, a in enumerate(walk.axes)]
-    entries = np.concatenate(
-        [np.zeros((4, 0), int)] + [np.stack(np.broadcast_arrays(*p)) for p in parts], 1
-    )
-    first = Classes(walk, entries)
-    names = _names(walk, first, entries)
-    found = _groups(walk, first, entries, names)
-    covered = first.group[first.of[entries[2]]] >= 0
-    twins = _twins(first, entries)
-    if twins:
-        merged = _merged(first, entries, twins)
-        blocks = Walk(program, (torch.from_numpy(merged[0]), torch.from_numpy(merged[1])))
-        outer = np.stack([*entries[:2], merged[0][entries[2]], merged[1][entries[2]]])
-        second = Classes(blocks, outer)
-        covered |= second.group[second.of[outer[2]]] >= 0
-        found |= _nested(blocks, second, outer, [names[g] for g in twins])
-    same: dict[int, list[str]] = {}
-    for name, tensor in net.state_dict(keep_vars=True).items():
-        same.setdefault(id(tensor), []).append(name)
-    tied = {name: names for names in same.values() for name in names}
-    found = {
-        n: replace(g, places=tuple(replace(p, name=a) for p in g.places for a in tied[p.name]))
-        for n, g in found.items()
+
+def gather(walk: Walk, classes: Classes, names: list[str]) -> dict[str, Group]:
+    """The places and taps of each group."""
+    axis, position, unit, slot = walk.entries
+    home = classes.of[unit]
+    group, index = classes.group[home], classes.index[home]
+    order = np.lexsort((position, slot, classes.rank[unit], index, axis, group))
+    order = order[group[order] >= 0]
+    places: list[list[Place]] = [[] for _ in names]
+    cuts = np.flatnonzero(np.diff(group[order]) | np.diff(axis[order])) + 1
+    for run in np.split(order, cuts) if len(order) else []:
+        at, g = walk.axes[axis[run[0]]], int(group[run[0]])
+        if at.span == 1 or walk.merged is None:  # a block's channels move with its rows
+            table = position[run].reshape(len(classes.groups[g]), -1)
+            places[g].append(Place(at.name, at.start, at.span, table))
+    post = list(dict.fromkeys(s for n in walk.readers for s in sources(walk, n)))
+    seen = [taps(walk, classes, nodes) for nodes in (post, [before(walk, n) for n in post])]
+    sizes = [len(cs) for cs in classes.groups]
+    return {
+        name: Group(size, tuple(at), *(tuple(t) for t in both))
+        for name, size, at, *both in zip(names, sizes, places, *seen, strict=True)
     }
-    inputs = tuple((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in _tuple(example))
-    return Symmetry(found, _pinned(walk, first, entries, covered), inputs, train)
 
 
-def _twins(classes: Classes, entries: np.ndarray) -> list[int]:
-    """Groups that act on the same axes as another one: heads, channels of grouped convolutions."""
-    home = classes.group[classes.of[entries[2]]]
-    kinds: dict[tuple[int, ...], list[int]] = {}
-    for g in range(len(classes.groups)):
-        kinds.setdefault(tuple(np.sort(entries[0][home == g])), []).append(g)
+def sources(walk: Walk, node: Node) -> Iterator[Node]:
+    """The tensors that data movement and global pooling bring to `node`."""
+    name = short(node) if node.op == "call_function" else ""
+    moved = name in RESHAPES or name in MOVES or name in IDENTITIES or name == "getitem"
+    if moved or name.startswith("adaptive_avg_pool"):
+        for n in node.all_input_nodes:
+            if n in walk.live:
+                yield from sources(walk, n)
+    elif isinstance(walk.marks[node], Marked):
+        yield node
+
+
+def before(walk: Walk, node: Node) -> Node:
+    """The tensor that enters the nonlinearity, and pooling, of which `node` is the result."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        name, (source,) = short(node), node.all_input_nodes
+        passed = RULES.get(name, RULES["pointwise"]) is RULES["pointwise"]  # without a rule: too
+        if not (passed or name in IDENTITIES or name in RESHAPES or name in POOLS):
+            break
+        if source not in walk.live or not isinstance(walk.marks[source], Marked):
+            break
+        node = source
+    return node
+
+
+def taps(walk: Walk, classes: Classes, nodes: list[Node]) -> list[list[Tap]]:
+    """For each group where it is seen by itself; if nowhere, the first place among others."""
+    alone: list[list[Tap]] = [[] for _ in classes.groups]
+    among: list[list[Tap]] = [[] for _ in classes.groups]
+    for node in dict.fromkeys(nodes):
+        for f in walk.marks[node].factors:
+            axes = tuple(sorted(f.axes))
+            if any(isinstance(node.meta["val"].shape[k], torch.SymInt) for k in axes):
+                continue  # these positions would depend on the batch size
+            label, slot = f.label.numpy().ravel(), f.slot.numpy().ravel()
+            home = classes.of[label.clip(0)]
+            group = np.where(label > 0, classes.group[home], -1)
+            for g in np.unique(group[group >= 0]).tolist():
+                at = np.flatnonzero(group == g)
+                at = at[np.lexsort((slot[at], classes.rank[label[at]], classes.index[home[at]]))]
+                size = len(classes.groups[g])
+                if len(at) % size == 0:
+                    tap = Tap(node.name, axes, at.reshape(size, -1))
+                    (alone if len(at) == len(label) else among)[g].append(tap)
+    return [a or b[:1] for a, b in zip(alone, among, strict=True)]
+
+
+def alike(walk: Walk, classes: Classes) -> list[int]:
+    """Groups that act on the same axes as another one does."""
+    home = classes.group[classes.of[walk.entries[2]]]
+    order = np.argsort(home, kind="stable")
+    bounds = np.searchsorted(home[order], np.arange(len(classes.groups) + 1))
+    kinds: dict[bytes, list[int]] = {}
+    for g, (a, b) in enumerate(pairwise(bounds)):
+        kinds.setdefault(np.sort(walk.entries[0][order[a:b]]).tobytes(), []).append(g)
     return sorted(g for gs in kinds.values() if len(gs) > 1 for g in gs)
 
 
-def _merged(
-    classes: Classes, entries: np.ndarray, twins: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """For a second walk: whole groups as units, (unit, slot) for each unit of the first."""
+def merged(classes: Classes, twins: list[int]) -> Tensor:
+    """For a second walk: unit and slot for each unit of the first; group twins[k] is unit k + 1.
+
+    Units without a group stay units; those of other groups are fixed.
+    """
     group = classes.group[classes.of]
     unit = np.where(group < 0, np.arange(len(group)) + len(twins) + 1, 0)
     slot = np.zeros_like(unit)
@@ -537,144 +226,27 @@ def _merged(
         unit[at] = k + 1
         slot[at] = classes.index[classes.of[at]] * (classes.rank[at].max() + 1) + classes.rank[at]
     unit[0] = 0
-    return unit, slot
+    return torch.from_numpy(np.stack([unit, slot]))
 
 
-def _nested(
-    walk: Walk, classes: Classes, entries: np.ndarray, inner: list[str]
-) -> dict[str, Group]:
-    """Groups whose units are blocks; unit k + 1 of the walk is the inner group `inner[k]`."""
-    names, within = [], []
-    for g, cs in enumerate(classes.groups):
-        held = [[k + 1 for k in range(len(inner)) if classes.of[k + 1] == c] for c in cs]
-        held = [sorted(ks, key=lambda k: int(classes.rank[k])) for ks in held]
-        within.append(tuple(tuple(inner[k - 1] for k in ks) for ks in held))
-        names.append(within[-1][0][0].rsplit("[", 1)[0] + "[*]" if held[0] else f"blocks[{g}]")
-    groups = _groups(walk, classes, entries, names)
-    return {n: replace(g, inner=i) for (n, g), i in zip(groups.items(), within, strict=True)}
+def nested(walk: Walk, classes: Classes, inner: list[str]) -> dict[str, Group]:
+    """Groups whose units are blocks; unit k + 1 of the walk is the group `inner[k]`."""
+    home = classes.of[1 : len(inner) + 1]
+    within: dict[int, list[str]] = {}
+    for k in np.argsort(classes.rank[1 : len(inner) + 1], kind="stable"):
+        within.setdefault(int(home[k]), []).append(inner[k])
+    blocks = [tuple(tuple(within.get(c, [])) for c in cs) for cs in classes.groups]
+    stems = [b[0][0].rsplit("[", 1)[0] if b[0] else f"blocks {k}" for k, b in enumerate(blocks)]
+    names = [s + "[*]" * (1 + stems[:k].count(s)) for k, s in enumerate(stems)]
+    groups = gather(walk, classes, names)
+    return {n: replace(g, inner=b) for (n, g), b in zip(groups.items(), blocks, strict=True)}
 
 
-def _names(walk: Walk, classes: Classes, entries: np.ndarray) -> list[str]:
-    """A group is called after the parameter whose product with something first has its units."""
-    opened = np.full(len(classes.rank), len(walk.opened))
-    for order, units in reversed(list(enumerate(walk.opened))):
-        opened[units[units > 0].numpy()] = order
-    group = classes.group[classes.of[entries[2]]]
-    order = np.lexsort((entries[1], entries[0], opened[entries[2]]))
-    bases: list[str] = []
-    for g in range(len(classes.groups)):
-        name = walk.axes[entries[0][order[np.argmax(group[order] == g)]]].name
-        bases.append(name.removesuffix(".weight"))
-    seen: dict[str, int] = {}
-    names = []
-    for base in bases:
-        k = seen[base] = seen.get(base, -1) + 1
-        names.append(f"{base}[{k}]" if bases.count(base) > 1 else base)
-    return names
-
-
-def _groups(
-    walk: Walk, classes: Classes, entries: np.ndarray, names: list[str]
-) -> dict[str, Group]:
-    """Gather the places and taps of each group."""
-    axis, position, unit, slot = entries
-    home = classes.of[unit]
-    group, index = classes.group[home], classes.index[home]
-    order = np.lexsort((position, slot, classes.rank[unit], index, axis, group))
-    order = order[group[order] >= 0]
-    places: dict[int, list[Place]] = {}
-    cuts = np.flatnonzero(np.diff(group[order] * (len(walk.axes) + 1) + axis[order])) + 1
-    for run in np.split(order, cuts) if len(order) else []:
-        a, g = walk.axes[axis[run[0]]], int(group[run[0]])
-        if not (a.span > 1 and walk.merged is not None):  # blocks of channels move with their rows
-            table = position[run].reshape(len(classes.groups[g]), -1)
-            places.setdefault(g, []).append(Place(a.name, a.start, a.span, table))
-    post, pre = _taps(walk, classes)
-    return {
-        name: Group(len(classes.groups[g]), tuple(places[g]), tuple(post[g]), tuple(pre[g]))
-        for g, name in enumerate(names)
-    }
-
-
-def _taps(walk: Walk, classes: Classes) -> tuple[list[list[Tap]], list[list[Tap]]]:
-    """Where activations can be seen, per group: what contractions read, and before nonlinearities."""
-    post = list(dict.fromkeys(s for n in walk.readers for s in walk.sources(n)))
-    pre = list(dict.fromkeys(walk.before(n) for n in post))
-    found: tuple[list[list[Tap]], ...] = ([], [])
-    for out, nodes in zip(found, (post, pre), strict=True):
-        alone: list[list[Tap]] = [[] for _ in classes.groups]
-        mixed: list[list[Tap]] = [[] for _ in classes.groups]
-        for node in nodes:
-            for f in walk.marks[node].factors:
-                dims = [k for k, n in enumerate(f.label.shape) if n > 1]
-                if any(isinstance(node.meta["val"].shape[k], torch.SymInt) for k in dims):
-                    continue  # would hold for this batch size only
-                home = classes.of[f.label.flatten().numpy()] * (f.label.flatten().numpy() > 0)
-                group = classes.group[home]
-                for g in np.unique(group[group >= 0]):
-                    at = np.flatnonzero(group == g)
-                    at = at[np.lexsort((f.slot.flatten().numpy()[at], classes.index[home[at]]))]
-                    if len(at) % len(classes.groups[g]) == 0:
-                        tap = Tap(node.name, tuple(dims), at.reshape(len(classes.groups[g]), -1))
-                        (alone if len(at) == len(group) else mixed)[g].append(tap)
-        out += [a or m[:1] for a, m in zip(alone, mixed, strict=True)]
-    return found[0], found[1]
-
-
-def _pinned(
-    walk: Walk, classes: Classes, entries: np.ndarray, covered: np.ndarray
-) -> tuple[Pinned, ...]:
-    """What does not move, axis by axis, with the first reason that was met."""
+def pinned(walk: Walk, classes: Classes, still: np.ndarray) -> tuple[Pinned, ...]:
+    """What stays, axis by axis, with the first reason that was met."""
     counts: dict[tuple[str, int, str], int] = {}
-    for a, unit in entries[[0, 2]].T[~covered]:
+    for axis, unit in walk.entries[[0, 2]].T[still]:
         why = classes.why.get(int(classes.of[unit]), "no other unit acts at the same places")
-        key = (walk.axes[a].name, walk.axes[a].start, why)
+        key = (walk.axes[axis].name, walk.axes[axis].start, why)
         counts[key] = counts.get(key, 0) + 1
     return tuple(Pinned(name, axis, n, why) for (name, axis, why), n in counts.items())
-
-
-def _runner(
-    program: ExportedProgram, wanted: dict[str, tuple[Tap, ...]]
-) -> Callable[..., dict[str, list[Tensor]]]:
-    """Cut the graph down to the taps; parameters become arguments."""
-    specs = program.graph_signature.input_specs
-    graph = torch.fx.Graph()
-    graph.graph_copy(program.graph, {})
-    nodes = {n.name: n for n in graph.nodes}
-    names = list(dict.fromkeys(t.node for taps in wanted.values() for t in taps))
-    if missing := [n for n in names if n not in nodes]:
-        raise SymmetryError(
-            f"tapper: no operator {missing[0]!r} in this network; find its symmetry anew"
-        )
-    for node in list(graph.nodes):
-        operators.plain(node, kept={nodes[n] for n in names})
-    graph.output([nodes[n] for n in names])
-    graph.eliminate_dead_code()
-    module = torch.fx.GraphModule(program.graph_module, graph)
-    fixed = {
-        **program.constants,
-        **{n: t for n, t in program.state_dict.items() if not t.is_floating_point()},
-    }
-
-    def run(theta: Theta, *inputs: Tensor) -> dict[str, list[Tensor]]:
-        given = iter(inputs)
-        args = [
-            next(given)
-            if s.target is None
-            else (theta[s.target] if s.target in theta else fixed[s.target].to(inputs[0].device))
-            for s in specs
-        ]
-        seen = dict(zip(names, module(*args), strict=True))
-        return {name: [_samples(seen[t.node], t) for t in taps] for name, taps in wanted.items()}
-
-    return run
-
-
-def _samples(x: Tensor, tap: Tap) -> Tensor:
-    """[samples, units] of an activation; a view where the units are its last axis in memory."""
-    last = range(x.dim() - len(tap.dims), x.dim())
-    x = x.movedim(tap.dims, tuple(last)).flatten(-len(tap.dims))
-    units, slots = tap.index.shape
-    if not np.array_equal(tap.index.T.ravel(), np.arange(x.shape[-1])):
-        x = x.index_select(-1, torch.from_numpy(tap.index.T.ravel()).to(x.device))
-    return x.reshape(-1, units)

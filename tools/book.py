@@ -21,6 +21,7 @@ from tools import chapters, notebooks, presets
 
 ROOT = presets.ROOT
 STAGE = ROOT / "_build" / "stage"
+NEW = ROOT / "_build" / "new"
 HTML = ROOT / "_build" / "html"
 README_FIGURE, README_PICTURE = "fig-04-main", ROOT / "book" / "main-result.png"
 KEY = ROOT / "_build" / "html.key"  # what the pages were built from
@@ -55,18 +56,23 @@ def html(ran: list[Path], preset: str) -> int:
 
 def build() -> int:
     """Build the pages from the staged sources, from scratch; the exit status."""
-    for folder in (HTML, ROOT / "_build" / ".doctrees"):
-        shutil.rmtree(folder, ignore_errors=True)
-    KEY.unlink(missing_ok=True)
-    flags = ["--path-output", ".", "-W", "-n", "--keep-going", "--quiet"]
+    shutil.rmtree(NEW, ignore_errors=True)
+    flags = ["--path-output", str(NEW), "-W", "-n", "--keep-going", "--quiet"]
     program = Path(sys.executable).with_name("jupyter-book")
-    command = [str(program), "build", str(STAGE), *flags]
     done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(program), "build", str(STAGE), *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     if done.returncode:
         print("\n".join(line for line in done.stdout.splitlines() if line.strip()))
-    shutil.rmtree(ROOT / "_build" / "jupyter_execute", ignore_errors=True)
+    if (NEW / "_build" / "html").exists():  # until here the old pages can be read
+        KEY.unlink(missing_ok=True)
+        shutil.rmtree(HTML, ignore_errors=True)
+        (NEW / "_build" / "html").rename(HTML)
+    shutil.rmtree(NEW, ignore_errors=True)
     return done.returncode
 
 
