@@ -99,8 +99,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write a JSON file with provenance")
     args = parser.parse_args()
     names = args.models or torchvision.models.list_models(module=torchvision.models)
-    print(f"{'model':20} {'groups':>6} {'units':>7} {'touched':>8} {'error':>10} {'log10 copies':>10}"
-          f" {'seconds':>8}")  # fmt: skip
+    print(f"{'model':20} {'groups':>6} {'units':>7} {'touched':>8} {'error':>10}"
+          f" {'log10 copies':>10} {'seconds':>8}")  # fmt: skip
     rows = []
     for name in names:
         rows.append(examine(name, args.size))

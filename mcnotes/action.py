@@ -202,17 +202,18 @@ class Symmetry:
         tolerance: float = 1e-6,
         seed: int = 0,
     ) -> float:
-        """The relative difference of the outputs under a random permutation of every group.
+        """The relative difference of the outputs when a random cycle permutes every group.
 
-        In float64, dropout left out. theta: default the network's own parameters; they are
-        jittered first, so that units that are equal (fresh biases, statistics) cannot hide an
-        error. Raises SymmetryError above `tolerance`, naming the group that does most harm alone.
+        In float64, dropout left out. A cycle moves every unit. theta: default the network's own
+        parameters; they are jittered first, so that units that are equal (fresh biases, statistics)
+        cannot hide an error. Raises SymmetryError above `tolerance`, naming the group that does most harm alone.
         """
         generator = torch.Generator().manual_seed(seed)
         state = {n: tracing.jitter(t, generator) for n, t in (theta or net.state_dict()).items()}
         inputs = (example,) if isinstance(example, Tensor) else example
         run = tracing.exact(net, inputs, self.train, seed)
-        before, perm = run(state), self.random(generator)
+        orders, before = self.random(generator), run(state)
+        perm = {n: torch.empty_like(o).scatter(0, o, o.roll(1)) for n, o in orders.items()}
 
         def error(part: Perm) -> float:
             pairs = zip(before, run(self.permute(state, part)), strict=True)

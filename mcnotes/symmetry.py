@@ -20,7 +20,7 @@ from mcnotes import tracing
 from mcnotes.action import Example, Group, Perm, Pinned, Place, Symmetry, Tap
 from mcnotes.graph import Ledger, Marked
 from mcnotes.operators import IDENTITIES, MOVES, POOLS, RESHAPES, RULES, rule
-from mcnotes.tracing import SymmetryError, short
+from mcnotes.tracing import SymmetryError, known_size, short
 from mcnotes.walk import Walk
 
 __all__ = ["Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "Tap", "find", "rule"]
@@ -187,7 +187,7 @@ def taps(walk: Walk, classes: Classes, nodes: list[Node]) -> list[list[Tap]]:
     for node in dict.fromkeys(nodes):
         for f in walk.marks[node].factors:
             axes = tuple(sorted(f.axes))
-            if any(isinstance(node.meta["val"].shape[k], torch.SymInt) for k in axes):
+            if any(known_size(node.meta["val"].shape[k]) is None for k in axes):
                 continue  # these positions would depend on the batch size
             label, slot = f.label.numpy().ravel(), f.slot.numpy().ravel()
             home = classes.of[label.clip(0)]

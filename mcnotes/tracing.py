@@ -187,7 +187,12 @@ def batch_sizes(program: ExportedProgram) -> list[int | None]:
     """The batch size that each input must have; None for any."""
     inputs = {s.arg.name for s in program.graph_signature.input_specs if s.target is None}
     shapes = [n.meta["val"].shape for n in program.graph.nodes if n.name in inputs]
-    return [s[0] if s and isinstance(s[0], int) else None for s in shapes]
+    return [known_size(s[0]) if s else None for s in shapes]
+
+
+def known_size(n: int | torch.SymInt) -> int | None:
+    """A size, unless it depends on the batch."""
+    return n if isinstance(n, int) else n.node.maybe_as_int()
 
 
 class NoDropout(TorchFunctionMode):

@@ -155,7 +155,11 @@ def mixer() -> Case:
 def norms() -> Case:
     net = nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.SiLU()),
-        *(nn.Conv2d(8, 12, 3, groups=4), nn.InstanceNorm2d(12, affine=True), nn.PReLU(12)),
+        *(
+            nn.Conv2d(8, 12, 3, groups=4, bias=False),
+            nn.InstanceNorm2d(12, affine=True),
+            nn.PReLU(12),
+        ),
         *(nn.Conv2d(12, 24, 3, groups=12), nn.LayerNorm([24, 4, 4]), nn.ELU()),
         *(nn.Conv2d(24, 6, 1), nn.Hardswish(), nn.Flatten(), nn.Linear(96, 10)),
         *(nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 3)),
@@ -344,8 +348,7 @@ def encoder(prenorm: bool = False) -> Case:
 
 
 def encoder_prenorm() -> Case:
-    net, (x,) = encoder(True)
-    parts = nn.Linear(7, 16), net, nn.Linear(16, 3)
+    parts = nn.Linear(7, 16), encoder(True)[0], nn.Linear(16, 3)
     return nn.Sequential(*parts), (torch.rand(2, 5, 7),)
 
 

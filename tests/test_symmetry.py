@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import nets
@@ -131,20 +132,14 @@ def test_places_of_an_axis_are_disjoint(name: str) -> None:
             assert max(positions) < math.prod(state[parameter].shape[axis : axis + span])
 
 
-def networks() -> list[nn.Module]:
-    torch.manual_seed(0)
-    return [models.TinyTen(10, 3, width=4), models.ResNet(20, width=4), built("encoder_prenorm")[0]]
-
-
-FOUND_ONCE: list[tuple[symmetry.Symmetry, Theta]] = []
-
-
+@cache
 def found(k: int) -> tuple[symmetry.Symmetry, Theta]:
-    if not FOUND_ONCE:
-        for net in networks():
-            shape = (2, 5, 16) if isinstance(net, nn.TransformerEncoder) else (2, 3, 32, 32)
-            FOUND_ONCE.append((symmetry.find(net, torch.rand(shape)), weights(net)))
-    return FOUND_ONCE[k]
+    net, example = (
+        (models.TinyTen(10, 3, width=4), (torch.rand(2, 3, 32, 32),)),
+        (models.ResNet(20, width=4), (torch.rand(2, 3, 32, 32),)),
+        built("encoder_prenorm"),
+    )[k]
+    return symmetry.find(net, example), weights(net)
 
 
 @settings(max_examples=20)
@@ -294,7 +289,7 @@ def test_tied_weights_move_together() -> None:
         (
             "lstm",
             "rnn.weight_hh_l0",
-            "lstm has no rule (use other operators, or see symmetry.rule)",
+            "lstm has no rule (use other operators, or ",
         ),
         ("lstm", "rnn.weight_hh_l0", "at rnn (LSTM), nets.py:"),
         ("gru", "first.weight", "gru has no rule"),
@@ -353,7 +348,7 @@ def test_wrong_parameters_are_errors() -> None:
     net, example = built("mlp")
     sym, theta = symmetry.find(net, example), weights(net)
     lacking = {n: t for n, t in theta.items() if n != "1.bias"}
-    with pytest.raises(ValueError, match="the parameters lack '1.bias'"):
+    with pytest.raises(ValueError, match=r"the parameters lack '1\.bias'"):
         sym.permute(lacking, sym.random(shuffle(0)))
     with pytest.raises(ValueError, match=r"'1.bias' has shape \(5,\); this symmetry moves 8"):
         sym.permute({**theta, "1.bias": torch.zeros(5)}, sym.random(shuffle(0)))
