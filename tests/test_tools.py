@@ -15,6 +15,7 @@ import pytest
 import torch
 from docutils.core import publish_doctree
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from book._ext import lighten, mathematics, pages, repository
 from mcnotes.curves import Curve
@@ -420,3 +421,11 @@ a:is(h1, h2:not(.dropped)):hover .kept { margin: 0 }
             "</head>",
         ]
         assert "searchindex.js" in lighten.lighten_page(page, "search.html", "a.css", "")
+
+    def test_pictures_load_when_they_come_into_view(self, tmp_path: Path) -> None:
+        Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+        page = '<img alt="x" src="a.png" /><img src="a.png" width="9" /><img src="b.svg" />'
+        assert lighten.lazy_images(page, tmp_path) == (
+            '<img loading="lazy" width="30" height="20" alt="x" src="a.png" />'
+            '<img src="a.png" width="9" /><img src="b.svg" />'
+        )

@@ -25,6 +25,7 @@ ICONS = "fontawesome"  # in the names of the script and of the fonts, in all ver
 SEARCH = ("searchtools.js", "language_data.js", "searchindex.js")  # only the search page needs them
 STRING = r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\''
 URL = re.compile(rf"url\(({STRING}|[^)\"']*)\)")
+IMAGE = re.compile(r'<img (?=[^>]*src="([^"]+\.png)")(?![^>]* (?:width|style|loading)=)')
 TOKEN = re.compile(rf"{STRING}|{URL.pattern}|[{{}};]|[^{{}};\"'u]+|u")
 SELECTOR = re.compile(r"(?:[^,()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))+")  # between commas
 
@@ -138,6 +139,17 @@ def lighten_page(html: str, name: str, style: str, options: str) -> str:
     return SCRIPT.sub(script, PRELOAD.sub("", before + link + after))
 
 
+def lazy_images(html: str, folder: Path) -> str:
+    """Let pictures load when they come into view, in a space of their size that is kept free."""
+
+    def image(found: re.Match[str]) -> str:
+        header = (folder / found[1]).read_bytes()[16:24]  # of a PNG: width and height
+        width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+        return f'<img loading="lazy" width="{width}" height="{height}" '
+
+    return IMAGE.sub(image, html)
+
+
 def lighten(app: Any, exception: Exception | None) -> None:
     if exception or app.builder.name != "html":
         return
@@ -154,7 +166,8 @@ def lighten(app: Any, exception: Exception | None) -> None:
     style = f"site.css?v={zlib.crc32(css.encode()):08x}"
     options = (static / "documentation_options.js").read_text("utf8")
     for path, html in pages.items():
-        path.write_text(lighten_page(html, path.name, style, options), "utf8")
+        page = lighten_page(html, path.name, style, options)
+        path.write_text(lazy_images(page, path.parent), "utf8")
 
 
 def setup(app: Any) -> dict[str, bool]:

@@ -20,9 +20,8 @@ document.addEventListener("DOMContentLoaded", () => {
   // What scrolls sideways must be reachable from the keyboard.
   const boxes = ".katex-display > .katex, .output.text_html, .pst-scrollable-table-container, pre";
   const mark = () => {
-    for (const box of document.querySelectorAll(boxes)) {
-      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
-    }
+    const wide = [...document.querySelectorAll(boxes)].filter((b) => b.scrollWidth > b.clientWidth);
+    for (const box of wide) box.tabIndex = 0; // after all are measured: one layout, not many
   };
   mark();
   window.addEventListener("resize", mark);
