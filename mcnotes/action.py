@@ -22,14 +22,11 @@ Example = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a group acts on one tensor: unit u sits at the positions `index[u]` [units, slots]
+    """Where a group acts: unit u sits at positions `index[u]` [units, slots] of a tensor's axis."""
 
-    along `axis` of the parameter or buffer `name` (along `span` axes taken as one, if span > 1).
-    """
-
-    name: str
+    name: str  # of the parameter or buffer
     axis: int
-    span: int
+    span: int  # so many axes, from `axis` on, are taken as one
     index: np.ndarray
 
 
@@ -204,9 +201,9 @@ class Symmetry:
     ) -> float:
         """The relative difference of the outputs when a random cycle permutes every group.
 
-        In float64, dropout left out. A cycle moves every unit. theta: default the network's own
-        parameters; they are jittered first, so that units that are equal (fresh biases, statistics)
-        cannot hide an error. Raises SymmetryError above `tolerance`, naming the group that does most harm alone.
+        In float64, dropout left out; a cycle moves every unit. theta: default the network's own
+        parameters; they are jittered first, so that equal units (fresh biases, statistics) cannot
+        hide an error. Raises SymmetryError above `tolerance`, with the group that is worst alone.
         """
         generator = torch.Generator().manual_seed(seed)
         state = {n: tracing.jitter(t, generator) for n, t in (theta or net.state_dict()).items()}
@@ -277,6 +274,9 @@ class Symmetry:
         return cls(
             {n: group(g) for n, g in groups.items()}, tuple(Pinned(**p) for p in pinned), train
         )
+
+    def __repr__(self) -> str:
+        return f"Symmetry({len(self.groups)} groups, 10^{self.log10_orbit():.0f} copies)"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Symmetry) and self.to_json() == other.to_json()
