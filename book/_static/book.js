@@ -6,7 +6,7 @@ document.addEventListener("DOMContentLoaded", () => {
       icon.removeAttribute("title");
       icon.ariaHidden = "true";
     }
-    if (button.innerText.trim()) button.removeAttribute("aria-label");
+    if (button.textContent.trim()) button.removeAttribute("aria-label");
   }
   const sidebar = document.querySelector("#pst-primary-sidebar, .bd-sidebar-primary");
   sidebar?.setAttribute("role", "navigation");
@@ -17,14 +17,14 @@ document.addEventListener("DOMContentLoaded", () => {
     entry.removeAttribute("role");
   }
 
-  // What scrolls sideways must be reachable from the keyboard.
+  // What scrolls sideways must be reachable from the keyboard, once it comes into view.
   const boxes = ".katex-display > .katex, .output.text_html, .pst-scrollable-table-container, pre";
-  const mark = () => {
-    const wide = [...document.querySelectorAll(boxes)].filter((b) => b.scrollWidth > b.clientWidth);
-    for (const box of wide) box.tabIndex = 0; // after all are measured: one layout, not many
-  };
-  mark();
-  window.addEventListener("resize", mark);
+  const watch = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting && target.scrollWidth > target.clientWidth) target.tabIndex = 0;
+    }
+  });
+  for (const box of document.querySelectorAll(boxes)) watch.observe(box);
 });
 
 // Pages opened from a disk may not fetch others: show search results without excerpts.
