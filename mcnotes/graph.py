@@ -114,13 +114,12 @@ class Ledger:
         for f in (f for x in parts for f in x.factors):
             self.pin(f.label, why)
 
-    def see(self, x: Marked) -> None:
-        """An operator reads x: note which units and slots it gets.
-
-        The same units may sit in several tensors: only this tells an operator on some from none.
-        """
-        for f in x.factors:
-            self.fact(f.label, 0, 0, f.slot)
+    def see(self, *parts: Marked) -> None:
+        """An operator reads these tensors, in one role: note which units and slots it gets."""
+        seen = [torch.stack([f.label.ravel(), f.slot.ravel()]) for x in parts for f in x.factors]
+        if seen:
+            units, slots = torch.unique(torch.cat(seen, 1), dim=1)
+            self.fact(units, 0, 0, slots)
 
     def context(self, f: Factor, dims: set[int]) -> Factor:
         """f, whose units must keep their place along `dims`; empty if that leaves them no move."""

@@ -39,7 +39,7 @@ class Walk(Ledger):
     def __init__(
         self,
         program: ExportedProgram,
-        rules: Mapping[str, Callable[..., Any]],
+        rules: Mapping[str, tuple[Callable[..., Any], bool]],
         merged: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -152,12 +152,14 @@ class Walk(Ledger):
         name, target = short(node), node.target
         if not isinstance(target, OpOverload):
             raise Unknown(f"{name} (no_grad, autocast or cond) is not followed")
-        is_pointwise = name not in self.rules and torch.Tag.pointwise in target.tags
-        rule = self.rules.get("pointwise" if is_pointwise else name)
+        is_pointwise = torch.Tag.pointwise in target.tags
+        rule, moves = self.rules.get(
+            "pointwise" if name not in self.rules and is_pointwise else name, (None, False)
+        )
         if rule is None:
             raise Unknown(f"{name} has no rule (use other operators, or see symmetry.rule)")
-        for m in marked:
-            self.see(m)
+        for parts in [marked] if moves else [[m] for m in marked]:
+            self.see(*parts)
 
         def run(marked: list[Marked], labels: list[Tensor]) -> Any:
             swap = {id(p): t for p, t in zip(marked, labels, strict=True)}
