@@ -114,12 +114,10 @@ class Ledger:
         for f in (f for x in parts for f in x.factors):
             self.pin(f.label, why)
 
-    def see(self, *parts: Marked) -> None:
-        """An operator reads these tensors, in one role: note which units and slots it gets."""
-        seen = [torch.stack([f.label.ravel(), f.slot.ravel()]) for x in parts for f in x.factors]
-        if seen:
-            units, slots = torch.unique(torch.cat(seen, 1), dim=1)
-            self.fact(units, 0, 0, slots)
+    def see(self, x: Marked) -> None:
+        """An operator reads x: only this tells which of the tensors that share units it reads."""
+        for f in x.factors:
+            self.fact(f.label, 0, 0, f.slot)
 
     def context(self, f: Factor, dims: set[int]) -> Factor:
         """f, whose units must keep their place along `dims`; empty if that leaves them no move."""

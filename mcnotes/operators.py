@@ -20,19 +20,19 @@ from mcnotes.tracing import DROPOUTS, Unknown
 Function = TypeVar("Function", bound=Callable[..., Any])
 Run = Callable[[list[Marked], list[Tensor]], Any]
 
-RULES: dict[str, tuple[Callable[..., Any], bool]] = {}
+RULES: dict[str, Callable[..., Any]] = {}
 
 
-def rule(*names: str, moves: bool = False) -> Callable[[Function], Function]:
+def rule(*names: str) -> Callable[[Function], Function]:
     """Register a rule for operators: "relu" for aten::relu and aten::relu_, "mylib::gate".
 
     It gets the ledger and what else it names: arguments of the operator; `marked`, all of its
     tensors; `shape`, that of the result; `name`, the operator's; `run`, the operator on labels.
-    It raises `tracing.Unknown` for what it does not cover. moves: it only moves data.
+    It raises `tracing.Unknown` for what it does not cover.
     """
 
     def register(function: Function) -> Function:
-        RULES.update({name: (function, moves) for text in names for name in text.split()})
+        RULES.update({name: function for text in names for name in text.split()})
         return function
 
     return register
@@ -77,12 +77,12 @@ def batch(*operands: Marked, inner: int = 1) -> str:
     return string.ascii_uppercase[: max(0, max(len(x.shape) for x in operands) - inner)]
 
 
-@rule(*RESHAPES, *IDENTITIES, moves=True)
+@rule(*RESHAPES, *IDENTITIES)
 def reshape(t: Ledger, marked: list[Marked], shape: tuple[int, ...]) -> Marked:
     return t.view(marked[0], shape)
 
 
-@rule(*MOVES, moves=True)
+@rule(*MOVES)
 def move(t: Ledger, marked: list[Marked], name: str, run: Run, bound: Mapping[str, Any]) -> Any:
     index = [m for m in marked if name.startswith("index") and m is not marked[0]]
     index = [m for m in index if m is not bound.get("values")]
@@ -228,14 +228,14 @@ def glu(t: Ledger, marked: list[Marked], dim: int, shape: tuple[int, ...]) -> Ma
     return t.tie(*(Marked(shape).having(h) for h in halves or ((), ())))
 
 
-@rule("expand expand_as broadcast_to copy", moves=True)
+@rule("expand expand_as broadcast_to copy")
 def expand(t: Ledger, marked: list[Marked], name: str, shape: tuple[int, ...]) -> Marked:
     x = marked[1 if name == "copy" else 0]
     x = t.arrange(x, [None] * (len(shape) - len(x.shape)) + [*range(len(x.shape))])
     return x._replace(uniform=x.uniform | {k for k, n in enumerate(x.shape) if n == 1})
 
 
-@rule("zero fill", moves=True)
+@rule("zero fill")
 def fill(t: Ledger, marked: list[Marked], value: float | None) -> Marked:
     if len(marked) > 1:
         raise Unknown("filling with a tensor")
@@ -248,7 +248,7 @@ def blank(shape: tuple[int, ...], value: float | None) -> Marked:
     return Marked(shape, (), frozenset(range(len(shape))), torch.tensor(float(value or 0)))
 
 
-@rule("pad constant_pad_nd", moves=True)
+@rule("pad constant_pad_nd")
 def pad(t: Ledger, marked: list[Marked], pad: list[int], mode: str, value: float | None) -> Marked:
     (x,) = marked
     widths = {len(x.shape) - 1 - k: pad[2 * k : 2 * k + 2] for k in range(len(pad) // 2)}

@@ -39,7 +39,7 @@ class Walk(Ledger):
     def __init__(
         self,
         program: ExportedProgram,
-        rules: Mapping[str, tuple[Callable[..., Any], bool]],
+        rules: Mapping[str, Callable[..., Any]],
         merged: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -152,14 +152,12 @@ class Walk(Ledger):
         name, target = short(node), node.target
         if not isinstance(target, OpOverload):
             raise Unknown(f"{name} (no_grad, autocast or cond) is not followed")
-        is_pointwise = torch.Tag.pointwise in target.tags
-        rule, moves = self.rules.get(
-            "pointwise" if name not in self.rules and is_pointwise else name, (None, False)
-        )
+        is_pointwise = name not in self.rules and torch.Tag.pointwise in target.tags
+        rule = self.rules.get("pointwise" if is_pointwise else name)
         if rule is None:
             raise Unknown(f"{name} has no rule (use other operators, or see symmetry.rule)")
-        for parts in [marked] if moves else [[m] for m in marked]:
-            self.see(*parts)
+        for m in marked:
+            self.see(m)
 
         def run(marked: list[Marked], labels: list[Tensor]) -> Any:
             swap = {id(p): t for p, t in zip(marked, labels, strict=True)}
