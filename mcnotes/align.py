@@ -20,6 +20,7 @@ from mcnotes.symmetry import Perm, Symmetry
 
 Cost = Literal["correlation", "covariance", "l2"]
 At = Literal["post", "pre"]
+PIECE = 2**14  # samples
 Blocks = tuple[tuple[str, ...], ...]  # for each block, the groups within
 
 
@@ -29,42 +30,48 @@ class AlignmentError(ValueError):
 
 @dataclass
 class Moments:
-    """Raw moments, in float64, of units of A and B over `samples`."""
+    """Moments, in float64, of units of A and B over `samples`.
+
+    They are taken about `origin`, the first sample: no cancellation, and a constant unit gives 0.
+    """
 
     samples: int
-    sums: Tensor  # [2, U], of A and of B
+    origin: Tensor  # [2, U], of A and of B
+    sums: Tensor  # [2, U]
     squares: Tensor  # [2, U]
-    cross: Tensor  # [U, U], entry (i, j) = Σ aᵢ bⱼ
+    cross: Tensor  # [U, U], entry (i, j) = Σ (aᵢ − origin)(bⱼ − origin)
 
     @classmethod
     def zero(cls, units: int, device: torch.device) -> "Moments":
         """Nothing seen yet."""
-        shapes = ((2, units), (2, units), (units, units))
+        shapes = ((2, units), (2, units), (2, units), (units, units))
         return cls(0, *(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Take in activations a, b: [samples, U] each."""
+        if not self.samples:
+            self.origin = torch.stack([a[0], b[0]]).double()
         self.samples += len(a)
-        self.cross += a.T @ b
-        exact = torch.float64  # a constant unit must come out constant
-        for i, x in enumerate((a, b)):
-            self.sums[i] += x.sum(0, dtype=exact)
-            self.squares[i] += torch.linalg.vector_norm(x, dim=0, dtype=exact) ** 2
+        start = self.origin.to(a.dtype)
+        # In pieces that stay in the cache, each short enough for sums in float32 to be accurate.
+        for pieces in zip(torch.split(a, PIECE), torch.split(b, PIECE), strict=True):
+            u, v = (x - c for x, c in zip(pieces, start, strict=True))
+            self.cross += u.T @ v
+            self.sums += torch.stack([u.sum(0), v.sum(0)])
+            self.squares += torch.stack([u.square_().sum(0), v.square_().sum(0)])
 
     def covariance(self) -> Tensor:
         """Cov(aᵢ, bⱼ): [U, U]."""
         return self.cross / self.samples - torch.outer(*self.sums / self.samples)
 
-    def deviations(self) -> Tensor:
-        """Standard deviations of the units of A and of B: [2, U]."""
-        n = self.samples
-        variance = self.squares / n - (self.sums / n) ** 2
-        # What is left of a constant after cancellation is rounding, not variance.
-        return variance.where(variance > 1e-10 * self.squares / n, 0).sqrt()
+    def variances(self) -> Tensor:
+        """Those of the units of A and of B: [2, U], 0 for what varies by rounding only."""
+        variance: Tensor = self.squares / self.samples - (self.sums / self.samples) ** 2
+        return variance.where(variance > 1e-12 * self.origin**2, 0)
 
     def correlation(self) -> Tensor:
         """Pearson correlations [U, U]; 0 where a unit is constant (dead)."""
-        scale = torch.outer(*self.deviations())
+        scale = torch.outer(*self.variances().sqrt())
         return torch.where(scale > 0, self.covariance() / scale, 0.0).clamp(-1, 1)
 
     def similarity(self, cost: Cost) -> Tensor:
@@ -73,8 +80,9 @@ class Moments:
             return self.correlation()
         if cost == "covariance":
             return self.covariance()
-        squares = self.squares[0][:, None] + self.squares[1]
-        return (2 * self.cross - squares) / self.samples  # −E(aᵢ − bⱼ)²
+        (va, vb), (ma, mb) = self.variances(), self.origin + self.sums / self.samples
+        spread = va[:, None] + vb + (ma[:, None] - mb) ** 2
+        return 2 * self.covariance() - spread  # −E(aᵢ − bⱼ)²
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +147,7 @@ def _solve(
     for names, solved in zip(zip(*blocks, strict=True), best, strict=True):
         taps = moments[names[0]]
         tiles = _tiles([m.correlation() / len(taps) for m in taps], len(blocks))
-        still = torch.stack([m.deviations()[0] == 0 for m in taps]).all(0).cpu()
+        still = torch.stack([m.variances()[0] == 0 for m in taps]).all(0).cpu()
         for i, (j, dead) in enumerate(zip(order.tolist(), still.chunk(len(blocks)), strict=True)):
             mine, p = names[i], solved[i][j]
             after = tiles[i, j].gather(1, p[:, None])
