@@ -66,8 +66,8 @@ class Moments:
 
     def variances(self) -> Tensor:
         """Those of the units of A and of B: [2, U], 0 for what varies by rounding only."""
-        variance: Tensor = self.squares / self.samples - (self.sums / self.samples) ** 2
-        return variance.where(variance > 1e-12 * self.origin**2, 0)
+        variance = self.squares / self.samples - (self.sums / self.samples) ** 2
+        return torch.where(variance > 1e-12 * self.origin**2, variance, 0.0)
 
     def correlation(self) -> Tensor:
         """Pearson correlations [U, U]; 0 where a unit is constant (dead)."""
