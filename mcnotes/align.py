@@ -81,8 +81,8 @@ class Moments:
         if cost == "covariance":
             return self.covariance()
         (va, vb), (ma, mb) = self.variances(), self.origin + self.sums / self.samples
-        spread = va[:, None] + vb + (ma[:, None] - mb) ** 2
-        return 2 * self.covariance() - spread  # −E(aᵢ − bⱼ)²
+        distance: Tensor = va[:, None] + vb + (ma[:, None] - mb) ** 2 - 2 * self.covariance()
+        return -distance  # E(aᵢ − bⱼ)²
 
 
 @dataclass(frozen=True, eq=False)
