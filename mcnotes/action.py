@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -231,21 +232,22 @@ class Symmetry:
         """A function (θ, *inputs) → {group: [activations [samples, units], …]}, in one run.
 
         at: "post", what the next contraction sees, after the nonlinearity; "pre", before it. All
-        positions but those of the units are samples. Evaluation mode, any batch size; the graph
-        is exported at the first call (anew for another size only if the network fixes it).
+        positions but those of the units are samples. Evaluation mode, any batch size. The graph is
+        exported at the first call (later, if the network fixes its batch size); threads may share.
         """
         taps = {name: getattr(g, at) for name, g in self.groups.items()}
         names = list(dict.fromkeys(t.node for ts in taps.values() for t in ts))
         made: dict[Any, tuple[list[int | None], Callable[..., list[Tensor]]]] = {}
+        lock = Lock()
 
         def run(theta: Theta, *inputs: Tensor) -> dict[str, list[Tensor]]:
-            device = inputs[0].device
-            batch, cut = made.get(device, ([0], None))
-            if any(n not in (None, len(x)) for n, x in zip(batch, inputs, strict=False)):
-                program = tracing.export(net, inputs, self.train)
-                batch, cut = tracing.batch_sizes(program), tracing.cut(program, names, device)
-                made[device] = batch, cut
-            assert cut is not None
+            with lock:
+                batch, cut = made.get(device := inputs[0].device, ([0], None))
+                if any(n not in (None, len(x)) for n, x in zip(batch, inputs, strict=False)):
+                    program = tracing.export(net, inputs, self.train)
+                    batch, cut = tracing.batch_sizes(program), tracing.cut(program, names, device)
+                    made[device] = batch, cut
+            assert cut
             seen = dict(zip(names, cut(theta, *inputs), strict=True))
             return {
                 n: [tracing.samples(seen[t.node], t.dims, t.index) for t in ts]
