@@ -34,6 +34,7 @@ class Experiment:
     schedule: str = "linear"
     augment: bool = False
     precision: str = "float32"
+    validation: int | None = None  # training images held out; None: the data set's own number
     points: int = 25  # where a path is measured
     statistics: int = 2000  # training images on which BatchNorm is recomputed
     match_images: int = 2000  # training images on which activations are correlated
@@ -61,7 +62,7 @@ class Experiment:
     @cached_property
     def task(self) -> data.Task:
         """The data, on the device."""
-        return data.load(self.dataset, device=self.device)
+        return data.load(self.dataset, device=self.device, validation=self.validation)
 
     @cached_property
     def net(self) -> nn.Module:
@@ -123,7 +124,6 @@ class Experiment:
 
     def path(self, a: int, b: int, method: str, shape: str = "bezier") -> evaluate.Path:
         """Test loss and accuracy along the curve."""
-        measured = {"what": "path", "points": self.points, "statistics": self.statistics}
 
         def compute() -> dict[str, list[float]]:
             images = self.task.train.first(self.statistics)
@@ -131,14 +131,15 @@ class Experiment:
                                   statistics=images, points=self.points)  # fmt: skip
             return {name: array.tolist() for name, array in path._asdict().items()}
 
-        found = store.values(self.curve_config(a, b, method, shape) | measured, compute)
+        found = store.values(self.path_config(a, b, method, shape), compute)
         return evaluate.Path(**{name: np.array(found[name]) for name in evaluate.Path._fields})
 
     def endpoint_config(self, seed: int) -> dict[str, Any]:
         """What a network depends on: its entry's configuration in the store."""
+        held_out = {} if self.validation is None else {"validation": self.validation}
         return {"what": "endpoint", "dataset": self.dataset, "network": self.network,
                 "width": self.width, "recipe": self.recipe(self.epochs).config(),
-                "seed": seed}  # fmt: skip
+                "seed": seed} | held_out  # fmt: skip
 
     def curve_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a curve depends on: its entry's configuration in the store."""
@@ -151,6 +152,11 @@ class Experiment:
         if shape != "line":
             config["recipe"] = self.recipe(self.curve_epochs).config()
         return config
+
+    def path_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
+        """What a measured path depends on: its entry's configuration in the store."""
+        measured = {"what": "path", "points": self.points, "statistics": self.statistics}
+        return self.curve_config(a, b, method, shape) | measured
 
     def _tensors(self, config: store.Config, compute: Callable[[store.Checkpoint], Theta]) -> Theta:
         found = store.tensors(config, compute)
