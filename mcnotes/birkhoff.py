@@ -18,6 +18,11 @@ def matrix(p: Tensor) -> Tensor:
     return torch.eye(len(p), dtype=torch.float64)[p]
 
 
+def nearest(x: Tensor) -> Tensor:
+    """The permutation matrix nearest to x [n, n]: an assignment."""
+    return matrix(perms.assign(x))
+
+
 def project(x: Tensor, tolerance: float = 1e-10) -> Tensor:
     """The doubly stochastic matrix nearest to x [n, n] (Euclidean): exact, to `tolerance`.
 

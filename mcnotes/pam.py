@@ -23,10 +23,7 @@ Matrices = dict[str, Tensor]  # group → [units, units], float64 on the CPU
 
 @dataclass(frozen=True)
 class Settings:
-    """How PAM runs; the batch size, schedule, precision … of both steps are the recipe's.
-
-    The defaults are the paper's.
-    """
+    """How PAM runs (defaults: the paper); the recipe gives batch size, schedule, precision …"""
 
     epochs: tuple[int, ...] = (250,)  # of the curve step, for each outer iteration
     p_epochs: int = 20  # of the permutation step
@@ -101,25 +98,20 @@ class _Run:
         self.settings, self.seed, self.checkpoint = settings, seed, checkpoint
         self.curve, self.end = curve, curve.points[-1]
         self.perm, self.history = sym.identity(), list[Iteration]()
-        self.probe = task.train.first(settings.probe)
+        probe = task.train.first(settings.probe)
+        self.value: Callable[[Curve], float] = lambda c: objective(net, c, probe, settings.nodes)
         if checkpoint and (state := checkpoint.load()):
             self.history = [Iteration(*row) for row in state["history"].tolist()]
             self.perm = {n: state[f"perm.{n}"] for n in self.perm}
             inner = [{n: state[f"inner.{i}.{n}"].to(task.device) for n in self.end}
                      for i in range(1, curve.degree)]  # fmt: skip
-            self.curve = curve.with_points([curve.points[0], *inner, self.ended(self.perm)])
+            end = sym.permute(self.end, self.perm)
+            self.curve = curve.with_points([curve.points[0], *inner, end])
 
     @property
     def halfway(self) -> bool:
         """Is the permutation step done, and the curve step not?"""
         return bool(self.history) and math.isnan(self.history[-1].after)
-
-    def ended(self, perm: Perm) -> Theta:
-        """The last point in another order."""
-        return self.sym.permute(self.end, perm)
-
-    def value(self, curve: Curve) -> float:
-        return objective(self.net, curve, self.probe, self.settings.nodes)
 
     def part(self) -> Checkpoint | None:
         """Where the step that comes next keeps its state, beside what the steps so far gave."""
@@ -134,29 +126,26 @@ class _Run:
         return self.seed * 1009 + 2 * len(self.history) + self.halfway
 
     def permutation_step(self) -> None:
-        settings, old = self.settings, self.perm
+        settings, old, seed = self.settings, self.perm, self.step_seed()
         before = self.history[-1].after if self.history else self.value(self.curve)
         matrices = relax(self.net, self.curve, self.end, self.task, self.recipe, self.sym, old,
-                         settings, seed=self.step_seed(), checkpoint=self.part())  # fmt: skip
+                         settings, seed=seed, checkpoint=self.part())  # fmt: skip
 
-        def moved(new: Theta) -> Curve:
-            return move_end(self.curve, new, settings.follow)
+        def moved(end: Theta) -> Curve:
+            return move_end(self.curve, end, settings.follow)
 
         def score(perm: Perm) -> float:
-            prox = frobenius(perm, old) ** 2 / (2 * settings.nu)
-            return before if same(perm, old) else self.value(moved(self.ended(perm))) + prox
+            prox = distance(perm, old) ** 2 / (2 * settings.nu)
+            return prox + self.value(moved(self.sym.permute(self.end, perm))) if prox else before
 
-        generator = torch.Generator().manual_seed(self.step_seed())
+        generator = torch.Generator().manual_seed(seed)
         offers = candidates(matrices, old, settings.samples, generator)
         chosen, self.perm, lowest = choose(offers, score)
-        distance = frobenius(self.perm, old)
-        units = sum(len(p) for p in old.values())
-        self.history.append(Iteration(
-            before, self.value(moved(self.sym.apply_matrices(self.end, matrices))),
-            lowest - distance**2 / (2 * settings.nu), chosen, distance**2 / 2 / max(units, 1),
-            distance,
-        ))  # fmt: skip
-        self.curve = moved(self.ended(self.perm))
+        relaxed = self.value(moved(self.sym.apply_matrices(self.end, matrices)))
+        far, units = distance(self.perm, old), sum(len(p) for p in old.values())
+        self.curve = moved(self.sym.permute(self.end, self.perm))
+        self.history.append(Iteration(before, relaxed, lowest - far**2 / (2 * settings.nu), chosen,
+                                      far**2 / 2 / max(units, 1), far))  # fmt: skip
 
     def curve_step(self) -> None:
         settings, last = self.settings, self.history[-1]
@@ -165,10 +154,9 @@ class _Run:
                                  pull=1 / settings.nu, checkpoint=self.part()).curve  # fmt: skip
         after, moved = self.value(fitted), shift(self.net, self.curve, fitted)
         kept = after + moved**2 / (2 * settings.nu) <= last.rounded
-        if kept:
-            self.curve = fitted
-        else:
-            after, moved = last.rounded, 0.0
+        if not kept:
+            fitted, after, moved = self.curve, last.rounded, 0.0
+        self.curve = fitted
         self.history[-1] = last._replace(after=after, phi_moved=moved, kept=float(kept))
 
 
@@ -182,18 +170,17 @@ class _Part(Checkpoint):
         self.whole.save({**self.done, **{f"step.{n}": x for n, x in state.items()}})
 
     def load(self) -> dict[str, Tensor] | None:
-        state = self.whole.load() or {}
-        same = "history" in state and torch.equal(
-            state["history"].nan_to_num(-1.0), self.done["history"].nan_to_num(-1.0)
-        )
-        found = {n[5:]: x for n, x in state.items() if n.startswith("step.")}
-        return found if same and found else None
+        state, key = self.whole.load(), "history"
+        if not state or not torch.equal(state[key].nan_to_num(-1), self.done[key].nan_to_num(-1)):
+            return None  # nothing, or the state of another step
+        return {n[5:]: x for n, x in state.items() if n.startswith("step.")}
 
 
 def objective(net: nn.Module, curve: Curve, images: Split, nodes: int = 5) -> float:
     """Q: the loss on `images`, BatchNorm recomputed, averaged over `nodes` midpoints in [0, 1]."""
-    thetas = (evaluate.batchnorm(net, curve((i + 0.5) / nodes), images) for i in range(nodes))
-    return sum(evaluate.score(net, theta, images).loss for theta in thetas) / nodes
+    points = (curve((i + 0.5) / nodes) for i in range(nodes))
+    fresh = (evaluate.batchnorm(net, theta, images, batch_size=100) for theta in points)
+    return sum(evaluate.score(net, theta, images, batch_size=100).loss for theta in fresh) / nodes
 
 
 def move_end(curve: Curve, end: Theta, follow: bool) -> Curve:
@@ -206,21 +193,16 @@ def move_end(curve: Curve, end: Theta, follow: bool) -> Curve:
     return curve.with_points([*others, end])
 
 
-def frobenius(p: Perm, q: Perm) -> float:
-    """‖P − Q‖ of two permutations as matrices: each unit placed differently counts 2."""
+def distance(p: Perm, q: Perm) -> float:
+    """‖P − Q‖, Frobenius, of permutations as matrices: a unit placed differently counts 2."""
     return math.sqrt(2 * sum(int((p[n] != q[n]).sum()) for n in p))
-
-
-def same(p: Perm, q: Perm) -> bool:
-    return all(torch.equal(p[n], q[n]) for n in p)
 
 
 def shift(net: nn.Module, old: Curve, new: Curve) -> float:
     """‖φ − φ_old‖ over the parameters of all inner points."""
-    pairs = zip(old.points[1:-1], new.points[1:-1], strict=True)
-    names = [n for n, _ in net.named_parameters()]
-    return math.sqrt(sum(float((p[n] - q[n]).double().square().sum()) for p, q in pairs
-                         for n in names))  # fmt: skip
+    inner = zip(old.points[1:-1], new.points[1:-1], strict=True)
+    pairs = ((p[n], q[n]) for p, q in inner for n, _ in net.named_parameters())
+    return math.sqrt(sum(float((x - y).double().square().sum()) for x, y in pairs))
 
 
 class PermutationStep(train.Step):
@@ -236,24 +218,22 @@ class PermutationStep(train.Step):
         self.matrices = {n: m.clone() for n, m in self.old.items()}
         n = curve.degree
         share = [0.0, *((i / n if settings.follow else 0.0) for i in range(1, n)), 1.0]
-        self.share = torch.tensor(share, device=device)  # of the end's move, by control point
+        self.share = torch.tensor(share).to(self.rows)  # of the end's move, by control point
         self.base = self.rows - torch.outer(self.share, self.rows[-1])
         self.names = [name for name, _ in net.named_parameters()]
 
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor, lr: float) -> Tensor:
         """As `train.Step`; one step on the matrices, the control points stay."""
         through = self.settings.relaxation == "straight-through"
-        points = {
-            n: birkhoff.matrix(perms.assign(m)) if through else m for n, m in self.matrices.items()
-        }
-        leaves = {n: m.detach().requires_grad_() for n, m in points.items()}
+        at = {n: birkhoff.nearest(m) if through else m for n, m in self.matrices.items()}
+        leaves = {n: m.clone().requires_grad_() for n, m in at.items()}
         moved = self.sym.apply_matrices(self.end, leaves)
         flat = torch.cat([moved[n].to(self.rows).flatten() for n in self.names])
         torch.add(self.base, torch.outer(self.share, flat.detach()), out=self.rows)
         loss, g = self.gradient(x, y, weights)
         slopes = torch.autograd.grad(flat, list(leaves.values()), (weights @ self.share) * g)
         for (n, m), slope in zip(self.matrices.items(), slopes, strict=True):
-            m = m - lr * (slope + (points[n] - self.old[n]) / self.settings.nu)
+            m = m - lr * (slope + (at[n] - self.old[n]) / self.settings.nu)
             self.matrices[n] = m if through else birkhoff.PROJECTIONS[self.settings.relaxation](m)
         return loss
 
@@ -280,8 +260,8 @@ def relax(
     few = replace(task, train=task.train.first(settings.images))
     step = PermutationStep(net, curve, end, recipe, task.device, sym, old, settings)
     train.run(step, curve, few, seed, checkpoint)
-    return step.matrices if settings.relaxation != "straight-through" else {
-        n: birkhoff.project(m) for n, m in step.matrices.items()}  # fmt: skip
+    through = settings.relaxation == "straight-through"
+    return {n: birkhoff.project(m) if through else m for n, m in step.matrices.items()}
 
 
 def candidates(

@@ -154,9 +154,8 @@ class Experiment:
         total = self.curve_epochs
         if self.schedule == "paper":
             return pam.Settings((total,), p_epochs=-(-total * 20 // 250))
-        short = total // 6
-        epochs = (short, short, total - 2 * short) if short else (total,)
-        return pam.Settings(epochs, p_epochs=min(3, total), p_lr=3.0, samples=16, images=4_000,
+        epochs = (total // 6, total - total // 6) if total > 5 else (total,)
+        return pam.Settings(epochs, p_epochs=min(4, total), p_lr=1.0, samples=12, images=2_000,
                             probe=500, follow=True)  # fmt: skip
 
     def proximal(self, a: int, b: int, method: str, shape: str = "bezier") -> Record:
