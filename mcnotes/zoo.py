@@ -6,18 +6,27 @@ them need is computed once. `make zoo` fills data/zoo by running the chapters.
 
 import difflib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
-from mcnotes import align, curves, data, evaluate, models, store, symmetry, train
+from mcnotes import align, curves, data, evaluate, models, pam, store, symmetry, train
 from mcnotes.curves import Curve, Theta
+from mcnotes.symmetry import Perm
 
-METHODS = ("unaligned", "aligned")
+METHODS = ("unaligned", "aligned", "pam-unaligned", "pam-aligned")
 SHAPES = ("line", "bezier", "chain")
+
+
+class Record(NamedTuple):
+    """What PAM did: its permutation, after that of the start, and its outer iterations."""
+
+    perm: Perm
+    history: list[pam.Iteration]
 
 
 @dataclass(frozen=True)
@@ -96,31 +105,73 @@ class Experiment:
         return align.match(self.net, self.endpoint(a), self.endpoint(b), images, self.sym)
 
     def pair(self, a: int, b: int, method: str) -> tuple[Theta, Theta]:
-        """Both ends: network a, and network b in the order of units that `method` gives."""
+        """Both ends: network a, and network b in the order of units that `method` gives.
+
+        "pam-…": the order to which PAM leads with a Bézier curve, from the order of "…".
+        """
         if method not in METHODS:
             raise ValueError(f"pair: got method {method!r}, expected one of {METHODS}")
+        start = method.removeprefix("pam-")
         theta_a, theta_b = self.endpoint(a), self.endpoint(b)
-        if method == "aligned":
+        if start == "aligned":
             theta_b = self.sym.permute(theta_b, self.matching(a, b).perm)
+        if start != method:
+            theta_b = self.sym.permute(theta_b, self.proximal(a, b, method).perm)
         return theta_a, theta_b
 
     def curve(self, a: int, b: int, method: str, shape: str = "bezier") -> Curve:
         """The trained curve between two networks ("line": nothing to train)."""
         if shape not in SHAPES:
             raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
-        ends = self.pair(a, b, method)
-        fresh: Curve = getattr(curves, shape)(*ends)
+        start = method.removeprefix("pam-")
+        theta_a, theta_b = self.pair(a, b, method if shape == "line" else start)
+        fresh: Curve = getattr(curves, shape)(theta_a, theta_b)
         if shape == "line":
             return fresh
 
         def compute(checkpoint: store.Checkpoint) -> Theta:
-            recipe = self.recipe(self.curve_epochs)
-            fitted = train.fit_curve(self.net, fresh, self.task, recipe, seed=a * 1000 + b,
-                                     checkpoint=checkpoint)  # fmt: skip
-            return fitted.curve.points[1]
+            recipe, seed = self.recipe(self.curve_epochs), a * 1000 + b
+            if start == method:
+                fitted = train.fit_curve(self.net, fresh, self.task, recipe, seed=seed,
+                                         checkpoint=checkpoint)  # fmt: skip
+                return fitted.curve.points[1]
+            found = pam.fit(self.net, fresh, self.task, recipe, self.sym, self.pam_settings(),
+                            seed=seed, checkpoint=checkpoint)  # fmt: skip
+            perm = {f"perm {n}": p for n, p in found.perm.items()}
+            return found.curve.points[1] | perm | {"history": torch.tensor(found.history).double()}
 
-        middle = self._tensors(self.curve_config(a, b, method, shape), compute)
-        return fresh.with_points([ends[0], middle, ends[1]])
+        found = self._tensors(self.curve_config(a, b, method, shape), compute)
+        if start != method:
+            perm = {n: found.pop(f"perm {n}").cpu() for n in self.sym.groups}
+            theta_b = self.sym.permute(theta_b, perm)
+        found.pop("history", None)
+        return fresh.with_points([theta_a, found, theta_b])
+
+    def pam_settings(self) -> pam.Settings:
+        """How PAM runs: as in the paper where the schedule is the paper's, else shorter.
+
+        The curve steps take as many epochs in all as a plain curve does.
+        """
+        total = self.curve_epochs
+        if self.schedule == "paper":
+            return pam.Settings((total,), p_epochs=-(-total * 20 // 250))
+        epochs = (total // 6, total - total // 6) if total > 5 else (total,)
+        return pam.Settings(epochs, p_epochs=min(4, total), p_lr=1.0, samples=12, images=2_000,
+                            probe=500, follow=True)  # fmt: skip
+
+    def proximal(self, a: int, b: int, method: str, shape: str = "bezier") -> Record:
+        """What PAM did on its way to `curve(a, b, "pam-…", shape)`."""
+
+        def compute() -> dict[str, Any]:
+            self.curve(a, b, method, shape)
+            found = self._tensors(config, lambda _: {})
+            perm = {n: found[f"perm {n}"].tolist() for n in self.sym.groups}
+            return {"perm": perm, "history": found["history"].tolist()}
+
+        config = self.curve_config(a, b, method, shape)
+        found = store.values(config | {"what": "pam"}, compute)
+        perm = {n: torch.tensor(p) for n, p in found["perm"].items()}
+        return Record(perm, [pam.Iteration(*row) for row in found["history"]])
 
     def path(self, a: int, b: int, method: str, shape: str = "bezier") -> evaluate.Path:
         """Test loss and accuracy along the curve."""
@@ -147,10 +198,12 @@ class Experiment:
         words = f"{self.network} {self.width:g}, {self.dataset}, seeds {a} and {b}"
         config: dict[str, Any] = {"what": "curve", "ends": ends, "network": words,
                                   "method": method, "shape": shape}  # fmt: skip
-        if method != "unaligned":
+        if not method.endswith("unaligned"):
             config["match_images"] = self.match_images
-        if shape != "line":
+        if shape != "line" or method.startswith("pam-"):
             config["recipe"] = self.recipe(self.curve_epochs).config()
+        if method.startswith("pam-"):
+            config["pam"] = asdict(self.pam_settings())
         return config
 
     def path_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcnotes import evaluate, store, train
+from mcnotes import evaluate, pam, store, train
 from mcnotes.zoo import Experiment
 
 TINY = Experiment(width=2, epochs=1, curve_epochs=1, points=3, statistics=100, match_images=100)
@@ -70,6 +70,31 @@ def test_stored_path_is_what_evaluation_gives() -> None:
     score = evaluate.score(laptop.net, theta, laptop.task.test)
     assert score.loss == pytest.approx(path.loss[middle], rel=1e-3)
     assert score.accuracy == pytest.approx(path.accuracy[middle], abs=2e-3)
+
+
+def test_pam_is_kept_with_its_permutation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curve, record and path; the curve ends in network b, permuted by alignment and then PAM."""
+    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
+    monkeypatch.setenv("MCNOTES_ZOO", str(tmp_path / "none"))
+    path = TINY.path(1, 2, "pam-aligned")
+    monkeypatch.setattr(pam, "fit", None)
+    curve, record = TINY.curve(1, 2, "pam-aligned"), TINY.proximal(1, 2, "pam-aligned")
+    aligned = TINY.pair(1, 2, "aligned")[1]
+    end = TINY.sym.permute(aligned, record.perm)
+    for theta in (curve.points[-1], TINY.pair(1, 2, "pam-aligned")[1]):
+        assert all(torch.equal(theta[n], end[n]) for n in end)
+    assert len(record.history) == 1
+    assert curve.points[1].keys() == end.keys()
+    np.testing.assert_array_equal(TINY.path(1, 2, "pam-aligned").loss, path.loss)
+    assert TINY.curve(1, 2, "pam-aligned", "line").degree == 1
+
+
+def test_pam_spends_as_many_epochs_on_the_curve_as_plain_training() -> None:
+    for epochs in (1, 3, 12, 250):
+        for schedule in ("linear", "paper"):
+            lab = replace(TINY, curve_epochs=epochs, schedule=schedule)
+            assert sum(lab.pam_settings().epochs) == epochs
+    assert lab.pam_settings() == pam.Settings()
 
 
 def test_everything_is_kept_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
