@@ -4,6 +4,8 @@ The chapters and the full-scale runs get their numbers through `Experiment`, so 
 them need is computed once. `make zoo` fills data/zoo by running the chapters.
 """
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
@@ -13,9 +15,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mcnotes import align, curves, data, evaluate, models, store, symmetry, train
+from mcnotes import align, attacks, curves, data, evaluate, models, store, symmetry, train
 from mcnotes.curves import Curve, Theta
 
+AnyAttack = attacks.PGD | attacks.Square | attacks.Ensemble
 METHODS = ("unaligned", "aligned")
 SHAPES = ("line", "bezier", "chain")
 
@@ -38,9 +41,13 @@ class Experiment:
     statistics: int = 2000  # training images on which BatchNorm is recomputed
     match_images: int = 2000  # training images on which activations are correlated
     device: str = "auto"  # or "cpu", "cuda"
+    epsilon: float = 0.0  # ℓ∞ radius of adversarial training (chapter 8); 0: standard training
+    attack_steps: int = 3  # of PGD, while training
+    attack_step: float = 0.0  # their size; 0: 2.5 · epsilon / attack_steps
+    between: tuple[Experiment, Experiment] | None = None  # where the ends of pairs come from
 
     @classmethod
-    def of(cls, names: Mapping[str, Any], *, also: Collection[str] = ()) -> "Experiment":
+    def of(cls, names: Mapping[str, Any], *, also: Collection[str] = ()) -> Experiment:
         """From a notebook's globals() after its parameters cell.
 
         also: the names of the chapter's further parameters. A plain value under any other name (a
@@ -80,25 +87,38 @@ class Experiment:
         names = ("batch_size", "lr", "schedule", "augment", "precision")
         return train.Recipe(epochs, **{name: getattr(self, name) for name in names})
 
+    @property
+    def perturb(self) -> attacks.PGD | None:
+        """The attack on every training batch, if training is adversarial."""
+        step = self.attack_step or 2.5 * self.epsilon / self.attack_steps
+        attack = attacks.PGD(self.epsilon, self.attack_steps, step=step, best=False)
+        return attack if self.epsilon else None
+
+    def ends(self, a: int, b: int) -> tuple[Theta, Theta]:
+        """The networks of seeds a and b, as they were trained: by this experiment or `between`."""
+        one, two = self.between or (self, self)
+        return one.endpoint(a), two.endpoint(b)
+
     def endpoint(self, seed: int) -> Theta:
         """The network trained from `seed`."""
 
         def compute(checkpoint: store.Checkpoint) -> Theta:
             recipe = self.recipe(self.epochs)
-            return train.fit(self.net, self.task, recipe, seed=seed, checkpoint=checkpoint).theta
+            return train.fit(self.net, self.task, recipe, seed=seed, perturb=self.perturb,
+                             checkpoint=checkpoint).theta  # fmt: skip
 
         return self._tensors(self.endpoint_config(seed), compute)
 
     def matching(self, a: int, b: int) -> align.Matching:
         """Neuron alignment of network b to network a. Cheap: computed each time."""
         images = self.task.train.first(self.match_images)
-        return align.match(self.net, self.endpoint(a), self.endpoint(b), images, self.sym)
+        return align.match(self.net, *self.ends(a, b), images, self.sym)
 
     def pair(self, a: int, b: int, method: str) -> tuple[Theta, Theta]:
         """Both ends: network a, and network b in the order of units that `method` gives."""
         if method not in METHODS:
             raise ValueError(f"pair: got method {method!r}, expected one of {METHODS}")
-        theta_a, theta_b = self.endpoint(a), self.endpoint(b)
+        theta_a, theta_b = self.ends(a, b)
         if method == "aligned":
             theta_b = self.sym.permute(theta_b, self.matching(a, b).perm)
         return theta_a, theta_b
@@ -115,20 +135,31 @@ class Experiment:
         def compute(checkpoint: store.Checkpoint) -> Theta:
             recipe = self.recipe(self.curve_epochs)
             fitted = train.fit_curve(self.net, fresh, self.task, recipe, seed=a * 1000 + b,
-                                     checkpoint=checkpoint)  # fmt: skip
+                                     perturb=self.perturb, checkpoint=checkpoint)  # fmt: skip
             return fitted.curve.points[1]
 
         middle = self._tensors(self.curve_config(a, b, method, shape), compute)
         return fresh.with_points([ends[0], middle, ends[1]])
 
-    def path(self, a: int, b: int, method: str, shape: str = "bezier") -> evaluate.Path:
-        """Test loss and accuracy along the curve."""
+    def path(
+        self, a: int, b: int, method: str, shape: str = "bezier", *, split: str = "test",
+        attack: AnyAttack | None = None, statistics_attack: AnyAttack | None = None
+    ) -> evaluate.Path:  # fmt: skip
+        """Loss and accuracy along the curve, robust ones if there is an `attack`.
+
+        split: "train", "val" or "test". statistics_attack: that on the images for BatchNorm.
+        """
         measured = {"what": "path", "points": self.points, "statistics": self.statistics}
+        if split != "test":
+            measured["split"] = split
+        for name, one in (("attack", attack), ("statistics_attack", statistics_attack)):
+            measured |= {name: one.config()} if one else {}
 
         def compute() -> dict[str, list[float]]:
             images = self.task.train.first(self.statistics)
-            path = evaluate.along(self.net, self.curve(a, b, method, shape), self.task.test,
-                                  statistics=images, points=self.points)  # fmt: skip
+            path = evaluate.along(self.net, self.curve(a, b, method, shape),
+                                  getattr(self.task, split), statistics=images, points=self.points,
+                                  perturb=attack, perturb_statistics=statistics_attack)  # fmt: skip
             return {name: array.tolist() for name, array in path._asdict().items()}
 
         found = store.values(self.curve_config(a, b, method, shape) | measured, compute)
@@ -138,19 +169,25 @@ class Experiment:
         """What a network depends on: its entry's configuration in the store."""
         return {"what": "endpoint", "dataset": self.dataset, "network": self.network,
                 "width": self.width, "recipe": self.recipe(self.epochs).config(),
-                "seed": seed}  # fmt: skip
+                "seed": seed} | self._adversary()  # fmt: skip
 
     def curve_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a curve depends on: its entry's configuration in the store."""
-        ends = [store.key(self.endpoint_config(seed)) for seed in (a, b)]
+        one, two = self.between or (self, self)
+        ends = [store.key(one.endpoint_config(a)), store.key(two.endpoint_config(b))]
         words = f"{self.network} {self.width:g}, {self.dataset}, seeds {a} and {b}"
         config: dict[str, Any] = {"what": "curve", "ends": ends, "network": words,
                                   "method": method, "shape": shape}  # fmt: skip
         if method != "unaligned":
             config["match_images"] = self.match_images
         if shape != "line":
-            config["recipe"] = self.recipe(self.curve_epochs).config()
+            config |= {"recipe": self.recipe(self.curve_epochs).config()} | self._adversary()
         return config
+
+    def _adversary(self) -> dict[str, Any]:
+        """What adversarial training adds to a configuration: nothing to that of the standard."""
+        used = self.perturb
+        return {"adversary": [used.eps, used.steps, used.step]} if used else {}
 
     def _tensors(self, config: store.Config, compute: Callable[[store.Checkpoint], Theta]) -> Theta:
         found = store.tensors(config, compute)
