@@ -161,7 +161,8 @@ class Ball:
 
     def __init__(self, x: Tensor, eps: float, norm: str) -> None:
         self.x, self.eps, self.norm = x, eps, norm
-        low, high = x - eps, x + eps  # may be rounded outwards: take the next number inside
+        low, high = ((x.double() + d).to(x.dtype) for d in (-eps, eps))
+        # Where rounding leads out, take the next number inside.
         low = torch.where(x.double() - low.double() > eps, low.nextafter(x), low)
         high = torch.where(high.double() - x.double() > eps, high.nextafter(x), high)
         self.low, self.high = low.clamp_min(0), high.clamp_max(1)

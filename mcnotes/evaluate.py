@@ -157,12 +157,13 @@ class Plane(NamedTuple):
 
 def plane(
     net: nn.Module, corners: tuple[Theta, Theta, Theta], split: Split, *,
-    statistics: Split | None, resolution: int = 17, margin: float = 0.2
+    statistics: Split | None, resolution: int = 17, margin: float = 0.2,
+    perturb: Perturb | None = None
 ) -> Plane:  # fmt: skip
     """Evaluate a `resolution`² grid of the plane through three networks (paper, section 5).
 
-    margin: how far the grid goes beyond the corners, as a share of their extent. `statistics` as in
-    `along`, in each cell. Raises ValueError when the three lie on one line.
+    margin: how far the grid goes beyond the corners, as a share of their extent. `statistics` and
+    `perturb` as in `along`, in each cell. Raises ValueError when the three lie on one line.
     """
     at = coordinates(net, corners)
     low, high = at.min(0), at.max(0)
@@ -171,7 +172,8 @@ def plane(
     # Barycentric weights of every cell: the affine map that sends the corners to themselves.
     solve = np.linalg.inv(np.vstack([at.T, np.ones(3)]))
     cells = tqdm([(solve @ [u, v, 1.0]).tolist() for v in y for u in x], desc="plane", leave=False)
-    found = _scores(net, (combine(corners, weights) for weights in cells), split, statistics)
+    points = (combine(corners, weights) for weights in cells)
+    found = _scores(net, points, split, statistics, perturb)
     loss, accuracy = found.T.reshape(2, resolution, resolution)
     return Plane(x, y, loss, accuracy, at)
 

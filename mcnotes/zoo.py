@@ -42,7 +42,7 @@ class Experiment:
     match_images: int = 2000  # training images on which activations are correlated
     device: str = "auto"  # or "cpu", "cuda"
     epsilon: float = 0.0  # ℓ∞ radius of adversarial training (chapter 8); 0: standard training
-    attack_steps: int = 3  # of PGD, while training
+    attack_steps: int = 5  # of PGD, while training
     attack_step: float = 0.0  # their size; 0: 2.5 · epsilon / attack_steps
     between: tuple[Experiment, Experiment] | None = None  # where the ends of pairs come from
 
@@ -143,23 +143,27 @@ class Experiment:
 
     def path(
         self, a: int, b: int, method: str, shape: str = "bezier", *, split: str = "test",
-        attack: AnyAttack | None = None, statistics_attack: AnyAttack | None = None
+        images: int | None = None, attack: AnyAttack | None = None,
+        statistics_attack: AnyAttack | None = None
     ) -> evaluate.Path:  # fmt: skip
         """Loss and accuracy along the curve, robust ones if there is an `attack`.
 
-        split: "train", "val" or "test". statistics_attack: that on the images for BatchNorm.
+        split: "train", "val" or "test", of which the first `images` (default all).
+        statistics_attack: that on the images for BatchNorm.
         """
         measured = {"what": "path", "points": self.points, "statistics": self.statistics}
-        if split != "test":
-            measured["split"] = split
+        measured |= {"split": split} if split != "test" else {}
+        measured |= {"images": images} if images else {}
         for name, one in (("attack", attack), ("statistics_attack", statistics_attack)):
             measured |= {name: one.config()} if one else {}
 
         def compute() -> dict[str, list[float]]:
-            images = self.task.train.first(self.statistics)
-            path = evaluate.along(self.net, self.curve(a, b, method, shape),
-                                  getattr(self.task, split), statistics=images, points=self.points,
-                                  perturb=attack, perturb_statistics=statistics_attack)  # fmt: skip
+            whole: data.Split = getattr(self.task, split)
+            path = evaluate.along(
+                self.net, self.curve(a, b, method, shape), whole.first(images or len(whole)),
+                statistics=self.task.train.first(self.statistics), points=self.points,
+                perturb=attack, perturb_statistics=statistics_attack
+            )  # fmt: skip
             return {name: array.tolist() for name, array in path._asdict().items()}
 
         found = store.values(self.curve_config(a, b, method, shape) | measured, compute)
