@@ -6,7 +6,7 @@ than `eps` from those given, to the last bit. `model`: any callable from images 
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -32,10 +32,7 @@ def dlr(z: Tensor, y: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": lambda z, y: cross_entropy(z, y, reduction="none"), "margin": margin, "dlr": dlr,
 }  # fmt: skip
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0, "linear": lambda done: 1 - done,
-}  # fmt: skip
-"""Factor of the step by the share of the steps that is done."""
+SCHEDULES = ("constant", "linear")  # linear: down to 0
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,7 @@ class Attack:
             if (got := getattr(self, name)) not in known:
                 raise ValueError(f"attack: got {name} {got!r}, expected one of {[*known]}")
         if not (self.eps >= 0 and self.steps >= 1 and self.restarts >= 1):
-            raise ValueError(f"attack: got eps={self.eps}, steps={self.steps}, restarts="
-                             f"{self.restarts}, expected eps >= 0, others >= 1")  # fmt: skip
+            raise ValueError(f"attack: got {self}, expected eps >= 0, steps and restarts >= 1")
         if self.restarts > 1 and not (self.best and self.start):
             raise ValueError("attack: several restarts need start=True and best=True")
 
@@ -88,7 +84,7 @@ class PGD(Attack):
                     (slope,) = torch.autograd.grad(self.value(z, y).sum(), u)
                 if worst:
                     worst.take(u.detach(), z.detach())
-                factor = SCHEDULES[self.schedule](i / self.steps)
+                factor = 1 - i / self.steps if self.schedule == "linear" else 1.0
                 u = ball.project(u.detach() + factor * size * ball.steepest(slope))
             if worst:
                 worst.take(u)
@@ -151,9 +147,8 @@ class Ensemble:
 
 def strong(eps: float, *, steps: int = 50, restarts: int = 2, squares: int = 500) -> Ensemble:
     """What a claim is to stand (in the spirit of AutoAttack): PGD on two losses, then `Square`."""
-    one, two = (PGD(eps, steps, restarts=restarts, schedule="linear", step=eps / 2, loss=loss)
-                for loss in ("ce", "dlr"))  # fmt: skip
-    return Ensemble((one, two, Square(eps, squares, loss="margin")))
+    one = PGD(eps, steps, restarts=restarts, schedule="linear", step=eps / 2)
+    return Ensemble((one, replace(one, loss="dlr"), Square(eps, squares, loss="margin")))
 
 
 class Ball:
@@ -161,12 +156,11 @@ class Ball:
 
     def __init__(self, x: Tensor, eps: float, norm: str) -> None:
         self.x, self.eps, self.norm = x, eps, norm
-        low, high = ((x.double() + d).to(x.dtype) for d in (-eps, eps))
-        # Where rounding leads out, take the next number inside.
-        low = torch.where(x.double() - low.double() > eps, low.nextafter(x), low)
-        high = torch.where(high.double() - x.double() > eps, high.nextafter(x), high)
-        self.low, self.high = low.clamp_min(0), high.clamp_max(1)
-        # ℓ2: rounding x + d may add to the length of d.
+        ends = [(x.double() + d).to(x.dtype) for d in (-eps, eps)]
+        out = [(v.double() - x.double()).abs() > eps for v in ends]  # rounded outwards: step back
+        self.low, self.high = (torch.where(o, v.nextafter(x), v).clamp(0, 1)
+                               for o, v in zip(out, ends, strict=True))  # fmt: skip
+        # Rounding x + d may add to the length of d (ℓ2).
         self.radius = max(0.0, eps * (1 - 1e-6) - x[0].numel() ** 0.5 * 2**-24)
 
     def project(self, u: Tensor) -> Tensor:
@@ -193,20 +187,19 @@ class Worst:
 
     def __init__(self, attack: Attack, model: Model, x: Tensor, y: Tensor) -> None:
         self.attack, self.model, self.y, self.x = attack, model, y, x
-        self.fooled, self.value = self._judge(x, None)
+        self.fooled, self.value = torch.zeros_like(y, dtype=torch.bool), x.new_full(y.shape, -1e30)
+        self.take(x)
 
+    @torch.no_grad()
     def take(self, u: Tensor, z: Tensor | None = None) -> None:
         """Keep u [B, C, H, W] where it is worse; z: its logits, if known."""
-        fooled, value = self._judge(u, z)
+        z = self.model(u) if z is None else z
+        hit, value = z.argmax(1) == self.y, self.attack.value(z, self.y)
+        fooled = hit == self.attack.targeted
         worse = (fooled > self.fooled) | ((fooled == self.fooled) & (value > self.value))
         self.x = torch.where(worse[:, None, None, None], u, self.x)
         self.fooled = torch.where(worse, fooled, self.fooled)
         self.value = torch.where(worse, value, self.value)
-
-    @torch.no_grad()
-    def _judge(self, u: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
-        z = self.model(u) if z is None else z
-        return (z.argmax(1) == self.y) == self.attack.targeted, self.attack.value(z, self.y)
 
 
 def length(d: Tensor) -> Tensor:
