@@ -175,6 +175,15 @@ class TestPresets:
     def test_every_name_is_a_parameter_of_every_chapter(self, name: str) -> None:
         assert chapters.check_all(CHAPTERS, name) == []
 
+    def test_presets_of_one_chapter_fit_it(self) -> None:
+        """A folder of presets is for the chapter whose name holds the folder's."""
+        found = sorted(presets.FOLDER.glob("*/*.yaml"))
+        assert found
+        for path in found:
+            (chapter,) = [c for c in CHAPTERS if path.parent.name in c.stem]
+            name = f"{path.parent.name}/{path.stem}"
+            assert chapters.check_all([chapter], name) == []
+
     @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
     def test_laptop_is_what_the_chapters_do_by_themselves(self, path: Path) -> None:
         defaults = notebooks.parameters(notebooks.read(path))
