@@ -17,11 +17,10 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from mcnotes import evaluate
+from mcnotes.attacks import Perturb
 from mcnotes.curves import Curve, Theta, views
 from mcnotes.data import Task
 from mcnotes.store import Checkpoint
-
-Perturb = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 
 
 class TrainingError(RuntimeError):

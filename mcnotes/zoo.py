@@ -4,6 +4,8 @@ The chapters and the full-scale runs get their numbers through `Experiment`, so 
 them need is computed once. `make zoo` fills data/zoo by running the chapters.
 """
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -14,10 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mcnotes import align, curves, data, evaluate, models, pam, store, symmetry, train
+from mcnotes import align, attacks, curves, data, evaluate, models, pam, store, symmetry, train
 from mcnotes.curves import Curve, Theta
 from mcnotes.symmetry import Perm
 
+AnyAttack = attacks.PGD | attacks.Square | attacks.Ensemble
 METHODS = ("unaligned", "aligned", "pam-unaligned", "pam-aligned")
 SHAPES = ("line", "bezier", "chain")
 
@@ -48,9 +51,13 @@ class Experiment:
     statistics: int = 2000  # training images on which BatchNorm is recomputed
     match_images: int = 2000  # training images on which activations are correlated
     device: str = "auto"  # or "cpu", "cuda"
+    epsilon: float = 0.0  # ℓ∞ radius of adversarial training (chapter 8); 0: standard training
+    attack_steps: int = 5  # of PGD, while training
+    attack_step: float = 0.0  # their size; 0: 2.5 · epsilon / attack_steps
+    between: tuple[Experiment, Experiment] | None = None  # where the ends of pairs come from
 
     @classmethod
-    def of(cls, names: Mapping[str, Any], *, also: Collection[str] = ()) -> "Experiment":
+    def of(cls, names: Mapping[str, Any], *, also: Collection[str] = ()) -> Experiment:
         """From a notebook's globals() after its parameters cell.
 
         also: the names of the chapter's further parameters. A plain value under any other name (a
@@ -90,19 +97,32 @@ class Experiment:
         names = ("batch_size", "lr", "schedule", "augment", "precision")
         return train.Recipe(epochs, **{name: getattr(self, name) for name in names})
 
+    @property
+    def perturb(self) -> attacks.PGD | None:
+        """The attack on every training batch, if training is adversarial."""
+        step = self.attack_step or 2.5 * self.epsilon / self.attack_steps
+        attack = attacks.PGD(self.epsilon, self.attack_steps, step=step, best=False)
+        return attack if self.epsilon else None
+
+    def ends(self, a: int, b: int) -> tuple[Theta, Theta]:
+        """The networks of seeds a and b, as they were trained: by this experiment or `between`."""
+        one, two = self.between or (self, self)
+        return one.endpoint(a), two.endpoint(b)
+
     def endpoint(self, seed: int) -> Theta:
         """The network trained from `seed`."""
 
         def compute(checkpoint: store.Checkpoint) -> Theta:
             recipe = self.recipe(self.epochs)
-            return train.fit(self.net, self.task, recipe, seed=seed, checkpoint=checkpoint).theta
+            return train.fit(self.net, self.task, recipe, seed=seed, perturb=self.perturb,
+                             checkpoint=checkpoint).theta  # fmt: skip
 
         return self._tensors(self.endpoint_config(seed), compute)
 
     def matching(self, a: int, b: int) -> align.Matching:
         """Neuron alignment of network b to network a. Cheap: computed each time."""
         images = self.task.train.first(self.match_images)
-        return align.match(self.net, self.endpoint(a), self.endpoint(b), images, self.sym)
+        return align.match(self.net, *self.ends(a, b), images, self.sym)
 
     def pair(self, a: int, b: int, method: str) -> tuple[Theta, Theta]:
         """Both ends: network a, and network b in the order of units that `method` gives.
@@ -112,7 +132,7 @@ class Experiment:
         if method not in METHODS:
             raise ValueError(f"pair: got method {method!r}, expected one of {METHODS}")
         start = method.removeprefix("pam-")
-        theta_a, theta_b = self.endpoint(a), self.endpoint(b)
+        theta_a, theta_b = self.ends(a, b)
         if start == "aligned":
             theta_b = self.sym.permute(theta_b, self.matching(a, b).perm)
         if start != method:
@@ -123,6 +143,9 @@ class Experiment:
         """The trained curve between two networks ("line": nothing to train)."""
         if shape not in SHAPES:
             raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
+        if self.perturb and method.startswith("pam-"):
+            raise ValueError(f"curve: got {method!r} of a robust experiment; PAM trains standard "
+                             "curves only: epsilon=0, or another method")  # fmt: skip
         start = method.removeprefix("pam-")
         theta_a, theta_b = self.pair(a, b, method if shape == "line" else start)
         fresh: Curve = getattr(curves, shape)(theta_a, theta_b)
@@ -133,7 +156,7 @@ class Experiment:
             recipe, seed = self.recipe(self.curve_epochs), a * 1000 + b
             if start == method:
                 fitted = train.fit_curve(self.net, fresh, self.task, recipe, seed=seed,
-                                         checkpoint=checkpoint)  # fmt: skip
+                                         perturb=self.perturb, checkpoint=checkpoint)  # fmt: skip
                 return fitted.curve.points[1]
             found = pam.fit(self.net, fresh, self.task, recipe, self.sym, self.pam_settings(),
                             seed=seed, checkpoint=checkpoint)  # fmt: skip
@@ -173,16 +196,32 @@ class Experiment:
         perm = {n: torch.tensor(p) for n, p in found["perm"].items()}
         return Record(perm, [pam.Iteration(*row) for row in found["history"]])
 
-    def path(self, a: int, b: int, method: str, shape: str = "bezier") -> evaluate.Path:
-        """Test loss and accuracy along the curve."""
+    def path(
+        self, a: int, b: int, method: str, shape: str = "bezier", *, split: str = "test",
+        images: int | None = None, attack: AnyAttack | None = None,
+        statistics_attack: AnyAttack | None = None
+    ) -> evaluate.Path:  # fmt: skip
+        """Loss and accuracy along the curve, robust ones if there is an `attack`.
+
+        split: "train", "val" or "test", of which the first `images` (default all).
+        statistics_attack: that on the images for BatchNorm.
+        """
+        config = self.path_config(a, b, method, shape)
+        config |= {"split": split} if split != "test" else {}
+        config |= {"images": images} if images else {}
+        for name, one in (("attack", attack), ("statistics_attack", statistics_attack)):
+            config |= {name: one.config()} if one else {}
 
         def compute() -> dict[str, list[float]]:
-            images = self.task.train.first(self.statistics)
-            path = evaluate.along(self.net, self.curve(a, b, method, shape), self.task.test,
-                                  statistics=images, points=self.points)  # fmt: skip
+            whole: data.Split = getattr(self.task, split)
+            path = evaluate.along(
+                self.net, self.curve(a, b, method, shape), whole.first(images or len(whole)),
+                statistics=self.task.train.first(self.statistics), points=self.points,
+                perturb=attack, perturb_statistics=statistics_attack
+            )  # fmt: skip
             return {name: array.tolist() for name, array in path._asdict().items()}
 
-        found = store.values(self.path_config(a, b, method, shape), compute)
+        found = store.values(config, compute)
         return evaluate.Path(**{name: np.array(found[name]) for name in evaluate.Path._fields})
 
     def endpoint_config(self, seed: int) -> dict[str, Any]:
@@ -190,18 +229,19 @@ class Experiment:
         held_out = {} if self.validation is None else {"validation": self.validation}
         return {"what": "endpoint", "dataset": self.dataset, "network": self.network,
                 "width": self.width, "recipe": self.recipe(self.epochs).config(),
-                "seed": seed} | held_out  # fmt: skip
+                "seed": seed} | held_out | self._adversary()  # fmt: skip
 
     def curve_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a curve depends on: its entry's configuration in the store."""
-        ends = [store.key(self.endpoint_config(seed)) for seed in (a, b)]
+        one, two = self.between or (self, self)
+        ends = [store.key(one.endpoint_config(a)), store.key(two.endpoint_config(b))]
         words = f"{self.network} {self.width:g}, {self.dataset}, seeds {a} and {b}"
         config: dict[str, Any] = {"what": "curve", "ends": ends, "network": words,
                                   "method": method, "shape": shape}  # fmt: skip
         if not method.endswith("unaligned"):
             config["match_images"] = self.match_images
         if shape != "line" or method.startswith("pam-"):
-            config["recipe"] = self.recipe(self.curve_epochs).config()
+            config |= {"recipe": self.recipe(self.curve_epochs).config()} | self._adversary()
         if method.startswith("pam-"):
             config["pam"] = asdict(self.pam_settings())
         return config
@@ -210,6 +250,11 @@ class Experiment:
         """What a measured path depends on: its entry's configuration in the store."""
         measured = {"what": "path", "points": self.points, "statistics": self.statistics}
         return self.curve_config(a, b, method, shape) | measured
+
+    def _adversary(self) -> dict[str, Any]:
+        """What adversarial training adds to a configuration: nothing to that of the standard."""
+        used = self.perturb
+        return {"adversary": [used.eps, used.steps, used.step]} if used else {}
 
     def _tensors(self, config: store.Config, compute: Callable[[store.Checkpoint], Theta]) -> Theta:
         found = store.tensors(config, compute)
