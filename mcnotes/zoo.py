@@ -242,6 +242,7 @@ class Experiment:
             config["match_images"] = self.match_images
         if shape != "line" or method.startswith("pam-"):
             config |= {"recipe": self.recipe(self.curve_epochs).config()} | self._adversary()
+            config |= {"attack_statistics": "batch"} if self.perturb else {}
         if method.startswith("pam-"):
             config["pam"] = asdict(self.pam_settings())
         return config
