@@ -149,7 +149,7 @@ class Experiment:
     def pam_settings(self) -> pam.Settings:
         """How PAM runs: as in the paper where the schedule is the paper's, else shorter.
 
-        One outer iteration, like the paper's; its curve step is as long as a plain curve's training.
+        One outer iteration, like the paper's; its curve step is as long as a plain curve's.
         """
         total = self.curve_epochs
         if self.schedule == "paper":
