@@ -38,7 +38,7 @@ def touched(sym: symmetry.Symmetry, net: torch.nn.Module) -> float:
     for name, parameter in net.named_parameters():
         still = torch.ones(parameter.shape, dtype=torch.bool)
         for place in places[name]:
-            flat = still.flatten(place.axis, place.axis + place.span - 1)
+            flat = still.flatten(place.axis, place.axes[-1])
             flat.index_fill_(place.axis, torch.from_numpy(place.index.ravel()), False)
             still = flat.view(parameter.shape)
         total += parameter.numel()
