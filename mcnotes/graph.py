@@ -192,13 +192,16 @@ class Walk(Tape):
     def meet(self, *xs: Any) -> list[Tensor]:
         """Any function of tensors entry by entry: the factors of the result."""
         xs = [x for x in tree_leaves(xs) if isinstance(x, Tensor)]
-        rank, done = max(x.dim() for x in xs), list[Tensor]()
+        shape = torch.broadcast_shapes(*(x.shape for x in xs))
+        rank, done, fixed = len(shape), list[Tensor](), set[int]()
+        tensors: list[list[Tensor]] = []
         for x in xs:
             marks = x.factors if isinstance(x, Marked) else []
             varies = isinstance(x, Marked) or bool((x != x.flatten()[:1].squeeze()).any())
             wide = {k for k, n in enumerate(x.shape) if varies and n > 1 and x.stride(k)}
-            fixed = [positions(x.shape, {k}) * 0 for k in wide.difference(*map(axes, marks))]
-            own = [f[(None,) * (rank - f.dim())] for f in (*marks, *fixed)]
+            fixed |= {k + rank - x.dim() for k in wide.difference(*map(axes, marks))}
+            tensors.append([f[(None,) * (rank - f.dim())] for f in marks])
+        for own in (*tensors, [positions(shape, {k}) * 0 for k in fixed]):
             for i, j in combinations(range(len(own)), 2):  # both act on x
                 if (shared := axes(own[i]) & axes(own[j])) and not independent(own[i], own[j]):
                     own[i], own[j] = self.stay(own[i], shared), self.stay(own[j], shared)
@@ -207,7 +210,7 @@ class Walk(Tape):
             for i, j in pairs:
                 f, g = own[i], done[j]
                 if like.get(i) == j or axes(f) == axes(g) and not (i in like and j in like.values()):
-                    own[i], done[j] = f[(0,) * rank].view([1] * rank) * 0, self.join(f, g)
+                    own[i], done[j] = torch.zeros([1] * rank, dtype=torch.long), self.join(f, g)
                 elif (shared := axes(f) & axes(g)) and not (i in like and j in like.values()):
                     own[i], done[j] = self.stay(f, shared), self.stay(g, shared)
             done += own

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ Example = Tensor | tuple[Tensor, ...]
 class Place:
     """Unit u stands at positions `index[u]` [units, slots] of `axes`, taken as one, of a tensor."""
 
-    name: str  # of a parameter or buffer; of an activation: "relu:3", the result of the third relu
+    name: str  # of a parameter or buffer; of an activation: "relu:3/9", the third of nine relus' result
     axes: tuple[int, ...]
     index: np.ndarray
 
@@ -234,6 +235,7 @@ class Symmetry:
             taps = {n: getattr(g, at) for n, g in groups.items()}
             with plain(net, self.train), Recorder({t.name for ts in taps.values() for t in ts}) as tape:
                 functional_call(net, theta, inputs, tie_weights=False)
+            tape.check()
             return {n: [samples(tape.kept[t.name], t) for t in ts] for n, ts in taps.items()}
 
         return run
@@ -298,8 +300,13 @@ class Recorder(Tape):
     """Keep the results of these names, as they are before anything is written over them."""
 
     def __init__(self, names: set[str]) -> None:
-        super().__init__(lambda name, x: self.kept.update({name: x} if name in names else {}))
+        super().__init__(self.keep)
+        self.names = {name.split("/")[0]: name for name in names}
         self.kept: dict[str, Tensor] = {}
+
+    def keep(self, name: str, x: Any) -> None:
+        if name in self.names:
+            self.kept[self.names[name]] = x
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func._schema.name[-1] == "_":
@@ -307,6 +314,16 @@ class Recorder(Tape):
             same = {n: x for n, x in self.kept.items() if x.untyped_storage().data_ptr() == at}
             self.kept |= {n: x.clone() for n, x in same.items()}
         return func(*args, **kwargs)
+
+    def check(self) -> None:
+        """Raise SymmetryError if PyTorch ran other operators than when units were followed."""
+        for name in self.names.values():
+            kind, _, total = re.split("[:/]", name)
+            if self.count[kind] != int(total):
+                raise SymmetryError(
+                    f"tapper: {kind} ran {self.count[kind]} times, expected {total}: on this "
+                    "device, PyTorch runs the network by other operators. Cure: align on the CPU."
+                )
 
 
 def samples(x: Tensor, tap: Place) -> Tensor:
@@ -433,7 +450,8 @@ class Classes:
         for taps in (walk.read, {t.pre or t: None for t in walk.read}):
             found: list[list[tuple[bool, Place]]] = [[] for _ in self.groups]
             for tap in (tap for tap in taps if tap.name):
-                for g, place, alone in self.places(tap.name, tap.factors):
+                name = f"{tap.name}/{walk.count[tap.name.split(':')[0]]}"
+                for g, place, alone in self.places(name, tap.factors):
                     found[g].append((alone, place))
             # A group is seen by itself; if nowhere, then at the first place among others.
             seen.append([tuple([p for a, p in ps if a] or [p for _, p in ps[:1]]) for ps in found])
