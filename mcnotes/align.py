@@ -5,7 +5,7 @@ units' activations; the permutation that maximises the summed similarity is a li
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,6 +20,8 @@ from mcnotes.symmetry import Perm, Symmetry
 
 Cost = Literal["correlation", "covariance", "l2"]
 At = Literal["post", "pre"]
+PIECE = 2**14  # samples
+Blocks = tuple[tuple[str, ...], ...]  # for each block, the groups within
 
 
 class AlignmentError(ValueError):
@@ -28,42 +30,48 @@ class AlignmentError(ValueError):
 
 @dataclass
 class Moments:
-    """Raw moments, in float64, of units of A and B over `samples`."""
+    """Moments, in float64, of units of A and B over `samples`.
+
+    They are taken about `origin`, the first sample: no cancellation, and a constant unit gives 0.
+    """
 
     samples: int
-    sums: Tensor  # [2, U], of A and of B
+    origin: Tensor  # [2, U], of A and of B
+    sums: Tensor  # [2, U]
     squares: Tensor  # [2, U]
-    cross: Tensor  # [U, U], entry (i, j) = Σ aᵢ bⱼ
+    cross: Tensor  # [U, U], entry (i, j) = Σ (aᵢ − origin)(bⱼ − origin)
 
     @classmethod
     def zero(cls, units: int, device: torch.device) -> "Moments":
         """Nothing seen yet."""
-        shapes = ((2, units), (2, units), (units, units))
+        shapes = ((2, units), (2, units), (2, units), (units, units))
         return cls(0, *(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Take in activations a, b: [samples, U] each."""
+        if not self.samples:
+            self.origin = torch.stack([a[0], b[0]]).double()
         self.samples += len(a)
-        self.cross += a.T @ b
-        exact = torch.float64  # a constant unit must come out constant
-        for i, x in enumerate((a, b)):
-            self.sums[i] += x.sum(0, dtype=exact)
-            self.squares[i] += torch.linalg.vector_norm(x, dim=0, dtype=exact) ** 2
+        start = self.origin.to(a.dtype)
+        # In pieces that stay in the cache, each short enough for sums in float32 to be accurate.
+        for pieces in zip(torch.split(a, PIECE), torch.split(b, PIECE), strict=True):
+            u, v = (x - c for x, c in zip(pieces, start, strict=True))
+            self.cross += u.T @ v
+            self.sums += torch.stack([u.sum(0), v.sum(0)])
+            self.squares += torch.stack([u.square_().sum(0), v.square_().sum(0)])
 
     def covariance(self) -> Tensor:
         """Cov(aᵢ, bⱼ): [U, U]."""
         return self.cross / self.samples - torch.outer(*self.sums / self.samples)
 
-    def deviations(self) -> Tensor:
-        """Standard deviations of the units of A and of B: [2, U]."""
-        n = self.samples
-        variance = self.squares / n - (self.sums / n) ** 2
-        # What is left of a constant after cancellation is rounding, not variance.
-        return variance.where(variance > 1e-10 * self.squares / n, 0).sqrt()
+    def variances(self) -> Tensor:
+        """Those of the units of A and of B: [2, U], 0 for what varies by rounding only."""
+        variance = self.squares / self.samples - (self.sums / self.samples) ** 2
+        return torch.where(variance > 1e-12 * self.origin**2, variance, 0.0)
 
     def correlation(self) -> Tensor:
         """Pearson correlations [U, U]; 0 where a unit is constant (dead)."""
-        scale = torch.outer(*self.deviations())
+        scale = torch.outer(*self.variances().sqrt())
         return torch.where(scale > 0, self.covariance() / scale, 0.0).clamp(-1, 1)
 
     def similarity(self, cost: Cost) -> Tensor:
@@ -72,13 +80,17 @@ class Moments:
             return self.correlation()
         if cost == "covariance":
             return self.covariance()
-        squares = self.squares[0][:, None] + self.squares[1]
-        return (2 * self.cross - squares) / self.samples  # −E(aᵢ − bⱼ)²
+        (va, vb), (ma, mb) = self.variances(), self.origin + self.sums / self.samples
+        distance: Tensor = va[:, None] + vb + (ma[:, None] - mb) ** 2 - 2 * self.covariance()
+        return -distance  # E(aᵢ − bⱼ)²
 
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """A permutation of network B's units, and how well the matched units agree, by group."""
+    """A permutation of network B's units, and how well the matched units agree, by group of A.
+
+    Blocks (attention heads, groups of channels) agree as well as the units within, on average.
+    """
 
     perm: Perm  # apply with `sym.permute(theta_b, matching.perm)`
     before: dict[str, Tensor]  # [U], correlation of A's unit i with B's, mean over the taps
@@ -97,23 +109,64 @@ def match(
     images: what to correlate on, some thousands of training images. at: activations after ("post")
     or before ("pre") the nonlinearity. cost: "correlation"; "covariance"; or "l2", which minimises
     E‖a − Pb‖², the discrete 2-Wasserstein matching. Groups that several layers share (residual
-    streams) sum the evidence of all their taps. Memory does not grow with the number of images.
-    Raises AlignmentError when the networks differ in shape, or there is nothing to correlate.
+    streams) sum the evidence of all their taps. Blocks and the units within them are solved jointly
+    and exactly. Memory does not grow with the number of images. Raises AlignmentError when the
+    networks differ in shape, or there is nothing to correlate.
     """
     start = time.perf_counter()
     moments = stream(net, theta_a, theta_b, images, sym, at=at, batch_size=batch_size)
-    found = Matching({}, {}, {}, {}, {}, 0.0)
-    for name, taps in moments.items():
-        p = perms.assign(torch.stack([m.similarity(cost) for m in taps]).sum(0))
-        correlation = torch.stack([m.correlation() for m in taps]).mean(0).cpu()
-        after = correlation.gather(1, p[:, None])
-        constant = torch.stack([m.deviations()[0] == 0 for m in taps]).all(0).cpu()
-        rivals = (correlation > after - 0.01).sum(1) > 1
-        found.perm[name] = p
-        found.before[name], found.after[name] = correlation.diagonal().clone(), after.squeeze(1)
-        found.dead[name] = constant.nonzero().flatten()
-        found.ambiguous[name] = (rivals & ~constant).nonzero().flatten()
+    found = Matching(sym.identity(), {}, {}, {}, {}, 0.0)
+    for name, blocks in bundles(sym).items():
+        _solve(name, blocks, moments, cost, found)
     return replace(found, seconds=time.perf_counter() - start)
+
+
+def bundles(sym: Symmetry) -> dict[str, Blocks]:
+    """What is matched at once: group → for each of its blocks, the groups within.
+
+    An ordinary group is one block that holds itself; those within blocks come with their blocks.
+    """
+    nested = {name: g.inner for name, g in sym.groups.items() if g.inner and g.inner[0]}
+    inside = {name for blocks in nested.values() for block in blocks for name in block}
+    alone = sym.groups.keys() - nested.keys() - inside
+    return {n: nested.get(n, ((n,),)) for n in sym.groups if n in alone or n in nested}
+
+
+def _solve(
+    name: str, blocks: Blocks, moments: Mapping[str, list[Moments]], cost: Cost, found: Matching
+) -> None:
+    """Match the units for every pair of blocks, then the blocks by what their units achieve."""
+    score = torch.zeros(len(blocks), len(blocks), dtype=torch.float64)
+    best: list[list[list[Tensor]]] = []  # for each kind of group, block of A and block of B
+    for names in zip(*blocks, strict=True):
+        similar = _tiles([m.similarity(cost) for m in moments[names[0]]], len(blocks))
+        best.append([[perms.assign(tile) for tile in row] for row in similar])
+        chosen = torch.stack([torch.stack(row) for row in best[-1]])  # [blocks, blocks, n]
+        score += similar.gather(3, chosen[..., None]).sum((2, 3))
+    order = perms.assign(score)
+    for names, solved in zip(zip(*blocks, strict=True), best, strict=True):
+        taps = moments[names[0]]
+        tiles = _tiles([m.correlation() / len(taps) for m in taps], len(blocks))
+        still = torch.stack([m.variances()[0] == 0 for m in taps]).all(0).cpu()
+        for i, (j, dead) in enumerate(zip(order.tolist(), still.chunk(len(blocks)), strict=True)):
+            mine, p = names[i], solved[i][j]
+            after = tiles[i, j].gather(1, p[:, None])
+            rivals = (tiles[i, j] > after - 0.01).sum(1) > 1
+            found.perm[names[j]] = p  # B's units, in the block that goes where A has block i
+            found.before[mine], found.after[mine] = tiles[i, i].diagonal().clone(), after.squeeze(1)
+            found.dead[mine] = dead.nonzero().flatten()
+            found.ambiguous[mine] = (rivals & ~dead).nonzero().flatten()
+    if blocks != ((name,),):
+        found.perm[name] = order
+        for values in (found.before, found.after):
+            means = [torch.cat([values[group] for group in block]).mean() for block in blocks]
+            values[name] = torch.stack(means)
+
+
+def _tiles(matrices: list[Tensor], count: int) -> Tensor:
+    """[blocks of A, blocks of B, n, n] on the CPU: the sum of matrices over the blocks' units."""
+    total = torch.stack(matrices).sum(0).cpu()
+    return total.view(count, len(total) // count, count, -1).transpose(1, 2)
 
 
 def stream(
@@ -122,7 +175,8 @@ def stream(
 ) -> dict[str, list[Moments]]:  # fmt: skip
     """The moments of every tap of every group, in one pass over `images`, evaluation mode.
 
-    batch_size: default 64 on a CPU, where small batches stay in the cache, else 512.
+    Those of groups within blocks stand under the name of the first block's group, and are over the
+    units of all blocks. batch_size: default 64 on a CPU, where batches stay in the cache, else 512.
     """
     try:
         check_same_space(theta_a, theta_b, "match")
@@ -133,15 +187,18 @@ def stream(
     device = images.images.device
     size = batch_size or (64 if device.type == "cpu" else 512)
     moments: dict[str, list[Moments]] = {}
+    kinds = [names for blocks in bundles(sym).values() for names in zip(*blocks, strict=True)]
     tap: Callable[[Theta, Tensor], dict[str, list[Tensor]]] = sym.tapper(net, at=at)
     a, b = ({n: x.to(device) for n, x in theta.items()} for theta in (theta_a, theta_b))
     bar = tqdm(total=len(images), desc="correlating", leave=False)
     with evaluate.mode(net, training=False), torch.no_grad(), bar:
         for x, _ in images.batches(size):
-            for (name, acts_a), acts_b in zip(tap(a, x).items(), tap(b, x).values(), strict=True):
-                if name not in moments:
-                    moments[name] = [Moments.zero(v.shape[1], device) for v in acts_a]
-                for m, u, v in zip(moments[name], acts_a, acts_b, strict=True):
+            seen = tap(a, x), tap(b, x)
+            for names in kinds:
+                mine, others = (_side_by_side([s[n] for n in names]) for s in seen)
+                if names[0] not in moments:
+                    moments[names[0]] = [Moments.zero(v.shape[1], device) for v in mine]
+                for m, u, v in zip(moments[names[0]], mine, others, strict=True):
                     m.add(u, v)
             bar.update(len(x))
     for name, taps in moments.items():
@@ -149,3 +206,8 @@ def stream(
             raise AlignmentError(f"match: activations of {name!r} are not finite; look for NaN "
                                  "weights or inputs in either network")  # fmt: skip
     return moments
+
+
+def _side_by_side(seen: list[list[Tensor]]) -> list[Tensor]:
+    """For each tap the units of all blocks [samples, units], from lists of taps, one for each."""
+    return seen[0] if len(seen) == 1 else [torch.cat(parts, 1) for parts in zip(*seen, strict=True)]

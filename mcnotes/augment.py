@@ -6,7 +6,6 @@ that a CUDA graph can hold the whole of it.
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ class Augment:
 
     def _move(self, images: Tensor, draws: Tensor) -> Tensor:
         """Fetch output pixel p, counted from the centre, from mirror * (R p / scale) + offset."""
-        size = images.shape[-2:]
+        height, width = images.shape[-2:]
         angle = (draws[0] - 0.5) * math.radians(2 * self.rotation)
         cos, sin = angle.cos(), angle.sin()
         low, high = self.scale
@@ -65,9 +64,13 @@ class Augment:
         cos, sin = cos / magnification, sin / magnification
         mirror = 1 - 2 * draws[2].round() if self.flip else 1
         dx, dy = (draws[3:5] * (2 * self.padding + 1)).floor() - self.padding
-        pixels, unit = _centred(*size, images.device)
+        y, x = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in (height, width))
+        x, y = x.repeat(height), y.repeat_interleave(width)
         affine = torch.stack((mirror * cos, mirror * sin, dx, -sin, cos, dy), 1).view(-1, 2, 3)
-        grid = ((affine * unit).view(-1, 3) @ pixels).view(-1, 2, *size).permute(0, 2, 3, 1)
+        affine[:, 0] *= 2 / width  # grid_sample counts from -1 to 1, edge to edge
+        affine[:, 1] *= 2 / height
+        grid = affine.view(-1, 3) @ torch.stack((x, y, torch.ones_like(x)))
+        grid = grid.view(-1, 2, height, width).permute(0, 2, 3, 1)
         mode = self.interpolation if self.rotation or self.scale != (1.0, 1.0) else "nearest"
         return F.grid_sample(images, grid, mode, align_corners=False)
 
@@ -78,14 +81,3 @@ def _grey(images: Tensor) -> Tensor:
         return images
     red, green, blue = images.unbind(1)
     return (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
-
-
-@lru_cache(maxsize=8)
-def _centred(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixels (x, y, 1) from the image's centre, [3, H * W], and what takes them to grid_sample's
-    units, from -1 to 1, edge to edge, [2, 1].
-    """
-    y = (torch.arange(height) - (height - 1) / 2).repeat_interleave(width)
-    x = (torch.arange(width) - (width - 1) / 2).repeat(height)
-    pixels = torch.stack((x, y, torch.ones_like(x)))
-    return pixels.to(device), torch.tensor([[2 / width], [2 / height]]).to(device)

@@ -55,10 +55,7 @@ class Curve:
         if not 0 <= t <= 1:
             raise ValueError(f"Curve: got t = {t}, expected a number in [0, 1]")
         w = self.weights(torch.tensor(t, dtype=torch.float64)).tolist()
-        near = self.points[0 if t < 0.5 else -1]
-        used = [(wi, p) for wi, p in zip(w, self.points, strict=True) if wi != 0]
-        return {name: _mix(name, used) if x.is_floating_point() else x.clone()
-                for name, x in near.items()}  # fmt: skip
+        return combine(self.points, w, 0 if t < 0.5 else -1)
 
     def with_points(self, points: Sequence[Theta]) -> "Curve":
         """The same kind of curve through other control points."""
@@ -88,6 +85,16 @@ class Curve:
                 rows -= rows[0].clone()
                 gram += (rows @ rows.T).cpu()
         return gram
+
+
+def combine(points: Sequence[Theta], weights: Sequence[float], near: int = 0) -> Theta:
+    """Σᵢ wᵢ pᵢ, for points of one space; integer buffers are those of the point `near`."""
+    (w, p), *others = [(w, p) for w, p in zip(weights, points, strict=True) if w != 0]
+    mixed = {n: p[n] * w if x.is_floating_point() else x.clone() for n, x in points[near].items()}
+    for name in (n for n, x in mixed.items() if x.is_floating_point()):
+        for w, p in others:
+            mixed[name].add_(p[name], alpha=w)
+    return mixed
 
 
 def line(a: Theta, b: Theta) -> Curve:
@@ -127,11 +134,3 @@ def _on_line(a: Theta, b: Theta, segments: int) -> tuple[Theta, ...]:
     if segments < 1:
         raise ValueError(f"curve: got {segments} segments, expected at least 1")
     return (a, *(line(a, b)(i / segments) for i in range(1, segments)), b)
-
-
-def _mix(name: str, used: list[tuple[float, Theta]]) -> Tensor:
-    (weight, point), *others = used
-    total = point[name] * weight
-    for weight, point in others:
-        total = total.add(point[name], alpha=weight)
-    return total

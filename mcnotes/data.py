@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mcnotes.augment import Augment
 from mcnotes.sources import Arrays, DataError, fair_order, read
 
-__all__ = ["SOURCES", "Augment", "DataError", "Split", "Task", "folder", "load"]
+__all__ = ["SOURCES", "Augment", "DataError", "Split", "Task", "default_folder", "load"]
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,15 @@ SOURCES = {
 }
 
 
-def folder() -> Path:
+def default_folder() -> Path:
     """The data folder: $MCNOTES_DATA, or the repository's `data/`. Raises DataError without it."""
     named = os.environ.get("MCNOTES_DATA")
     path = Path(named or Path(__file__).resolve().parents[1] / "data")
     if not path.is_dir():
         origin = "MCNOTES_DATA is" if named else "the package is not in its repository: no"
-        raise DataError(f"data.folder: {origin} {path}, expected a folder; set MCNOTES_DATA to the "
+        raise DataError(f"data: {origin} {path}, expected a folder; set MCNOTES_DATA to the "
                         "data, such as data/ of a clone of the repository")  # fmt: skip
     return path
-
-
-_default_folder = folder  # `load` has a parameter of that name
 
 
 def load(
@@ -151,7 +148,7 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     source = SOURCES[name]
-    root = _default_folder() if folder is None else Path(folder)
+    root = default_folder() if folder is None else Path(folder)
     arrays = read(name, root, source.torchvision, download)
     train, test = (_split(arrays, which, image_size, device) for which in ("train", "test"))
     held_out = source.validation if validation is None else validation

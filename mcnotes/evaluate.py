@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from mcnotes.curves import Curve, Theta, check_same_space, views
+from mcnotes.curves import Curve, Theta, combine, views
 from mcnotes.data import Split
 
 Array = NDArray[np.float64]
@@ -86,12 +86,8 @@ class Path(NamedTuple):
     @property
     def barrier(self) -> float:
         """max over t of L(r(t)) − [(1 − t) L(r(0)) + t L(r(1))], in nats; ≥ 0 (chapter 1)."""
-        return barrier(self.t, self.loss)
-
-    @property
-    def max_loss(self) -> float:
-        """The largest loss on the path."""
-        return float(self.loss.max())
+        chord = (1 - self.t) * self.loss[0] + self.t * self.loss[-1]
+        return float((self.loss - chord).max())
 
     @property
     def min_accuracy(self) -> float:
@@ -103,11 +99,6 @@ class Path(NamedTuple):
         """The accuracy averaged over arc length by the trapezoid rule ("Avg" in the table)."""
         length = self.arc[-1]
         return float(np.trapezoid(self.accuracy, self.arc) / length if length else self.accuracy[0])
-
-
-def barrier(t: Array, loss: Array) -> float:
-    """The height of a loss profile over the chord through its ends, in nats. t, loss: [n]."""
-    return float((loss - ((1 - t) * loss[0] + t * loss[-1])).max())
 
 
 def along(
@@ -169,16 +160,6 @@ def coordinates(net: nn.Module, corners: tuple[Theta, Theta, Theta]) -> Array:
     if height <= 1e-10 * gram[2, 2]:
         raise ValueError("plane: the three networks lie on one line; give three different ones")
     return np.array([[0, 0], [a, 0], [gram[1, 2] / a, np.sqrt(height)]])
-
-
-def combine(thetas: tuple[Theta, ...], weights: list[float]) -> Theta:
-    """Σᵢ wᵢ θᵢ over floating-point tensors; integer buffers are those of the first. Σᵢ wᵢ = 1."""
-    for i, theta in enumerate(thetas[1:], start=1):
-        check_same_space(thetas[0], theta, f"combine: network {i}")
-    mixed = {n: x.clone() for n, x in thetas[0].items()}
-    for n in (n for n, x in mixed.items() if x.is_floating_point()):
-        mixed[n] = torch.stack([w * t[n] for w, t in zip(weights, thetas, strict=True)]).sum(0)
-    return mixed
 
 
 def curvature(

@@ -8,10 +8,13 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -105,26 +108,11 @@ def spread(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
     return f"{v.mean():.{digits}f}{deviation}"
 
 
-class Table:
-    """Rows of text under a header; a notebook shows it as an HTML table, a terminal as text."""
-
-    def __init__(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        self.header = [str(h) for h in header]
-        self.rows = [[str(cell) for cell in row] for row in rows]
-        n = len(self.header)
-        if odd := [row for row in self.rows if len(row) != n]:
-            raise ValueError(f"Table: a row of {len(odd[0])} cells under {n} headings: {odd[0]}")
-
-    def __repr__(self) -> str:
-        columns = zip(self.header, *self.rows, strict=True)
-        padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
-        return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
-
-    def _repr_html_(self) -> str:
-        head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in self.header)
-        rows = ("".join(f"<td>{html.escape(c)}</td>" for c in row) for row in self.rows)
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f'<table class="table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markdown:
+    """Rows under a header: a table in notebooks and on the page."""
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return Markdown(text)  # type: ignore[no-untyped-call]
 
 
 class Slider:
@@ -159,30 +147,10 @@ class Slider:
 
     def _repr_html_(self) -> str:
         width, height = self.size
-        data = json.dumps({"p": self.points, "t": self.t, "r": self.readings})
         path = " ".join(f"{x},{y}" for x, y in self.points)
-        x, y = self.points[0]
-        return f"""<div class="t-slider" style="max-width:{width}px">
-<svg viewBox="0 0 {width} {height}" role="img" aria-label="{self.alt}" style="width:100%">
-<image href="data:image/png;base64,{self.picture}" width="{width}" height="{height}"/>
-<polyline points="{path}" fill="none" stroke="white" stroke-width="4" opacity=".7"/>
-<polyline points="{path}" fill="none" stroke="black" stroke-width="1.6"/>
-<circle cx="{x}" cy="{y}" r="7" fill="#CC79A7" stroke="white" stroke-width="2"/></svg>
-<label style="display:flex;gap:.6em;align-items:center">t
-<input type="range" min="0" max="{len(self.t) - 1}" value="0" style="flex:1"
- aria-label="position t along the curve"></label>
-<output aria-live="polite" style="font-variant-numeric:tabular-nums"></output>
-<script>(() => {{
-  const d = {data};
-  const box = document.currentScript.parentElement;
-  const knob = box.querySelector("input"), dot = box.querySelector("circle");
-  const show = () => {{
-    const i = +knob.value;
-    dot.setAttribute("cx", d.p[i][0]); dot.setAttribute("cy", d.p[i][1]);
-    const words = Object.entries(d.r).map(([k, v]) => k + " " + v[i]);
-    const text = ["t = " + d.t[i].toFixed(2), ...words].join(", ");
-    box.querySelector("output").textContent = text;
-    knob.setAttribute("aria-valuetext", text);
-  }};
-  knob.addEventListener("input", show); show();
-}})();</script></div>"""
+        data = json.dumps({"p": self.points, "t": self.t, "r": self.readings})
+        template = Path(__file__).with_name("slider.html").read_text("utf8")
+        return Template(template).substitute(
+            vars(self), width=width, height=height, path=path, data=data, last=len(self.t) - 1,
+            x=self.points[0][0], y=self.points[0][1],
+        )  # fmt: skip

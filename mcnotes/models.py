@@ -10,7 +10,7 @@ Weights are drawn from torch's global generator, in the distributions of the aut
 import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -187,21 +187,14 @@ INCEPTIONS = {  # Szegedy et al. (2015), table 1
 }  # fmt: skip
 
 
-class WithAuxiliary(NamedTuple):
-    """GoogLeNet's output in train mode with auxiliary heads: three times logits [N, classes]."""
-
-    logits: Tensor
-    early: Tensor
-    late: Tensor
-
-
 class GoogLeNet(Network):
     """Inception v1 with BatchNorm, for small images as in the authors' code.
 
     The 7 x 7 stem has stride 1, and only the poolings before 3a and 4a are left. With `auxiliary`
-    there are two more heads, after 4a and 4d, and in train mode the output is `WithAuxiliary`. For
-    100 classes and 3 channels it has 5,702,404 parameters, with auxiliary heads 10,237,388 (the
-    paper's 10.24 M). `width` is a factor on all channels. Dropout draws from torch's generator.
+    there are two more heads, after 4a and 4d, and in train mode the output is the tuple (logits,
+    early, late). For 100 classes and 3 channels it has 5,702,404 parameters, with auxiliary heads
+    10,237,388 (the paper's 10.24 M). `width` is a factor on all channels. Dropout draws from
+    torch's generator.
     """
 
     draw = staticmethod(partial(nn.init.trunc_normal_, std=0.01, a=-0.02, b=0.02))
@@ -233,7 +226,7 @@ class GoogLeNet(Network):
         self.head = nn.Linear(before, num_classes)
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor | WithAuxiliary:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         x = self.stem(normalise(x))
         extra = []
         for name, inception in self.inceptions.items():
@@ -241,7 +234,7 @@ class GoogLeNet(Network):
             if self.training and name in self.auxiliary:
                 extra.append(self.auxiliary[name](x))
         logits: Tensor = self.head(self.dropout(x.mean(dim=(2, 3))))
-        return WithAuxiliary(logits, *extra) if extra else logits
+        return (logits, *extra) if extra else logits
 
 
 RESNETS = {f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 56)}

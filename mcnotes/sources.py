@@ -10,7 +10,6 @@ Each source gives the same arrays, the ones that a `.npz` file of a data set hol
 import contextlib
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,34 +106,27 @@ def read_tiny_imagenet(folder: Path) -> Arrays:
 
     The labelled `val` becomes the test set, as is customary; the labels of `test` are not public.
     """
-    ids = sorted(_lines(folder / "wnids.txt"))
-    words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt"))
-    rows = [line.split("\t") for line in _lines(folder / "val" / "val_annotations.txt")]
-    train = [(path, i) for i in ids for path in sorted(folder.glob(f"train/{i}/images/*.JPEG"))]
-    test = [(folder / "val" / "images" / name, i) for name, i, *_ in rows]
-    count = Counter(i for _, i in train)
-    least, most = (pick(ids, key=lambda i: count[i]) for pick in (min, max))
-    if not 0 < count[least] == count[most]:
-        raise DataError(f"data.load: in {folder / 'train'}, {least} has {count[least]} pictures, "
-                        f"{most} has {count[most]}; {_UNPACK}")  # fmt: skip
-    arrays: Arrays = {"class_names": np.array([words.get(i, i).split(",")[0] for i in ids])}
-    for split, files in (("train", train), ("test", test)):
-        arrays[f"{split}_images"] = np.stack([_decode(path) for path, _ in files])
-        arrays[f"{split}_labels"] = np.array([ids.index(i) for _, i in files])
+    from torchvision.datasets.folder import ImageFolder, pil_loader
+
+    with _sound(f"{folder} lacks something", _UNPACK):
+        train = ImageFolder(str(folder / "train"))
+        tables = [folder / "words.txt", folder / "val" / "val_annotations.txt"]
+        words, rows = ([x.split("\t") for x in t.read_text().splitlines()] for t in tables)
+        test = [(folder / "val" / "images" / name, train.class_to_idx[i]) for name, i, *_ in rows]
+        names = {i: word.split(",")[0] for i, word in words}
+    count = np.bincount(train.targets)
+    if count.min() < count.max():
+        raise DataError(f"data.load: in {folder / 'train'}, {train.classes[count.argmin()]} has "
+                        f"{count.min()} pictures, others {count.max()}; {_UNPACK}")  # fmt: skip
+    arrays: Arrays = {"class_names": np.array([names.get(i, i) for i in train.classes])}
+    for split, files in (("train", train.samples), ("test", test)):
+        pixels = []
+        for path, _ in files:
+            with _sound(f"cannot decode {path}", _UNPACK):
+                pixels.append(np.asarray(pil_loader(str(path))))
+        arrays[f"{split}_images"] = np.stack(pixels)
+        arrays[f"{split}_labels"] = np.array([label for _, label in files])
     return arrays
-
-
-def _lines(path: Path) -> list[str]:
-    with _sound(f"cannot read {path}", _UNPACK):
-        return path.read_text().splitlines()
-
-
-def _decode(path: Path) -> NDArray[np.uint8]:
-    """RGB pixels [H, W, 3] of a picture, grey ones included."""
-    from PIL import Image
-
-    with _sound(f"cannot decode {path}", _UNPACK), Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
 
 
 @contextlib.contextmanager

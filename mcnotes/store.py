@@ -58,10 +58,6 @@ class Checkpoint:
         """The stored state; None if there is none, or (with a StoreWarning) if it is broken."""
         return _read(self.path, read_tensors)
 
-    def clear(self) -> None:
-        """Forget the state."""
-        self.path.unlink(missing_ok=True)
-
 
 def zoo() -> Path:
     """The folder of results that ship with the book: `$MCNOTES_ZOO` or data/zoo."""
@@ -176,7 +172,7 @@ def _get(config: Config, suffix: str, compute: Callable[[Checkpoint], Any]) -> A
             except OSError as error:
                 text = f"{target}: {error}; the result is used but not kept"
                 warnings.warn(text, StoreWarning, 3)
-            checkpoint.clear()
+            checkpoint.path.unlink(missing_ok=True)
     _loaded[kind, _PLACES[1]] += 1
     return found
 

@@ -168,6 +168,13 @@ def _epoch(step: "Step", curve: Curve, task: Task, seed: int, epoch: int) -> flo
     return float(total) / len(task.train)
 
 
+def cost(logits: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
+    """Mean cross-entropy; auxiliary heads (GoogLeNet) count 0.3 each (Szegedy et al. 2015)."""
+    first, *others = logits if isinstance(logits, tuple) else (logits,)
+    extra = [0.3 * cross_entropy(z.float(), y) for z in others]
+    return torch.stack([cross_entropy(first.float(), y), *extra]).sum()
+
+
 class Step:
     """One optimisation step on the free control points of a curve; a call returns the loss.
 
@@ -205,7 +212,7 @@ class Step:
                 x = self.perturb(lambda u: self.forward(frozen, (u,)), x, y)
         low = self.recipe.precision == "bfloat16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-            loss = cross_entropy(self.forward(self.state_dict, (x,)).float(), y)
+            loss = cost(self.forward(self.state_dict, (x,)), y)
         slopes = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
         g = torch.cat([s.flatten() for s in slopes])
         g.add_(self.theta, alpha=self.recipe.weight_decay)

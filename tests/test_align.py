@@ -1,8 +1,11 @@
 """Alignment: exact moments, planted permutations, no growth with the data, errors."""
 
+from functools import partial
+
 import pytest
 import torch
 from small import normed, plain, task
+from torch import nn
 
 from mcnotes import align, models, symmetry, train
 from mcnotes.align import AlignmentError, Moments
@@ -24,7 +27,7 @@ def pictures(n: int, channels: int = 1, size: int = 28) -> Split:
     return Split(images, torch.zeros(n, dtype=torch.long))
 
 
-@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_moments_agree_with_a_direct_computation(scale: float) -> None:
     g = torch.Generator().manual_seed(0)
     a = torch.randn(3000, 7, generator=g) * 2 + scale
@@ -45,8 +48,36 @@ def test_dead_units_have_no_correlation() -> None:
     a[:, 1] = 0.3
     moments = Moments.zero(3, torch.device("cpu"))
     moments.add(a, b)
-    assert moments.deviations()[0][1] == 0
+    assert moments.variances()[0][1] == 0
     assert (moments.correlation()[1] == 0).all()
+
+
+class Patches(nn.Module):
+    """A vision transformer: 16 patches, heads of 6 units."""
+
+    def __init__(self, width: int = 24, heads: int = 4, norm_first: bool = True) -> None:
+        super().__init__()
+        layer = partial(nn.TransformerEncoderLayer, batch_first=True, norm_first=norm_first)
+        self.patch = nn.Conv2d(1, width, 7, 7)
+        self.place = nn.Parameter(torch.randn(16, width))
+        blocks = [layer(width, heads, 2 * width, dropout=0.0) for _ in range(2)]
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(width, 10)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.place)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.place
+        return self.head(self.blocks(x).mean(1))
+
+
+def separable(groups: int) -> nn.Module:
+    """A convolution of so many groups (24: depthwise) between others; no unit is ever silent."""
+    layers = [nn.Conv2d(1, 24, 3), nn.BatchNorm2d(24), nn.LeakyReLU()]
+    layers += [nn.Conv2d(24, 24, 3, groups=groups), nn.BatchNorm2d(24), nn.LeakyReLU()]
+    layers += [nn.Conv2d(24, 16, 1), nn.LeakyReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(16, 10))
 
 
 NETWORKS = {
@@ -54,6 +85,10 @@ NETWORKS = {
     "tinyten": lambda: models.build("tinyten", num_classes=10, in_channels=1, width=8),
     "resnet20": lambda: models.build("resnet20", num_classes=10, in_channels=1, width=8),
     "googlenet": lambda: models.build("googlenet", num_classes=10, in_channels=1, width=0.125),
+    "depthwise": lambda: separable(24),
+    "grouped": lambda: separable(4),
+    "attention": Patches,
+    "attention, post-norm": lambda: Patches(norm_first=False),
 }
 
 
@@ -120,3 +155,29 @@ def test_errors() -> None:
     broken = theta | {"1.weight": theta["1.weight"] * torch.nan}
     with pytest.raises(AlignmentError, match="not finite"):
         align.match(net, theta, broken, data.train, sym)
+
+
+def test_heads_are_matched_with_the_units_within() -> None:
+    """The joint optimum, by trying every pairing of heads and of units in them."""
+    from itertools import permutations
+
+    net, images = Patches(width=6, heads=2), pictures(64)
+    a, b = (train.initialise(net, s) for s in (1, 2))
+    sym = symmetry.find(net, next(images.batches(2))[0])
+    found, moments = (f(net, a, b, images, sym) for f in (align.match, align.stream))
+    bundles = {name: blocks for name, blocks in align.bundles(sym).items() if len(blocks) > 1}
+    assert len(bundles) == 2
+    for name, blocks in bundles.items():
+        best = -float("inf"), ()
+        for order in permutations(range(2)):
+            gain, plan = 0.0, {name: order}
+            for names in zip(*blocks, strict=True):
+                tiles = sum(m.correlation() for m in moments[names[0]]).view(2, 3, 2, 3)
+                for i, j in enumerate(order):
+                    c = tiles[i, :, j]
+                    total, p = max((sum(c[range(3), p]), p) for p in permutations(range(3)))
+                    gain, plan[names[j]] = gain + float(total), p
+            best = max(best, (gain, plan), key=lambda entry: entry[0])
+        for group, p in best[1].items():
+            assert found.perm[group].tolist() == list(p)
+    assert sym.verify(net, next(images.batches(2))[0]) < 1e-9

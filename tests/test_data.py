@@ -387,12 +387,12 @@ class TestLoad:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("MCNOTES_DATA", raising=False)
-        assert data.folder() == ROOT / "data"
+        assert data.default_folder() == ROOT / "data"
         monkeypatch.setenv("MCNOTES_DATA", str(tmp_path))
-        assert data.folder() == tmp_path
+        assert data.default_folder() == tmp_path
         monkeypatch.setenv("MCNOTES_DATA", str(tmp_path / "none"))
         with pytest.raises(DataError, match=r"MCNOTES_DATA is .*none, expected a folder"):
-            data.folder()
+            data.default_folder()
 
     def test_an_installed_package_without_repository_says_so(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -400,7 +400,7 @@ class TestLoad:
         monkeypatch.delenv("MCNOTES_DATA", raising=False)
         monkeypatch.setattr(data, "__file__", str(tmp_path / "site-packages/mcnotes/data.py"))
         with pytest.raises(DataError, match=r"not in its repository.*set MCNOTES_DATA"):
-            data.folder()
+            data.default_folder()
 
 
 class TestLoadErrors:
@@ -550,7 +550,6 @@ class TestTinyImageNet:
         """Two classes, three training pictures each, one of them grey, and two validation ones."""
         top = root / sources.TINY
         (top / "val/images").mkdir(parents=True)
-        (top / "wnids.txt").write_text("n02\nn01\n")
         (top / "words.txt").write_text("n01\tgoldfish, Carassius\nn02\tbullfrog\nn03\tother\n")
         for wnid, shade in (("n01", 40), ("n02", 200)):
             (top / "train" / wnid / "images").mkdir(parents=True)
@@ -576,7 +575,7 @@ class TestTinyImageNet:
         assert [path.name for path in tmp_path.glob("*.part")] == []
 
     @pytest.mark.parametrize(
-        "name", ["wnids.txt", "val/val_annotations.txt", "train/n01/images/n01_1.JPEG"]
+        "name", ["words.txt", "val/val_annotations.txt", "train/n01/images/n01_1.JPEG"]
     )
     def test_a_damaged_folder(self, tmp_path: Path, name: str) -> None:
         path = self.folder(tmp_path) / name
@@ -590,7 +589,7 @@ class TestTinyImageNet:
 
     def test_a_folder_that_lacks_pictures(self, tmp_path: Path) -> None:
         (self.folder(tmp_path) / "train/n02/images/n02_2.JPEG").unlink()
-        with pytest.raises(DataError, match=r"n02 has 2 pictures, n01 has 3; unpack .* again"):
+        with pytest.raises(DataError, match=r"n02 has 2 pictures, others 3; unpack .* again"):
             data.load("tiny-imagenet", device="cpu", folder=tmp_path)
 
 

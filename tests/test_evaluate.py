@@ -67,7 +67,6 @@ def test_path_quantities() -> None:
         t, np.array([0, 1, 2, 3, 6.0]), np.array([1, 2, 5, 2, 3.0]), np.array([1, 0.5, 0, 0.5, 1])
     )
     assert path.barrier == pytest.approx(5 - 2)
-    assert path.max_loss == 5
     assert path.min_accuracy == 0
     assert path.mean_accuracy == pytest.approx((0.75 + 0.25 + 0.25 + 3 * 0.75) / 6)
 
@@ -109,19 +108,12 @@ def test_plane_passes_through_its_corners(pair: tuple[Theta, Theta]) -> None:
     assert (
         found.loss[0, 0]
         == pytest.approx(
-            evaluate.score(net, evaluate.combine(corners, [1, 0, 0]), data.test).loss, abs=1e-5
+            evaluate.score(net, curves.combine(corners, [1, 0, 0]), data.test).loss, abs=1e-5
         )
         or found.x[0] < 0
     )
     with pytest.raises(ValueError, match="lie on one line"):
         evaluate.coordinates(net, (*pair, curves.line(*pair)(0.3)))
-
-
-def test_combine_is_the_weighted_sum(pair: tuple[Theta, Theta]) -> None:
-    got = evaluate.combine(pair, [0.25, 0.75])
-    torch.testing.assert_close(got["0.weight"], curves.line(*pair)(0.75)["0.weight"])
-    with pytest.raises(ValueError, match="combine: network 1"):
-        evaluate.combine((pair[0], {}), [0.5, 0.5])
 
 
 def test_curvature_agrees_with_the_full_hessian() -> None:

@@ -145,16 +145,15 @@ class TestAuxiliaryHeads:
         net = narrow("googlenet", 3, 32, auxiliary=True)
         x = torch.rand(2, 3, 32, 32)
         out = net.train()(x)
-        assert isinstance(out, models.WithAuxiliary)
         assert [logits.shape for logits in out] == [(2, 7)] * 3
         assert net.eval()(x).shape == (2, 7)
 
     def test_they_share_no_parameters_with_the_main_head(self) -> None:
         net = narrow("googlenet", 3, 32, auxiliary=True).train()
-        out = net(torch.rand(2, 3, 32, 32))
-        for which, mine in (("4a", out.early), ("4d", out.late)):
+        logits, early, late = net(torch.rand(2, 3, 32, 32))
+        for which, mine in (("4a", early), ("4d", late)):
             head = list(net.auxiliary[which].parameters())
-            main = torch.autograd.grad(out.logits.sum(), head, retain_graph=True, allow_unused=True)
+            main = torch.autograd.grad(logits.sum(), head, retain_graph=True, allow_unused=True)
             assert all(slope is None for slope in main)
             own = torch.autograd.grad(mine.square().sum(), head, retain_graph=True)
             assert all(slope.any() for slope in own[-2:])

@@ -75,7 +75,7 @@ def test_curve_moves_only_its_inner_points(make: object) -> None:
     assert not equal(fitted.points[1], curve.points[1])
     line = evaluate.along(net, curve, data.train, statistics=data.train, points=9)
     path = evaluate.along(net, fitted, data.train, statistics=data.train, points=9)
-    assert path.max_loss < line.max_loss
+    assert path.loss.max() < line.loss.max()
 
 
 def test_curve_gradient_is_the_chain_rule() -> None:
@@ -225,3 +225,25 @@ def test_errors_come_before_the_work() -> None:
 
     with pytest.raises(TrainingError, match="no module draws 'scale'"):
         train.initialise(Odd(), 1)
+
+
+class WithHead(nn.Module):
+    """A network with an auxiliary head in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.extra = plain(), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        x = self.body(x)
+        return (self.head(x), self.extra(x)) if self.training else self.head(x)
+
+
+def test_auxiliary_heads_count_three_tenths() -> None:
+    z, y = torch.randn(3, 5, 4), torch.tensor([0, 1, 2, 3, 0])
+    parts = [torch.nn.functional.cross_entropy(each, y) for each in z]
+    assert train.cost(z[0], y) == parts[0]
+    torch.testing.assert_close(train.cost(tuple(z), y), parts[0] + 0.3 * (parts[1] + parts[2]))
+    before = train.initialise(WithHead(), 1)
+    after = train.fit(WithHead(), task(), train.Recipe(epochs=1, lr=0.05), seed=1).theta
+    assert not torch.equal(before["extra.weight"], after["extra.weight"])

