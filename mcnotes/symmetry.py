@@ -14,76 +14,23 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from mcnotes import perms
-from mcnotes.graph import RULES, UNIT, Marked, SymmetryError, Tap, Tape, Walk, axes
+from mcnotes.groups import Group, Pinned, Place, discover, plain
+from mcnotes.units import RULES, SymmetryError, Tape
 
 __all__ = ["RULES", "Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "find"]
 Theta = Perm = dict[str, Tensor]  # parameters and buffers by name; index vectors by group
 Example = Tensor | tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Unit u stands at positions `index[u]` [units, slots] of `axes`, taken as one, of a tensor."""
-
-    name: str  # of a parameter or buffer; of an activation: "relu:3/9", the third of nine relus' result
-    axes: tuple[int, ...]
-    index: np.ndarray
-
-    @property
-    def axis(self) -> int:
-        """The first of the axes."""
-        return self.axes[0]
-
-    def flat(self, theta: Theta) -> Tensor:
-        """The tensor, the axes made one. Raises ValueError if it does not fit."""
-        t, shape = theta.get(self.name), torch.Size(())
-        if t is not None:
-            shape = t.shape[self.axis : self.axis + len(self.axes)]
-        if t is None or shape.numel() <= self.index.max():
-            raise ValueError(
-                f"permute: parameter {self.name!r} is missing or too small: this symmetry moves "
-                f"{self.index.max() + 1} positions of axis {self.axis}. Is it of another network?"
-            )
-        return t.flatten(self.axis, self.axis + len(self.axes) - 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """`size` interchangeable units. If they are blocks: `inner` names the groups within each.
-
-    post, pre: activations, after and before the nonlinearity.
-    """
-
-    size: int
-    places: tuple[Place, ...]
-    post: tuple[Place, ...] = ()
-    pre: tuple[Place, ...] = ()
-    inner: tuple[tuple[str, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """`count` entries along an axis of a parameter that stay where they are, and why."""
-
-    name: str
-    axis: int
-    count: int
-    why: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +86,13 @@ class Symmetry:
         orders: dict[tuple[str, tuple[int, ...]], tuple[Place, Tensor]] = {}
         for name, p in self.complete(perm).items():
             for at in self.groups[name].places if name in perm else ():
-                size = at.flat(theta).shape[at.axis]
+                size = merged(at, theta).shape[at.axis]
                 order = orders.setdefault((at.name, at.axes), (at, torch.arange(size)))[1]
                 order[at.index] = order[at.index[p]]
         out = dict(theta)
         # Channels within the groups of a convolution (two axes) move before the groups do.
         for at, order in sorted(orders.values(), key=lambda o: -len(o[0].axes)):
-            flat = at.flat(out)
+            flat = merged(at, out)
             moved = flat.index_select(at.axis, order.to(flat.device))
             out[at.name] = moved.view(theta[at.name].shape)
         return out
@@ -158,7 +105,7 @@ class Symmetry:
         """
         out = dict(theta)
         for name, at in ((n, at) for n in self.groups if n in matrices for at in self.groups[n].places):
-            flat, index = at.flat(out).movedim(at.axis, 0), torch.from_numpy(at.index)
+            flat, index = merged(at, out).movedim(at.axis, 0), torch.from_numpy(at.index)
             mixed = torch.einsum("ij,js...->is...", matrices[name].to(flat), flat[index])
             flat = flat.index_put((index.to(flat.device),), mixed)
             out[at.name] = flat.movedim(0, at.axis).reshape(theta[at.name].shape)
@@ -308,12 +255,12 @@ class Recorder(Tape):
         if name in self.names:
             self.kept[self.names[name]] = x
 
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name[-1] == "_":
             at = args[0].untyped_storage().data_ptr()
             same = {n: x for n, x in self.kept.items() if x.untyped_storage().data_ptr() == at}
             self.kept |= {n: x.clone() for n, x in same.items()}
-        return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def check(self) -> None:
         """Raise SymmetryError if PyTorch ran other operators than when units were followed."""
@@ -326,6 +273,19 @@ class Recorder(Tape):
                 )
 
 
+def merged(at: Place, theta: Theta) -> Tensor:
+    """The tensor of a place, the axes made one. Raises ValueError if it does not fit."""
+    t, shape = theta.get(at.name), torch.Size(())
+    if t is not None:
+        shape = t.shape[at.axis : at.axis + len(at.axes)]
+    if t is None or shape.numel() <= at.index.max():
+        raise ValueError(
+            f"permute: parameter {at.name!r} is missing or too small: this symmetry moves "
+            f"{at.index.max() + 1} positions of axis {at.axis}. Is it of another network?"
+        )
+    return t.flatten(at.axis, at.axis + len(at.axes) - 1)
+
+
 def samples(x: Tensor, tap: Place) -> Tensor:
     """[samples, units] of an activation; a view where the units are its last axis in memory."""
     x = x.movedim(tap.axes, tuple(range(-len(tap.axes), 0))).flatten(-len(tap.axes))
@@ -333,24 +293,6 @@ def samples(x: Tensor, tap: Place) -> Tensor:
     if not torch.equal(order, torch.arange(x.shape[-1])):
         x = x.index_select(-1, order.to(x.device))
     return x.reshape(-1, len(tap.index))
-
-
-@contextmanager
-def plain(net: nn.Module, train: bool) -> Iterator[None]:
-    """Layers act as in evaluation; if `train`, auxiliary heads run; attention in single steps."""
-    flags = {m: m.training for m in net.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        for m in flags:
-            own = any(m.children()) and not type(m).__module__.startswith("torch.nn.")
-            m.training = train and own
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for m, flag in flags.items():
-            m.training = flag
 
 
 def listed(example: Example) -> list[Tensor]:
@@ -372,93 +314,6 @@ def jitter(t: Tensor, generator: torch.Generator) -> Tensor:
     return t * (0.75 + noise[0] / 2) / (reach if 0 < reach < 0.1 else 1)
 
 
-def trace(
-    net: nn.Module, example: Example, train: bool, merged: Tensor | None = None
-) -> tuple[Walk, dict[str, Marked]]:
-    """Run the network on marked tensors; its outputs, and parameters that it leaves, are pinned."""
-    names = {id(m): f"{n or 'the network'} ({type(m).__name__})" for n, m in net.named_modules()}
-    walk, state = Walk(names, merged), net.state_dict(keep_vars=True)
-    convs = (m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd))
-    groups = {id(m.weight): m.groups for m in convs}
-    marked: dict[int, Marked] = {}
-    for t in state.values():  # tied parameters are one
-        if t.is_floating_point() and id(t) not in marked:
-            marked[id(t)] = walk.parameter(t, groups.get(id(t), 1))
-    theta = {n: marked[id(t)] for n, t in state.items() if id(t) in marked}
-    inputs = [torch.empty_like(x, device="meta") for x in listed(example)]
-    inputs = [torch.cat([x, x]) if x.dim() and len(x) == 1 else x for x in inputs]
-    inputs = [Marked(walk, x, taps=[Tap()]) for x in inputs]
-    with plain(net, train), walk:
-        ends = functional_call(net, dict(theta), (*inputs,), tie_weights=False)
-    for x in tree_leaves(ends):
-        if isinstance(x := walk.load(x), Marked):
-            walk.fix(x, range(x.dim()), "reaches the output")
-    for x in (x for x in theta.values() if not x.used):
-        walk.fix(x, range(x.dim()), "is not used in this mode")
-    return walk, theta
-
-
-class Classes:
-    """The units of a walk in classes that move as one, and groups of interchangeable classes."""
-
-    def __init__(self, walk: Walk) -> None:
-        event, u, v, tag = torch.cat(walk.facts, 1).numpy()
-        (u, slot), (v, other) = (divmod(code, 1 << 32) for code in (u, v))
-        tied, n = v > 1, max(walk.count_units, int(u.max()) + 1)
-        edges = coo_matrix((np.ones(tied.sum()), (u[tied], v[tied])), (n, n))
-        self.of = connected_components(edges, directed=False)[1]
-        order = np.argsort(self.of, kind="stable")
-        self.rank = np.zeros(n, np.int64)  # of a unit in its class
-        self.rank[order] = np.arange(n) - np.searchsorted(self.of[order], self.of[order])
-        self.why: dict[int, str] = {}
-        for units, why in walk.pins:
-            self.why = dict.fromkeys(self.of[units.numpy()].tolist(), why) | self.why
-        # Facts stand in the order of events; a class is known by those about its units.
-        home, known = self.of[u], np.where(tied, self.rank[v], v - 2)
-        order = np.argsort(home, kind="stable")
-        table = np.stack([event, self.rank[u], slot, known, other, tag], axis=1)[order]
-        ends = np.flatnonzero(np.diff(home[order], append=-1)) + 1
-        alike: dict[bytes, list[int]] = {}
-        for c, start, end in zip(home[order][ends - 1].tolist(), [0, *ends], ends):
-            if c not in self.why:
-                alike.setdefault(table[start:end].tobytes(), []).append(c)
-        self.groups = [classes for classes in alike.values() if len(classes) > 1]
-        self.group, self.index = np.full((2, n), -1)
-        for g, classes in enumerate(self.groups):
-            self.group[classes], self.index[classes] = g, np.arange(len(classes))
-
-    def places(self, name: str, factors: Iterable[Tensor]) -> Iterator[tuple[int, Place, bool]]:
-        """Each group that stands in a tensor, where, and whether it does so alone."""
-        for f in factors:
-            unit, slot = divmod(f.flatten().numpy(), 1 << 32)
-            home = self.of[unit]
-            group = np.where(unit > 1, self.group[home], -1)
-            for g in np.unique(group[group >= 0]).tolist():
-                at = np.flatnonzero(group == g)
-                at = at[np.lexsort((slot[at], self.rank[unit[at]], self.index[home[at]]))]
-                if len(at) % len(self.groups[g]) == 0:
-                    index = at.reshape(len(self.groups[g]), -1)
-                    yield g, Place(name, tuple(sorted(axes(f))), index), len(at) == len(unit)
-
-    def found(self, walk: Walk, theta: dict[str, Marked]) -> list[Group]:
-        """The groups, with their places and taps."""
-        places: list[dict[Any, Place]] = [{} for _ in self.groups]
-        for name, x in theta.items():
-            for g, place, _ in self.places(name, x.factors):
-                places[g].setdefault((name, place.axes), place)
-        seen = []
-        for taps in (walk.read, {t.pre or t: None for t in walk.read}):
-            found: list[list[tuple[bool, Place]]] = [[] for _ in self.groups]
-            for tap in (tap for tap in taps if tap.name):
-                name = f"{tap.name}/{walk.count[tap.name.split(':')[0]]}"
-                for g, place, alone in self.places(name, tap.factors):
-                    found[g].append((alone, place))
-            # A group is seen by itself; if nowhere, then at the first place among others.
-            seen.append([tuple([p for a, p in ps if a] or [p for _, p in ps[:1]]) for ps in found])
-        rows = zip(self.groups, places, *seen, strict=True)
-        return [Group(len(cs), tuple(at.values()), *taps) for cs, at, *taps in rows]
-
-
 def find(net: nn.Module, example: Example, train: bool = False) -> Symmetry:
     """The permutation symmetries of `net`, by following its units through one run.
 
@@ -467,40 +322,4 @@ def find(net: nn.Module, example: Example, train: bool = False) -> Symmetry:
     SymmetryError where it cannot be followed: control flow on data. What is not understood is
     pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`; `Symmetry.verify` proves.
     """
-    walk, theta = trace(net, example, train)
-    classes = Classes(walk)
-    found = classes.found(walk, theta)
-    bases = [next((p for p in g.places if p.axis == 0), g.places[0]).name for g in found]
-    bases = [b.removesuffix(".weight") for b in bases]
-    names = [
-        b if bases.count(b) == 1 else f"{b}[{bases[:k].count(b)}]" for k, b in enumerate(bases)
-    ]
-    groups = dict(zip(names, found, strict=True))
-    # Groups that act on the same axes may be exchangeable as wholes: walk again, each as one unit.
-    kinds = [tuple((p.name, p.axes) for p in g.places) for g in found]
-    moved = classes.group >= 0
-    if twins := [k for k, kind in enumerate(kinds) if kinds.count(kind) > 1]:
-        home, ids = classes.of, np.arange(len(classes.of))
-        merged = (ids + len(twins)) << 32
-        for unit, k in enumerate(twins, 2):
-            at = np.flatnonzero((classes.group[home] == k) & (ids > 1))
-            slots = classes.index[home[at]] * (classes.rank[at].max() + 1) + classes.rank[at]
-            merged[at] = (unit << 32) + slots
-        outer_walk, outer_theta = trace(net, example, train, torch.from_numpy(merged))
-        outer = Classes(outer_walk)
-        for blocks, g in zip(outer.groups, outer.found(outer_walk, outer_theta), strict=True):
-            held = [np.flatnonzero(outer.of[: len(twins) + 2] == c) for c in blocks]
-            inner = tuple(tuple(names[twins[u - 2]] for u in units) for units in held)
-            if inner[0]:
-                name = inner[0][0].rsplit("[", 1)[0] + "[*]"
-                while name in groups:
-                    name += "[*]"
-                groups[name] = replace(g, inner=inner)
-    pinned: dict[tuple[str, int, str], int] = {}
-    for name, f in ((name, f) for name, x in theta.items() for f in x.factors):
-        for c in classes.of[(f[f >= UNIT] >> 32).numpy()]:
-            if not moved[c]:
-                why = classes.why.get(c, "no other unit acts at the same places")
-                key = (name, min(axes(f)), why)
-                pinned[key] = pinned.get(key, 0) + 1
-    return Symmetry(groups, tuple(Pinned(n, k, c, w) for (n, k, w), c in pinned.items()), train)
+    return Symmetry(*discover(net, listed(example), train), train)

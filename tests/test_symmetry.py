@@ -126,7 +126,7 @@ def test_places_of_an_axis_are_disjoint(name: str) -> None:
         for group in sym.groups.values():
             for at in group.places if bool(group.inner) == nested else ():
                 assert at.index.shape[0] == group.size
-                taken.setdefault((at.name, at.axis, at.span), []).extend(at.index.ravel().tolist())
+                taken.setdefault((at.name, at.axis, len(at.axes)), []).extend(at.index.ravel().tolist())
         for (parameter, axis, span), positions in taken.items():
             assert len(positions) == len(set(positions))
             assert max(positions) < math.prod(state[parameter].shape[axis : axis + span])
@@ -268,7 +268,7 @@ def test_channels_of_grouped_convolutions_move_alone_and_in_blocks() -> None:
         "0[*]": 4,
     }
     within = next(p for p in sym.groups["0[2]"].places if p.name == "1.weight")
-    assert (within.axis, within.span, within.index.shape) == (0, 2, (2, 3))
+    assert (within.axis, len(within.axes), within.index.shape) == (0, 2, (2, 3))
     assert sym.verify(net, torch.rand(2, 3, 5, 5)) < 1e-12
 
 

@@ -1,0 +1,426 @@
+"""Follow every hidden unit of a network through its operators (chapter 3).
+
+Each index of each axis of each parameter is a *unit*. The network runs once on tensors without
+values, which carry *factors*: integer arrays of codes, `unit << 32 | slot`, that say which unit
+(0: something fixed, 1: a constant) stands at each position along some axes, and at which of its
+slots. Data movement runs literally on the codes; operators entry by entry tie the units that meet;
+sums close them. What operators see of units are *facts*: sets of tied units that have the same
+facts are interchangeable. What is not understood is pinned: ignorance loses symmetry and never
+soundness.
+"""
+
+import re
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+CONSTANT, UNIT, SLOT = 1 << 32, 2 << 32, (1 << 32) - 1  # codes from UNIT on are units
+
+
+class SymmetryError(ValueError):
+    """A network cannot be followed, or a symmetry does not hold; the text says why and where."""
+
+
+@dataclass(eq=False)
+class Tap:
+    """A result in the network: its name, its factors, and what entered its nonlinearity."""
+
+    factors: Sequence[Tensor] = ()
+    pre: "Tap | None" = None
+    name: str = ""
+
+
+class Marked(Tensor):
+    """A tensor without values that carries factors. taps: the results of which it is made."""
+
+    walk: "Walk"
+    factors: list[Tensor]
+    taps: list[Tap]
+    used: bool
+
+    @staticmethod
+    def __new__(cls, walk: "Walk", like: Tensor, factors: Any = (), taps: Any = ()) -> "Marked":
+        shape, strides = like.shape, like.stride()
+        self = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=like.dtype)
+        self.walk, self.taps, self.used = walk, taps, False
+        self.factors = [padded(f, like.dim()) for f in factors]
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        walk = next(x.walk for x in tree_leaves((args, kwargs)) if isinstance(x, Marked))
+        return walk.operator(func, args, kwargs or {})
+
+
+class Tape(TorchDispatchMode):
+    """Show each result of an operator, under a name that is the same in every run of a network."""
+
+    def __init__(self, show: Callable[[str, Any], None]) -> None:
+        super().__init__()
+        self.show, self.count = show, Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, out = op_name(func), func(*args, **(kwargs or {}))
+        self.count[name] += 1
+        self.show(f"{name}:{self.count[name]}", out[0] if isinstance(out, list | tuple) else out)
+        return out
+
+
+@cache
+def op_name(func: Any) -> str:
+    """`relu` for aten::relu and aten::relu_; one name for BatchNorm on all devices."""
+    name = re.sub("^aten::|_$", "", func._schema.name)
+    return re.sub(r"^\w*batch_norm\w*", "native_batch_norm", name)
+
+
+def padded(factor: Tensor, dims: int) -> Tensor:
+    """With axes of size 1 in front, as in broadcasting."""
+    return factor[(None,) * (dims - factor.dim())]
+
+
+def axes(factor: Tensor) -> frozenset[int]:
+    """The axes along which a factor lives; its size along all others is 1."""
+    return frozenset(k for k, n in enumerate(factor.shape) if n > 1)
+
+
+def positions(shape: Sequence[int], dims: Iterable[int]) -> Tensor:
+    """Number the positions along `dims`; size 1 along all other axes."""
+    size = torch.Size(n if k in dims else 1 for k, n in enumerate(shape))
+    return torch.arange(size.numel()).view(size)
+
+
+def distinct(a: Tensor, b: Tensor) -> int:
+    """How many different pairs there are."""
+    return len((a << 32 | b).unique())
+
+
+def functional(f: Tensor, g: Tensor) -> bool:
+    """Whether one labelling refines the other, so that tying them merges no more than it must."""
+    if not (axes(f) <= axes(g) or axes(g) <= axes(f)):
+        return False
+    u, v = torch.broadcast_tensors(f >> 32, g >> 32)
+    u, v = u[both := (u > 1) & (v > 1)], v[both]
+    return len(u) > 0 and distinct(u, v) == max(len(u.unique()), len(v.unique()))
+
+
+def independent(f: Tensor, g: Tensor) -> bool:
+    """Whether units of two factors are as rows and columns: each pair meets once, in like slots."""
+    if axes(f) != axes(g) or bool((torch.minimum(f, g) < UNIT).any()):
+        return False
+    u, v, s, t = f >> 32, g >> 32, f & SLOT, g & SLOT
+    rows = distinct(u, v) == f.numel() and distinct(s, v) == len(v.unique())
+    return rows and distinct(t, u) == len(u.unique())
+
+
+class Walk(Tape):
+    """One run of a network on marked tensors. names: of its modules, by id. merged: in a second
+    walk, the code that stands for each unit of the first."""
+
+    def __init__(self, names: dict[int, str], merged: Tensor | None = None) -> None:
+        super().__init__(self.label)
+        self.facts: list[Tensor] = []  # rows: event, code, other code, tag
+        self.pins: list[tuple[Tensor, str]] = []
+        self.read: dict[Tap, None] = {}  # what contractions read
+        self.names, self.merged, self.count_units = names, merged, 2
+
+    def parameter(self, tensor: Tensor, groups: int) -> Marked:
+        """A parameter, each axis of which gets units; groups: of the convolution it serves."""
+        factors: list[Tensor] = []
+        for k, n in enumerate(tensor.shape):
+            unit = positions(tensor.shape, {k}) + self.count_units
+            if k == 1 and groups > 1:  # each group has input channels of its own
+                unit = unit + positions(tensor.shape, {0}) // (len(tensor) // groups) * n
+            self.count_units = int(unit.max()) + 1 if n else self.count_units
+            if n > 1:
+                factors += self.settle(unit << 32 if self.merged is None else self.merged[unit])
+        for f in factors:
+            self.fact(f)
+        return Marked(self, tensor, factors)
+
+    def label(self, name: str, x: Any) -> None:
+        """Name the results that an operator of the network brings."""
+        for tap in x.taps if isinstance(x, Marked) else ():
+            if not tap.name:
+                tap.name, tap.factors = name, x.factors
+
+    # What becomes of units
+
+    def fact(self, factor: Tensor, other: Tensor | int = 0, tag: Tensor | int = 0) -> None:
+        """Record what (broadcast) holds wherever there is a unit."""
+        columns = map(torch.as_tensor, (len(self.facts), factor, other, tag))
+        rows = torch.stack(torch.broadcast_tensors(*columns)).flatten(1)
+        self.facts.append(rows[:, rows[1] >= UNIT])
+
+    def pin(self, factor: Tensor, why: str = "meets something fixed") -> None:
+        """Units must stay where they are."""
+        if len(units := factor[factor >= UNIT] >> 32):
+            self.pins.append((units, why + self.where()))
+
+    def where(self) -> str:
+        """The module at work, and the line of the network's own code."""
+        at = line = ""
+        for frame, number in traceback.walk_stack(None):
+            if name := self.names.get(id(frame.f_locals.get("self"))):
+                at, file = at or f" at {name}", frame.f_code.co_filename
+                if not line and "/torch/" not in file:
+                    line = f", {file.rsplit('/', 1)[-1]}:{number}"
+        return at + line
+
+    def fix(self, x: Marked, dims: Iterable[int], why: str) -> None:
+        """An operator tells positions along `dims` apart: units there are pinned."""
+        for f in (f for f in x.factors if axes(f).intersection(dims)):
+            self.pin(f, why)
+
+    def stay(self, factor: Tensor, dims: frozenset[int]) -> Tensor:
+        """Units must keep their place along `dims`; what remains of the factor."""
+        self.fact(factor, 0, positions(factor.shape, dims))
+        if dims < axes(factor):
+            return factor
+        self.pin(factor)
+        return factor * 0
+
+    def meet(self, *xs: Any) -> list[Tensor]:
+        """Any function of tensors entry by entry: the factors of the result."""
+        xs = [x for x in tree_leaves(xs) if isinstance(x, Tensor)]
+        shape = torch.broadcast_shapes(*(x.shape for x in xs))
+        rank, done, fixed = len(shape), list[Tensor](), set[int]()
+        tensors: list[list[Tensor]] = []
+        for x in xs:
+            marks = x.factors if isinstance(x, Marked) else []
+            varies = isinstance(x, Marked) or bool((x != x.flatten()[:1].squeeze()).any())
+            wide = {k for k, n in enumerate(x.shape) if varies and n > 1 and x.stride(k)}
+            fixed |= {k + rank - x.dim() for k in wide.difference(*map(axes, marks))}
+            tensors.append([padded(f, rank) for f in marks])
+        for own in (*tensors, [positions(shape, {k}) * 0 for k in fixed]):
+            for i, j in combinations(range(len(own)), 2):  # both act on x
+                if (shared := axes(own[i]) & axes(own[j])) and not independent(own[i], own[j]):
+                    own[i], own[j] = self.stay(own[i], shared), self.stay(own[j], shared)
+            pairs = [(i, j) for i in range(len(own)) for j in range(len(done))]
+            like = {i: j for i, j in pairs if functional(own[i], done[j])}
+            for i, j in pairs:
+                f, g = own[i], done[j]
+                if like.get(i) == j or axes(f) == axes(g) and not (i in like and j in like.values()):
+                    own[i], done[j] = torch.zeros([1] * rank, dtype=torch.long), self.join(f, g)
+                elif (shared := axes(f) & axes(g)) and not (i in like and j in like.values()):
+                    own[i], done[j] = self.stay(f, shared), self.stay(g, shared)
+            done += own
+        return [f for f in done if bool((f >= UNIT).any())]
+
+    def join(self, f: Tensor, g: Tensor) -> Tensor:
+        """Tie two factors entry by entry; constants give way to units."""
+        f, g = sorted((f, g), key=Tensor.numel)
+        u, v = torch.broadcast_tensors(f, g)
+        fixed = (u < CONSTANT) | (v < CONSTANT)
+        self.pin(torch.cat([u[fixed], v[fixed]]))
+        first = u.where(u >= UNIT, v).where(~fixed, 0)
+        tag = positions(u.shape, axes(g) - axes(f)) + 1
+        self.fact(first, v.where((u >= UNIT) & (v >= CONSTANT), CONSTANT), tag)
+        return f if f.numel() < g.numel() and bool((f >= UNIT).all()) else first
+
+    def settle(self, codes: Tensor, alone: str = "is taken out alone") -> list[Tensor]:
+        """The factor, if any, of these codes: only the axes that it needs, and distinct slots."""
+        codes = codes[tuple(slice(None) if s else slice(1) for s in codes.stride())]
+        for k, n in enumerate(codes.shape):  # an axis goes if all units move along it as one
+            first = codes.narrow(k, 0, 1)
+            if n > 1 and bool((codes >> 32 == first >> 32).all()):
+                drift = (codes - first).movedim(k, 0).reshape(n, -1)[:, (first >= UNIT).flatten()]
+                codes = first if bool((drift == drift[:, :1]).all()) else codes
+        held = codes >= UNIT
+        if codes.numel() == 1 or not bool(held.any()):
+            self.pin(codes, alone)
+            return []
+        order = codes[held].sort().values
+        if bool((order[1:] > order[:-1]).all()):
+            return [codes]
+        slot = (codes & SLOT).unique(return_inverse=True)[1].where(held, 0)
+        sorted_, order = (codes >> 32 << 32 | slot).flatten().sort(stable=True)
+        copy = torch.arange(len(order)) - torch.searchsorted(sorted_, sorted_)
+        copy = torch.empty_like(copy).scatter(0, order, copy).view(codes.shape).where(held, 0)
+        return [codes >> 32 << 32 | slot * (int(copy.max()) + 1) + copy]
+
+    def move(self, run: Callable[..., Any], *xs: Tensor) -> list[list[Tensor]]:
+        """Data movement, run on each factor of the tensors: the factors of each result."""
+        lanes: dict[Any, dict[int, Tensor]] = {}  # factors that go together
+        alone = all(len(x.factors) < 2 for x in xs if isinstance(x, Marked))
+        for i, x in enumerate(xs):
+            seen = Counter[frozenset[int]]()
+            for f in x.factors if isinstance(x, Marked) else ():
+                seen[axes(f)] += 1
+                lanes.setdefault((alone or axes(f), seen[axes(f)]), {})[i] = f
+        blank = [CONSTANT * (not isinstance(x, Marked) and not bool(x.any())) for x in xs]
+        found: list[list[Tensor]] = []
+        for lane in [*lanes.values()] or [{}]:
+            parts = [lane.get(i, torch.tensor(c)).expand(x.shape) for i, (x, c) in enumerate(zip(xs, blank))]
+            outs = tree_leaves(run(parts))
+            found = found or [[] for _ in outs]
+            for factors, out in zip(found, outs, strict=True):
+                factors += self.settle(out)
+        return found
+
+    def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator on marked tensors: by its rule, by simpler ones, or else all is pinned."""
+        name = op_name(func)
+        if re.search("^new_|_like$", name):  # a constant
+            return func(*tree_map_only(Marked, lambda x: torch.zeros(x.shape), args), **kwargs)
+        rule = RULES.get(name, Walk.entrywise if torch.Tag.pointwise in func.tags else None)
+        rule = Walk.space if re.search(r"(pool|pad|upsample_\w+)\dd", name) else rule
+        if not rule:
+            simpler = decomposition_table.get(func, lambda *_, **__: NotImplemented)
+            for way in (func.decompose, simpler):
+                if (out := way(*args, **kwargs)) is not NotImplemented:
+                    return out
+        xs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Marked)]
+        for x in xs:
+            x.used = True
+            for f in x.factors if name not in SAME else ():
+                self.fact(f)
+        self.func, self.named = func, {a.name: a.default_value for a in func._schema.arguments}
+        self.named |= dict(zip(self.named, args, strict=False)) | kwargs
+        found = rule(self, *self.named.values()) if rule else None
+        for x in xs if found is None else ():
+            self.fix(x, range(x.dim()), f"{name} has no rule (use others, or see symmetry.RULES)")
+        found = [found.factors] if isinstance(found, Marked) else found or []
+        found += [[] for _ in func._schema.returns]
+        taps = list(dict.fromkeys(t for x in xs for t in x.taps))
+        if name not in PASSING:
+            unary = len(taps) == len({id(x) for x in xs}) == 1
+            taps = [Tap(found[0], (taps[0].pre or taps[0]) if unary else None)]
+        args, kwargs = tree_map_only(Tensor, bare, (args, kwargs))
+        try:
+            out = func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            raise SymmetryError(
+                f"find: {name} needs values{self.where()}; it says: {str(error).splitlines()[0]} "
+                "Cure: control flow must not depend on the data (torch.where instead of if); or "
+                "take the part of the network without it."
+            ) from error
+        outs = [Marked(self, o, f, taps) for o, f in zip(tree_leaves(out), found, strict=False)]
+        return outs[0] if isinstance(out, Tensor) else outs
+
+    # Rules: what operators do, given all arguments of their schemas
+
+    def entrywise(self, *xs: Any) -> list[Any]:
+        """An operator that acts entry by entry; constants have now another value."""
+        return [[f.where(f >= UNIT, 0) for f in self.meet(*xs)]]
+
+    def shift(self, first: Any, *rest: Any) -> list[Any] | None:
+        """Data movement by the operator itself."""
+        func, many = self.func, isinstance(first, list | tuple)
+        index = [x for x in tree_leaves(rest) if isinstance(x, Tensor)]
+        if len(index) > 1 or any(isinstance(x, Marked) for x in index):
+            return None
+        return self.move(
+            lambda parts: func(parts if many else parts[0], *rest), *(first if many else [first])
+        )
+
+    def cat(self, xs: Sequence[Tensor], dim: int = 0) -> list[Any]:
+        """Units on `dim` stand side by side; those on other axes meet, as if entry by entry."""
+        dim %= xs[0].dim()
+
+        def part(x: Tensor, on: bool) -> Tensor:
+            if not isinstance(x, Marked):
+                return x if on else x.narrow(dim, 0, 1)
+            factors = [f for f in x.factors if (dim in axes(f)) == on]
+            return Marked(self, bare(x) if on else bare(x).narrow(dim, 0, 1), factors)
+
+        (beside,) = self.move(lambda parts: torch.cat(parts, dim), *(part(x, True) for x in xs))
+        return [beside + self.meet(*(part(x, False) for x in xs))]
+
+    def pad(self, x: Marked, sizes: Sequence[int], value: float = 0) -> list[Any]:
+        """Zeros beside units are places without a unit."""
+        live = {k for f in x.factors for k in axes(f)}
+        kept = [n * (x.dim() - 1 - k // 2 in live) for k, n in enumerate(sizes)]
+        code = int(value == 0) << 32
+        return self.move(lambda parts: torch.constant_pad_nd(parts[0], kept, code), x)
+
+    def reduce(self, x: Marked, *_: Any) -> list[Any]:
+        """Sum, mean, maximum: a symmetric function of what stands along some axes."""
+        dims, keep = self.named.get("dim"), bool(self.named.get("keepdim"))
+        dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))}
+        for f in (f for f in x.factors if axes(f) & dims):
+            self.stay(f, axes(f) - dims)
+        left = [f.amax(tuple(dims), keepdim=keep) for f in x.factors if not axes(f) & dims]
+        return [left] * len(self.func._schema.returns)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """The matrix product: one entry by entry, and a sum."""
+        self.read |= {t: None for x in (a, b) if isinstance(x, Marked) for t in x.taps}
+        return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
+
+    def convolve(self, x: Marked, w: Marked, bias: Tensor | None, *options: Any) -> Tensor:
+        """A matrix product for each group of channels; places in an image are not units."""
+        transposed, groups, space = options[3], options[5], [*range(2, x.dim())]
+        self.fix(w, space, "kernel position")
+        w = w.sum(space).view(groups, len(w) // groups, -1)
+        n = len(x)
+        x = x.flatten(2).view(n, groups, x.shape[1] // groups, -1)
+        out = self.product(x.permute(1, 0, 3, 2).flatten(1, 2), w if transposed else w.mT)
+        x = out.view(groups, n, -1, out.shape[-1]).permute(1, 0, 3, 2).flatten(1, 2)
+        self.fix(x, [2], "image position")
+        x = x.sum(2) if bias is None else x.sum(2) + bias
+        return x[(..., *[None for _ in space])]
+
+    def space(self, x: Marked, *_: Any) -> list[Any]:
+        """Pooling, resizing, padding: what acts in space, on each channel alone."""
+        image = range(x.dim() - int(re.findall(r"(\d)d", op_name(self.func))[0]), x.dim())
+        self.fix(x, image, "image position")
+        return [[f for f in x.factors if not axes(f).intersection(image)]]
+
+    def norm(self, x: Marked, *params: Any) -> list[Any]:
+        """Scales, shifts and statistics of channels."""
+        rest = [None for _ in range(x.dim() - 2)]
+        return [self.meet(x, *(p[(slice(None), *rest)] for p in params if isinstance(p, Tensor)))]
+
+    def group_norm(self, x: Tensor, w: Any, b: Any, n: int, c: int, hw: int, g: int, _: float) -> Any:
+        """Statistics of each group of channels; then scales and shifts of the channels."""
+        parts = x.reshape(n, g, c // g, hw)
+        return self.norm((parts - parts.mean((2, 3), keepdim=True)).view(x.shape), w, b)
+
+    def layer_norm(self, x: Tensor, shape: Sequence[int], w: Any, b: Any, _: float) -> Any:
+        """Statistics along the last axes; then scales and shifts."""
+        return [self.meet(x - x.mean([*range(-len(shape), 0)], keepdim=True), w, b)]
+
+
+def bare(x: Tensor) -> Tensor:
+    """The tensor without values and marks."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+# What operators do to a Walk, given all arguments of their schemas: the factors of each result, or
+# a tensor that has them. For your own, RULES["mylib::gate"] = lambda walk, x, y: x * y will do.
+RULES: dict[str, Callable[..., Any]] = {
+    "mm bmm": Walk.product,
+    "addmm baddbmm": lambda walk, c, a, b, *_: c + walk.product(a, b),
+    "convolution": Walk.convolve,
+    "embedding": lambda walk, w, *_: walk.fix(w, [0], "meets something fixed") or w.sum(0),
+    "native_batch_norm": Walk.norm,
+    "native_group_norm": Walk.group_norm,
+    "native_layer_norm": Walk.layer_norm,
+    "_softmax _log_softmax _safe_softmax": lambda walk, x, dim, *_: x - x.sum(dim, keepdim=True),
+    "where masked_fill hardswish zero fill": Walk.entrywise,
+    "sum mean amax amin var var_mean prod linalg_vector_norm any all": Walk.reduce,
+    "copy": lambda walk, x, y, *_: [y.factors if isinstance(y, Marked) else []],
+    "expand clone _to_copy detach alias": lambda walk, x, *_: [x.factors],
+    "as_strided": lambda walk, x, n, *_: [x.factors] if x.shape == torch.Size(n) else None,
+    "view _unsafe_view": lambda walk, x, n: walk.move(lambda parts: parts[0].reshape(n), x),
+    "slice_scatter select_scatter": lambda walk, x, y, *at: walk.move(
+        lambda parts: walk.func(*parts, *at), x, y
+    ),
+    "permute transpose t stack repeat slice split split_with_sizes unbind select squeeze "
+    "unsqueeze index_select roll flip index": Walk.shift,
+    "constant_pad_nd": Walk.pad,
+    "cat": Walk.cat,
+}
+SAME = {"unsqueeze", "squeeze", "expand", "clone", "_to_copy", "detach", "alias"}
+PASSING = {name for names in [*RULES][-8:] for name in names.split()} | {"mean", "avg_pool2d"}
+RULES = {name: rule for names, rule in RULES.items() for name in names.split()}
