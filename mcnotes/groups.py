@@ -163,7 +163,8 @@ class Classes:
     def __init__(self, walk: Walk) -> None:
         self.walk = walk
         event, u, v, tag = torch.cat(walk.facts, 1).numpy()
-        u, slot, v, other = u >> 32, u & SLOT, v >> 32, v & SLOT
+        slots = u << 32 | v & SLOT
+        u, v = u >> 32, v >> 32
         tied, n = v > 1, max(walk.count_units, int(u.max()) + 1)
         edges = coo_matrix((np.ones(tied.sum()), (u[tied], v[tied])), (n, n))
         self.of = connected_components(edges, directed=False)[1]
@@ -174,12 +175,14 @@ class Classes:
         for units, why in walk.pins:
             self.why = dict.fromkeys(self.of[units.numpy()].tolist(), why) | self.why
         # Facts stand in the order of events; a class is known by those about its units.
-        home, known = self.of[u], np.where(tied, self.rank[v], v - 2)
-        order = np.argsort(home, kind="stable")
-        table = np.stack([event, self.rank[u], slot, known, other, tag], axis=1)[order]
-        ends = np.flatnonzero(np.diff(home[order], append=-1)) + 1
+        known = np.where(tied, self.rank[v], v - 2)
+        order = np.argsort(self.of[u], kind="stable")
+        columns = (event << 32 | self.rank[u], slots, known << 32 | tag)
+        table = np.stack([c[order] for c in columns], axis=1)
+        home = self.of[u][order]
+        ends = (np.flatnonzero(np.diff(home, append=-1)) + 1).tolist()
         alike: dict[bytes, list[int]] = {}
-        for c, start, end in zip(home[order][ends - 1].tolist(), [0, *ends], ends):
+        for c, start, end in zip(home[np.array(ends) - 1].tolist(), [0, *ends], ends, strict=False):
             if c not in self.why:
                 alike.setdefault(table[start:end].tobytes(), []).append(c)
         self.groups = [classes for classes in alike.values() if len(classes) > 1]

@@ -99,6 +99,18 @@ def positions(shape: Sequence[int], dims: Iterable[int]) -> Tensor:
     return torch.arange(size.numel()).view(size)
 
 
+def as_one(codes: Tensor, axis: int) -> bool:
+    """Whether the units stay the same along an axis, and their slots advance in step."""
+    first = codes.narrow(axis, 0, 1)
+    step = codes - first
+    if not bool(step.any()):
+        return True
+    if bool((codes ^ first >= 1 << 32).any()):
+        return False
+    step = step.movedim(axis, 0).reshape(codes.shape[axis], -1)[:, (first >= UNIT).flatten()]
+    return bool((step == step[:, :1]).all())
+
+
 def distinct(a: Tensor, b: Tensor) -> int:
     """How many different pairs there are."""
     return len((a << 32 | b).unique())
@@ -230,11 +242,9 @@ class Walk(Tape):
     def settle(self, codes: Tensor, alone: str = "is taken out alone") -> list[Tensor]:
         """The factor, if any, of these codes: only the axes that it needs, and distinct slots."""
         codes = codes[tuple(slice(None) if s else slice(1) for s in codes.stride())]
-        for k, n in enumerate(codes.shape):  # an axis goes if all units move along it as one
-            first = codes.narrow(k, 0, 1)
-            if n > 1 and bool((codes >> 32 == first >> 32).all()):
-                drift = (codes - first).movedim(k, 0).reshape(n, -1)[:, (first >= UNIT).flatten()]
-                codes = first if bool((drift == drift[:, :1]).all()) else codes
+        for k in range(codes.dim()):  # an axis goes if all units move along it as one
+            if all(as_one(codes.narrow(k, 0, n), k) for n in (min(2, codes.shape[k]), codes.shape[k])):
+                codes = codes.narrow(k, 0, 1)
         held = codes >= UNIT
         if codes.numel() == 1 or not bool(held.any()):
             self.pin(codes, alone)
