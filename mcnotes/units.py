@@ -130,8 +130,9 @@ def independent(f: Tensor, g: Tensor) -> bool:
     if axes(f) != axes(g) or bool((torch.minimum(f, g) < UNIT).any()):
         return False
     u, v, s, t = f >> 32, g >> 32, f & SLOT, g & SLOT
-    rows = distinct(u, v) == f.numel() and distinct(s, v) == len(v.unique())
-    return rows and distinct(t, u) == len(u.unique())
+    rows, columns = len(u.unique()), len(v.unique())
+    once = distinct(u, v) == rows * columns == f.numel()
+    return once and distinct(s, v) == columns and distinct(t, u) == rows
 
 
 class Walk(Tape):
@@ -207,6 +208,7 @@ class Walk(Tape):
         shape = torch.broadcast_shapes(*(x.shape for x in xs))
         rank, done, fixed = len(shape), list[Tensor](), set[int]()
         tensors: list[list[Tensor]] = []
+        none = torch.zeros([1] * rank, dtype=torch.long)
         for x in xs:
             marks = x.factors if isinstance(x, Marked) else []
             varies = isinstance(x, Marked) or bool((x != x.flatten()[:1].squeeze()).any())
@@ -215,14 +217,17 @@ class Walk(Tape):
             tensors.append([padded(f, rank) for f in marks])
         for own in (*tensors, [positions(shape, {k}) * 0 for k in fixed]):
             for i, j in combinations(range(len(own)), 2):  # both act on x
-                if (shared := axes(own[i]) & axes(own[j])) and not independent(own[i], own[j]):
+                shared = axes(own[i]) & axes(own[j])
+                if axes(own[i]) == axes(own[j]) and functional(own[i], own[j]):
+                    own[i], own[j] = none, self.join(own[i], own[j])
+                elif shared and not independent(own[i], own[j]):
                     own[i], own[j] = self.stay(own[i], shared), self.stay(own[j], shared)
             pairs = [(i, j) for i in range(len(own)) for j in range(len(done))]
             like = {i: j for i, j in pairs if functional(own[i], done[j])}
             for i, j in pairs:
                 f, g = own[i], done[j]
                 if like.get(i) == j or axes(f) == axes(g) and not (i in like and j in like.values()):
-                    own[i], done[j] = torch.zeros([1] * rank, dtype=torch.long), self.join(f, g)
+                    own[i], done[j] = none, self.join(f, g)
                 elif (shared := axes(f) & axes(g)) and not (i in like and j in like.values()):
                     own[i], done[j] = self.stay(f, shared), self.stay(g, shared)
             done += own
@@ -242,8 +247,8 @@ class Walk(Tape):
     def settle(self, codes: Tensor, alone: str = "is taken out alone") -> list[Tensor]:
         """The factor, if any, of these codes: only the axes that it needs, and distinct slots."""
         codes = codes[tuple(slice(None) if s else slice(1) for s in codes.stride())]
-        for k in range(codes.dim()):  # an axis goes if all units move along it as one
-            if all(as_one(codes.narrow(k, 0, n), k) for n in (min(2, codes.shape[k]), codes.shape[k])):
+        for k in axes(codes):  # one along which all units move as one is not needed
+            if as_one(codes.narrow(k, 0, 2), k) and as_one(codes, k):
                 codes = codes.narrow(k, 0, 1)
         held = codes >= UNIT
         if codes.numel() == 1 or not bool(held.any()):
@@ -372,13 +377,11 @@ class Walk(Tape):
         transposed, groups, space = options[3], options[5], [*range(2, x.dim())]
         self.fix(w, space, "kernel position")
         w = w.sum(space).view(groups, len(w) // groups, -1)
-        n = len(x)
-        x = x.flatten(2).view(n, groups, x.shape[1] // groups, -1)
-        out = self.product(x.permute(1, 0, 3, 2).flatten(1, 2), w if transposed else w.mT)
-        x = out.view(groups, n, -1, out.shape[-1]).permute(1, 0, 3, 2).flatten(1, 2)
-        self.fix(x, [2], "image position")
-        x = x.sum(2) if bias is None else x.sum(2) + bias
-        return x[(..., *[None for _ in space])]
+        x = x.flatten(2).view(len(x), groups, x.shape[1] // groups, -1)
+        out = self.product(w.mT if transposed else w, x).flatten(1, 2)
+        self.fix(out, [2], "image position")
+        out = out.sum(2) if bias is None else out.sum(2) + bias
+        return out[(..., *[None for _ in space])]
 
     def space(self, x: Marked, *_: Any) -> list[Any]:
         """Pooling, resizing, padding: what acts in space, on each channel alone."""
@@ -426,11 +429,12 @@ RULES: dict[str, Callable[..., Any]] = {
     "slice_scatter select_scatter": lambda walk, x, y, *at: walk.move(
         lambda parts: walk.func(*parts, *at), x, y
     ),
-    "permute transpose t stack repeat slice split split_with_sizes unbind select squeeze "
-    "unsqueeze index_select roll flip index": Walk.shift,
+    "permute transpose t unsqueeze": lambda walk, x, *at: [[walk.func(f, *at) for f in x.factors]],
+    "stack repeat slice split split_with_sizes unbind select squeeze "
+    "index_select roll flip index": Walk.shift,
     "constant_pad_nd": Walk.pad,
     "cat": Walk.cat,
 }
 SAME = {"unsqueeze", "squeeze", "expand", "clone", "_to_copy", "detach", "alias"}
-PASSING = {name for names in [*RULES][-8:] for name in names.split()} | {"mean", "avg_pool2d"}
+PASSING = {name for names in [*RULES][-9:] for name in names.split()} | {"mean", "avg_pool2d"}
 RULES = {name: rule for names, rule in RULES.items() for name in names.split()}
