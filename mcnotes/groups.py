@@ -14,7 +14,8 @@ from torch.func import functional_call, functionalize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from mcnotes.units import SLOT, UNIT, Marked, Tap, Walk, axes
+from mcnotes.rules import PASSING, RULES
+from mcnotes.walk import SLOT, UNIT, Marked, Tap, Walk, axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +114,7 @@ def trace(
     Its outputs, and parameters that it leaves, are pinned.
     """
     names = {id(m): f"{n or 'the network'} ({type(m).__name__})" for n, m in net.named_modules()}
-    walk, state = Walk(names, merged), net.state_dict(keep_vars=True)
+    walk, state = Walk(RULES, PASSING, names, merged), net.state_dict(keep_vars=True)
     convs = (m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd))
     groups = {id(m.weight): m.groups for m in convs}
     marked: dict[int, Marked] = {}

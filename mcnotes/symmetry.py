@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from mcnotes import perms
 from mcnotes.groups import Group, Pinned, Place, discover, plain
-from mcnotes.units import RULES, SymmetryError, Tape
+from mcnotes.rules import RULES
+from mcnotes.walk import SymmetryError, Tape
 
 __all__ = ["RULES", "Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "find"]
 Theta = Perm = dict[str, Tensor]  # parameters and buffers by name; index vectors by group
@@ -104,7 +105,9 @@ class Symmetry:
         permutations (chapter 7). Groups that are left out stay.
         """
         out = dict(theta)
-        for name, at in ((n, at) for n in self.groups if n in matrices for at in self.groups[n].places):
+        for name, at in (
+            (n, at) for n in self.groups if n in matrices for at in self.groups[n].places
+        ):
             flat, index = merged(at, out).movedim(at.axis, 0), torch.from_numpy(at.index)
             mixed = torch.einsum("ij,js...->is...", matrices[name].to(flat), flat[index])
             flat = flat.index_put((index.to(flat.device),), mixed)
@@ -140,7 +143,9 @@ class Symmetry:
             try:
                 with plain(net, self.train), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    out = functional_call(net, values, (*(x.to(device) for x in inputs),), tie_weights=False)
+                    out = functional_call(
+                        net, values, (*(x.to(device) for x in inputs),), tie_weights=False
+                    )
             finally:
                 torch.set_default_dtype(default)
             return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -175,12 +180,19 @@ class Symmetry:
             # Which operators PyTorch runs depends on how the input lies in memory.
             layout = tuple((x.shape[1:], x.stride()[1:]) for x in inputs)
             if layout not in found:
-                found[layout] = find(net, tuple(x[:2] if x.dim() > 1 else x for x in inputs), self.train)
+                found[layout] = find(
+                    net, tuple(x[:2] if x.dim() > 1 else x for x in inputs), self.train
+                )
             groups = found[layout].groups
-            if {n: g.size for n, g in groups.items()} != {n: g.size for n, g in self.groups.items()}:
+            if {n: g.size for n, g in groups.items()} != {
+                n: g.size for n, g in self.groups.items()
+            }:
                 raise SymmetryError("tapper: this network has other groups; find its symmetry anew")
             taps = {n: getattr(g, at) for n, g in groups.items()}
-            with plain(net, self.train), Recorder({t.name for ts in taps.values() for t in ts}) as tape:
+            with (
+                plain(net, self.train),
+                Recorder({t.name for ts in taps.values() for t in ts}) as tape,
+            ):
                 functional_call(net, theta, inputs, tie_weights=False)
             tape.check()
             return {n: [samples(tape.kept[t.name], t) for t in ts] for n, ts in taps.items()}

@@ -12,7 +12,7 @@ soundness.
 import re
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 CONSTANT, UNIT, SLOT = 1 << 32, 2 << 32, (1 << 32) - 1  # codes from UNIT on are units
+ALIASES = {"unsqueeze", "squeeze", "expand", "clone", "_to_copy", "detach", "alias"}
 
 
 class SymmetryError(ValueError):
@@ -83,6 +84,11 @@ def op_name(func: Any) -> str:
     return re.sub(r"^\w*batch_norm\w*", "native_batch_norm", name)
 
 
+def bare(x: Tensor) -> Tensor:
+    """The tensor without values and marks."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
 def padded(factor: Tensor, dims: int) -> Tensor:
     """With axes of size 1 in front, as in broadcasting."""
     return factor[(None,) * (dims - factor.dim())]
@@ -136,11 +142,21 @@ def independent(f: Tensor, g: Tensor) -> bool:
 
 
 class Walk(Tape):
-    """One run of a network on marked tensors. names: of its modules, by id. merged: in a second
-    walk, the code that stands for each unit of the first."""
+    """One run of a network on marked tensors.
 
-    def __init__(self, names: dict[int, str], merged: Tensor | None = None) -> None:
+    rules: what operators do, by name; passing: those that only move data. names: of the modules,
+    by id. merged: in a second walk, the code that stands for each unit of the first.
+    """
+
+    def __init__(
+        self,
+        rules: Mapping[str, Callable[..., Any]],
+        passing: Collection[str],
+        names: Mapping[int, str],
+        merged: Tensor | None = None,
+    ) -> None:
         super().__init__(self.label)
+        self.rules, self.passing = rules, passing
         self.facts: list[Tensor] = []  # rows: event, code, other code, tag
         self.pins: list[tuple[Tensor, str]] = []
         self.read: dict[Tap, None] = {}  # what contractions read
@@ -225,10 +241,10 @@ class Walk(Tape):
             pairs = [(i, j) for i in range(len(own)) for j in range(len(done))]
             like = {i: j for i, j in pairs if functional(own[i], done[j])}
             for i, j in pairs:
-                f, g = own[i], done[j]
-                if like.get(i) == j or axes(f) == axes(g) and not (i in like and j in like.values()):
+                f, g, matched = own[i], done[j], i in like and j in like.values()
+                if like.get(i) == j or (axes(f) == axes(g) and not matched):
                     own[i], done[j] = none, self.join(f, g)
-                elif (shared := axes(f) & axes(g)) and not (i in like and j in like.values()):
+                elif (shared := axes(f) & axes(g)) and not matched:
                     own[i], done[j] = self.stay(f, shared), self.stay(g, shared)
             done += own
         return [f for f in done if bool((f >= UNIT).any())]
@@ -272,10 +288,12 @@ class Walk(Tape):
             for f in x.factors if isinstance(x, Marked) else ():
                 seen[axes(f)] += 1
                 lanes.setdefault((alone or axes(f), seen[axes(f)]), {})[i] = f
-        blank = [CONSTANT * (not isinstance(x, Marked) and not bool(x.any())) for x in xs]
+        zero = (not isinstance(x, Marked) and not bool(x.any()) for x in xs)
+        blank = [torch.tensor(CONSTANT * z) for z in zero]
         found: list[list[Tensor]] = []
         for lane in [*lanes.values()] or [{}]:
-            parts = [lane.get(i, torch.tensor(c)).expand(x.shape) for i, (x, c) in enumerate(zip(xs, blank))]
+            codes = [lane.get(i, code) for i, code in enumerate(blank)]
+            parts = [code.expand(x.shape) for code, x in zip(codes, xs, strict=True)]
             outs = tree_leaves(run(parts))
             found = found or [[] for _ in outs]
             for factors, out in zip(found, outs, strict=True):
@@ -287,8 +305,9 @@ class Walk(Tape):
         name = op_name(func)
         if re.search("^new_|_like$", name):  # a constant
             return func(*tree_map_only(Marked, lambda x: torch.zeros(x.shape), args), **kwargs)
-        rule = RULES.get(name, Walk.entrywise if torch.Tag.pointwise in func.tags else None)
-        rule = Walk.space if re.search(r"(pool|pad|upsample_\w+)\dd", name) else rule
+        kind = "pointwise" if torch.Tag.pointwise in func.tags else ""
+        kind = "in space" if re.search(r"(pool|pad|upsample_\w+)\dd", name) else kind
+        rule = self.rules.get(name) or self.rules.get(kind)
         if not rule:
             simpler = decomposition_table.get(func, lambda *_, **__: NotImplemented)
             for way in (func.decompose, simpler):
@@ -297,7 +316,7 @@ class Walk(Tape):
         xs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Marked)]
         for x in xs:
             x.used = True
-            for f in x.factors if name not in SAME else ():
+            for f in x.factors if name not in ALIASES else ():
                 self.fact(f)
         self.func, self.named = func, {a.name: a.default_value for a in func._schema.arguments}
         self.named |= dict(zip(self.named, args, strict=False)) | kwargs
@@ -307,7 +326,7 @@ class Walk(Tape):
         found = [found.factors] if isinstance(found, Marked) else found or []
         found += [[] for _ in func._schema.returns]
         taps = list(dict.fromkeys(t for x in xs for t in x.taps))
-        if name not in PASSING:
+        if name not in self.passing:
             unary = len(taps) == len({id(x) for x in xs}) == 1
             taps = [Tap(found[0], (taps[0].pre or taps[0]) if unary else None)]
         args, kwargs = tree_map_only(Tensor, bare, (args, kwargs))
@@ -321,120 +340,3 @@ class Walk(Tape):
             ) from error
         outs = [Marked(self, o, f, taps) for o, f in zip(tree_leaves(out), found, strict=False)]
         return outs[0] if isinstance(out, Tensor) else outs
-
-    # Rules: what operators do, given all arguments of their schemas
-
-    def entrywise(self, *xs: Any) -> list[Any]:
-        """An operator that acts entry by entry; constants have now another value."""
-        return [[f.where(f >= UNIT, 0) for f in self.meet(*xs)]]
-
-    def shift(self, first: Any, *rest: Any) -> list[Any] | None:
-        """Data movement by the operator itself."""
-        func, many = self.func, isinstance(first, list | tuple)
-        index = [x for x in tree_leaves(rest) if isinstance(x, Tensor)]
-        if len(index) > 1 or any(isinstance(x, Marked) for x in index):
-            return None
-        return self.move(
-            lambda parts: func(parts if many else parts[0], *rest), *(first if many else [first])
-        )
-
-    def cat(self, xs: Sequence[Tensor], dim: int = 0) -> list[Any]:
-        """Units on `dim` stand side by side; those on other axes meet, as if entry by entry."""
-        dim %= xs[0].dim()
-
-        def part(x: Tensor, on: bool) -> Tensor:
-            if not isinstance(x, Marked):
-                return x if on else x.narrow(dim, 0, 1)
-            factors = [f for f in x.factors if (dim in axes(f)) == on]
-            return Marked(self, bare(x) if on else bare(x).narrow(dim, 0, 1), factors)
-
-        (beside,) = self.move(lambda parts: torch.cat(parts, dim), *(part(x, True) for x in xs))
-        return [beside + self.meet(*(part(x, False) for x in xs))]
-
-    def pad(self, x: Marked, sizes: Sequence[int], value: float = 0) -> list[Any]:
-        """Zeros beside units are places without a unit."""
-        live = {k for f in x.factors for k in axes(f)}
-        kept = [n * (x.dim() - 1 - k // 2 in live) for k, n in enumerate(sizes)]
-        code = int(value == 0) << 32
-        return self.move(lambda parts: torch.constant_pad_nd(parts[0], kept, code), x)
-
-    def reduce(self, x: Marked, *_: Any) -> list[Any]:
-        """Sum, mean, maximum: a symmetric function of what stands along some axes."""
-        dims, keep = self.named.get("dim"), bool(self.named.get("keepdim"))
-        dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))}
-        for f in (f for f in x.factors if axes(f) & dims):
-            self.stay(f, axes(f) - dims)
-        left = [f.amax(tuple(dims), keepdim=keep) for f in x.factors if not axes(f) & dims]
-        return [left] * len(self.func._schema.returns)
-
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """The matrix product: one entry by entry, and a sum."""
-        self.read |= {t: None for x in (a, b) if isinstance(x, Marked) for t in x.taps}
-        return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
-
-    def convolve(self, x: Marked, w: Marked, bias: Tensor | None, *options: Any) -> Tensor:
-        """A matrix product for each group of channels; places in an image are not units."""
-        transposed, groups, space = options[3], options[5], [*range(2, x.dim())]
-        self.fix(w, space, "kernel position")
-        w = w.sum(space).view(groups, len(w) // groups, -1)
-        x = x.flatten(2).view(len(x), groups, x.shape[1] // groups, -1)
-        out = self.product(w.mT if transposed else w, x).flatten(1, 2)
-        self.fix(out, [2], "image position")
-        out = out.sum(2) if bias is None else out.sum(2) + bias
-        return out[(..., *[None for _ in space])]
-
-    def space(self, x: Marked, *_: Any) -> list[Any]:
-        """Pooling, resizing, padding: what acts in space, on each channel alone."""
-        image = range(x.dim() - int(re.findall(r"(\d)d", op_name(self.func))[0]), x.dim())
-        self.fix(x, image, "image position")
-        return [[f for f in x.factors if not axes(f).intersection(image)]]
-
-    def norm(self, x: Marked, *params: Any) -> list[Any]:
-        """Scales, shifts and statistics of channels."""
-        rest = [None for _ in range(x.dim() - 2)]
-        return [self.meet(x, *(p[(slice(None), *rest)] for p in params if isinstance(p, Tensor)))]
-
-    def group_norm(self, x: Tensor, w: Any, b: Any, n: int, c: int, hw: int, g: int, _: float) -> Any:
-        """Statistics of each group of channels; then scales and shifts of the channels."""
-        parts = x.reshape(n, g, c // g, hw)
-        return self.norm((parts - parts.mean((2, 3), keepdim=True)).view(x.shape), w, b)
-
-    def layer_norm(self, x: Tensor, shape: Sequence[int], w: Any, b: Any, _: float) -> Any:
-        """Statistics along the last axes; then scales and shifts."""
-        return [self.meet(x - x.mean([*range(-len(shape), 0)], keepdim=True), w, b)]
-
-
-def bare(x: Tensor) -> Tensor:
-    """The tensor without values and marks."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-# What operators do to a Walk, given all arguments of their schemas: the factors of each result, or
-# a tensor that has them. For your own, RULES["mylib::gate"] = lambda walk, x, y: x * y will do.
-RULES: dict[str, Callable[..., Any]] = {
-    "mm bmm": Walk.product,
-    "addmm baddbmm": lambda walk, c, a, b, *_: c + walk.product(a, b),
-    "convolution": Walk.convolve,
-    "embedding": lambda walk, w, *_: walk.fix(w, [0], "meets something fixed") or w.sum(0),
-    "native_batch_norm": Walk.norm,
-    "native_group_norm": Walk.group_norm,
-    "native_layer_norm": Walk.layer_norm,
-    "_softmax _log_softmax _safe_softmax": lambda walk, x, dim, *_: x - x.sum(dim, keepdim=True),
-    "where masked_fill hardswish zero fill": Walk.entrywise,
-    "sum mean amax amin var var_mean prod linalg_vector_norm any all": Walk.reduce,
-    "copy": lambda walk, x, y, *_: [y.factors if isinstance(y, Marked) else []],
-    "expand clone _to_copy detach alias": lambda walk, x, *_: [x.factors],
-    "as_strided": lambda walk, x, n, *_: [x.factors] if x.shape == torch.Size(n) else None,
-    "view _unsafe_view": lambda walk, x, n: walk.move(lambda parts: parts[0].reshape(n), x),
-    "slice_scatter select_scatter": lambda walk, x, y, *at: walk.move(
-        lambda parts: walk.func(*parts, *at), x, y
-    ),
-    "permute transpose t unsqueeze": lambda walk, x, *at: [[walk.func(f, *at) for f in x.factors]],
-    "stack repeat slice split split_with_sizes unbind select squeeze "
-    "index_select roll flip index": Walk.shift,
-    "constant_pad_nd": Walk.pad,
-    "cat": Walk.cat,
-}
-SAME = {"unsqueeze", "squeeze", "expand", "clone", "_to_copy", "detach", "alias"}
-PASSING = {name for names in [*RULES][-9:] for name in names.split()} | {"mean", "avg_pool2d"}
-RULES = {name: rule for names, rule in RULES.items() for name in names.split()}
