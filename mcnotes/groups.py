@@ -14,15 +14,16 @@ from torch.func import functional_call, functionalize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
+from mcnotes.marks import SLOT, UNIT, Marked, Tap, axes
 from mcnotes.rules import PASSING, RULES
-from mcnotes.walk import SLOT, UNIT, Marked, Tap, Walk, axes
+from mcnotes.walk import Walk
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Unit u stands at positions `index[u]` [units, slots] of `axes`, taken as one, of a tensor."""
+    """Unit u stands at `index[u]` [units, slots] along `axes`, taken as one, of a tensor."""
 
-    name: str  # of a parameter or buffer; of an activation: "relu:3/9", of nine relus the third
+    name: str  # of a parameter or buffer; of an activation: "relu:3/9", third of nine relus
     axes: tuple[int, ...]
     index: np.ndarray
 
@@ -30,6 +31,26 @@ class Place:
     def axis(self) -> int:
         """The first of the axes."""
         return self.axes[0]
+
+    def of(self, theta: dict[str, Tensor]) -> Tensor:
+        """The tensor that it is a place of, its axes made one. Raises ValueError if it does not fit."""
+        t, shape = theta.get(self.name), torch.Size(())
+        if t is not None:
+            shape = t.shape[self.axis : self.axis + len(self.axes)]
+        if t is None or shape.numel() <= self.index.max():
+            raise ValueError(
+                f"permute: parameter {self.name!r} is missing or too small: this symmetry moves "
+                f"{self.index.max() + 1} positions of axis {self.axis}. Is it of another network?"
+            )
+        return t.flatten(self.axis, self.axis + len(self.axes) - 1)
+
+    def samples(self, x: Tensor) -> Tensor:
+        """[samples, units] of an activation; a view where the units are its last axis in memory."""
+        x = x.movedim(self.axes, tuple(range(-len(self.axes), 0))).flatten(-len(self.axes))
+        order = torch.from_numpy(self.index.T.ravel())
+        if not torch.equal(order, torch.arange(x.shape[-1])):
+            x = x.index_select(-1, order.to(x.device))
+        return x.reshape(-1, len(self.index))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +122,9 @@ def discover(
     stays = Counter[tuple[str, int, str]]()
     for name, f in first:
         unit = f[f >= UNIT].numpy() >> 32
-        for k, n in zip(*np.unique(reason[classes.of[unit[~moved[unit]]]], return_counts=True)):
+        for k, n in zip(
+            *np.unique(reason[classes.of[unit[~moved[unit]]]], return_counts=True), strict=True
+        ):
             stays[name, min(axes(f)), reasons[k]] += int(n)
     return groups, tuple(Pinned(n, k, count, why) for (n, k, why), count in stays.items())
 

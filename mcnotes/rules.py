@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mcnotes.walk import CONSTANT, UNIT, Marked, Walk, axes, bare, op_name
+from mcnotes.marks import UNIT, Marked, axes, bare, op_name
+from mcnotes.walk import Walk
 
 
 def entrywise(walk: Walk, *xs: Any) -> list[Any]:
@@ -71,7 +72,7 @@ def product(walk: Walk, a: Tensor, b: Tensor) -> Tensor:
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
 
 
-def convolve(walk: Walk, x: Marked, w: Marked, bias: Tensor | None, *options: Any) -> Tensor:
+def convolve(walk: Walk, x: Tensor, w: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     """A matrix product for each group of channels; places in an image are not units."""
     transposed, groups, space = options[3], options[5], [*range(2, x.dim())]
     walk.fix(w, space, "kernel position")
@@ -100,7 +101,7 @@ def embedding(walk: Walk, w: Marked, index: Tensor, *_: Any) -> Tensor | None:
     return w.sum(0)
 
 
-def norm(walk: Walk, x: Marked, *params: Any) -> list[Any]:
+def norm(walk: Walk, x: Tensor, *params: Any) -> list[Any]:
     """Scales, shifts and statistics of channels."""
     rest = [None for _ in range(x.dim() - 2)]
     return [walk.meet(x, *(p[(slice(None), *rest)] for p in params if isinstance(p, Tensor)))]

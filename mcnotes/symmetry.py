@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,11 +25,12 @@ from torch.utils._pytree import tree_leaves
 
 from mcnotes import perms
 from mcnotes.groups import Group, Pinned, Place, discover, plain
+from mcnotes.marks import Recorder, SymmetryError
 from mcnotes.rules import RULES
-from mcnotes.walk import SymmetryError, Tape
 
 __all__ = ["RULES", "Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "find"]
-Theta = Perm = dict[str, Tensor]  # parameters and buffers by name; index vectors by group
+Theta = dict[str, Tensor]  # parameters and buffers by name
+Perm = dict[str, Tensor]  # index vectors by group
 Example = Tensor | tuple[Tensor, ...]
 
 
@@ -87,13 +87,13 @@ class Symmetry:
         orders: dict[tuple[str, tuple[int, ...]], tuple[Place, Tensor]] = {}
         for name, p in self.complete(perm).items():
             for at in self.groups[name].places if name in perm else ():
-                size = merged(at, theta).shape[at.axis]
+                size = at.of(theta).shape[at.axis]
                 order = orders.setdefault((at.name, at.axes), (at, torch.arange(size)))[1]
                 order[at.index] = order[at.index[p]]
         out = dict(theta)
         # Channels within the groups of a convolution (two axes) move before the groups do.
         for at, order in sorted(orders.values(), key=lambda o: -len(o[0].axes)):
-            flat = merged(at, out)
+            flat = at.of(out)
             moved = flat.index_select(at.axis, order.to(flat.device))
             out[at.name] = moved.view(theta[at.name].shape)
         return out
@@ -108,7 +108,7 @@ class Symmetry:
         for name, at in (
             (n, at) for n in self.groups if n in matrices for at in self.groups[n].places
         ):
-            flat, index = merged(at, out).movedim(at.axis, 0), torch.from_numpy(at.index)
+            flat, index = at.of(out).movedim(at.axis, 0), torch.from_numpy(at.index)
             mixed = torch.einsum("ij,js...->is...", matrices[name].to(flat), flat[index])
             flat = flat.index_put((index.to(flat.device),), mixed)
             out[at.name] = flat.movedim(0, at.axis).reshape(theta[at.name].shape)
@@ -195,7 +195,7 @@ class Symmetry:
             ):
                 functional_call(net, theta, inputs, tie_weights=False)
             tape.check()
-            return {n: [samples(tape.kept[t.name], t) for t in ts] for n, ts in taps.items()}
+            return {n: [t.samples(tape.kept[t.name]) for t in ts] for n, ts in taps.items()}
 
         return run
 
@@ -242,69 +242,18 @@ class Symmetry:
         """The symmetry that `to_json` wrote."""
         groups, pinned, train = json.loads(text).values()
 
-        def places(found: list[dict[str, Any]]) -> tuple[Place, ...]:
-            return tuple(Place(p["name"], (*p["axes"],), np.array(p["index"])) for p in found)
+        def group(size: int, *rest: Any) -> Group:
+            def place(p: dict[str, Any]) -> Place:
+                return Place(p["name"], tuple(p["axes"]), np.array(p["index"]))
 
-        def group(size: int, places_: Any, post: Any, pre: Any, inner: Any) -> Group:
-            return Group(size, *map(places, (places_, post, pre)), tuple(map(tuple, inner)))
+            places, post, pre = (tuple(map(place, ps)) for ps in rest[:3])
+            return Group(size, places, post, pre, tuple(map(tuple, rest[3])))
 
         found = {n: group(*g.values()) for n, g in groups.items()}
         return cls(found, tuple(Pinned(**p) for p in pinned), train)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Symmetry) and self.to_json() == other.to_json()
-
-
-class Recorder(Tape):
-    """Keep the results of these names, as they are before anything is written over them."""
-
-    def __init__(self, names: set[str]) -> None:
-        super().__init__(self.keep)
-        self.names = {name.split("/")[0]: name for name in names}
-        self.kept: dict[str, Tensor] = {}
-
-    def keep(self, name: str, x: Any) -> None:
-        if name in self.names:
-            self.kept[self.names[name]] = x
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name[-1] == "_":
-            at = args[0].untyped_storage().data_ptr()
-            same = {n: x for n, x in self.kept.items() if x.untyped_storage().data_ptr() == at}
-            self.kept |= {n: x.clone() for n, x in same.items()}
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def check(self) -> None:
-        """Raise SymmetryError if PyTorch ran other operators than when units were followed."""
-        for name in self.names.values():
-            kind, _, total = re.split("[:/]", name)
-            if self.count[kind] != int(total):
-                raise SymmetryError(
-                    f"tapper: {kind} ran {self.count[kind]} times, expected {total}: on this "
-                    "device, PyTorch runs the network by other operators. Cure: align on the CPU."
-                )
-
-
-def merged(at: Place, theta: Theta) -> Tensor:
-    """The tensor of a place, the axes made one. Raises ValueError if it does not fit."""
-    t, shape = theta.get(at.name), torch.Size(())
-    if t is not None:
-        shape = t.shape[at.axis : at.axis + len(at.axes)]
-    if t is None or shape.numel() <= at.index.max():
-        raise ValueError(
-            f"permute: parameter {at.name!r} is missing or too small: this symmetry moves "
-            f"{at.index.max() + 1} positions of axis {at.axis}. Is it of another network?"
-        )
-    return t.flatten(at.axis, at.axis + len(at.axes) - 1)
-
-
-def samples(x: Tensor, tap: Place) -> Tensor:
-    """[samples, units] of an activation; a view where the units are its last axis in memory."""
-    x = x.movedim(tap.axes, tuple(range(-len(tap.axes), 0))).flatten(-len(tap.axes))
-    order = torch.from_numpy(tap.index.T.ravel())
-    if not torch.equal(order, torch.arange(x.shape[-1])):
-        x = x.index_select(-1, order.to(x.device))
-    return x.reshape(-1, len(tap.index))
 
 
 def listed(example: Example) -> list[Tensor]:
