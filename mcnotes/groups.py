@@ -1,7 +1,7 @@
 """Sort the units of a network into groups of interchangeable ones (chapter 3)."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -32,17 +32,17 @@ class Place:
         """The first of the axes."""
         return self.axes[0]
 
-    def of(self, theta: dict[str, Tensor]) -> Tensor:
-        """The tensor that it is a place of, its axes made one. Raises ValueError if it does not fit."""
-        t, shape = theta.get(self.name), torch.Size(())
-        if t is not None:
-            shape = t.shape[self.axis : self.axis + len(self.axes)]
-        if t is None or shape.numel() <= self.index.max():
+    def of(self, theta: Mapping[str, Tensor]) -> Tensor:
+        """The tensor itself, the axes made one. Raises ValueError if it does not fit."""
+        t, last = theta.get(self.name), self.axes[-1]
+        if t is None:
+            raise ValueError(f"permute: the parameters lack {self.name!r}")
+        if t.shape[self.axis : last + 1].numel() <= self.index.max():
             raise ValueError(
-                f"permute: parameter {self.name!r} is missing or too small: this symmetry moves "
-                f"{self.index.max() + 1} positions of axis {self.axis}. Is it of another network?"
+                f"permute: {self.name!r} has shape {tuple(t.shape)}; this symmetry moves "
+                f"{self.index.max() + 1} positions of axis {self.axis}: is it of another network?"
             )
-        return t.flatten(self.axis, self.axis + len(self.axes) - 1)
+        return t.flatten(self.axis, last)
 
     def samples(self, x: Tensor) -> Tensor:
         """[samples, units] of an activation; a view where the units are its last axis in memory."""

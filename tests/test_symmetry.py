@@ -324,8 +324,7 @@ def test_control_flow_on_data_is_an_error() -> None:
     with pytest.raises(symmetry.SymmetryError) as caught:
         symmetry.find(Branch(3, 3), torch.rand(2, 3))
     text = str(caught.value)
-    assert "torch.export cannot follow Branch at test_symmetry.py:" in text
-    assert "if x.sum() > 0 else x" in text
+    assert "_local_scalar_dense needs values at the network (Branch), test_symmetry.py:" in text
     assert "Cure: control flow must not depend on the data (torch.where instead of if)" in text
 
 
@@ -488,7 +487,7 @@ def test_a_network_that_fixes_the_batch_size_is_tapped_all_the_same() -> None:
 def test_another_network_cannot_be_tapped() -> None:
     net, example = built("convnet")
     sym = symmetry.find(net, example)
-    with pytest.raises(symmetry.SymmetryError, match="no tensor 'max_pool2d' in this network"):
+    with pytest.raises(symmetry.SymmetryError, match="this network has other groups"):
         sym.tapper(nn.Sequential(nn.Conv2d(3, 3, 1)))(weights(net), *example)
 
 
