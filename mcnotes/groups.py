@@ -117,8 +117,9 @@ def discover(
             groups[name] = replace(g, inner=inner)
     reasons = ["no other unit acts at the same places", *dict.fromkeys(classes.why.values())]
     reason = np.zeros(len(classes.group), np.int64)
+    number_of = {why: k for k, why in enumerate(reasons)}
     for c, why in classes.why.items():
-        reason[c] = reasons.index(why)
+        reason[c] = number_of[why]
     stays = Counter[tuple[str, int, str]]()
     for name, f in first:
         unit = f[f >= UNIT].numpy() >> 32
@@ -197,7 +198,8 @@ class Classes:
         self.rank[order] = np.arange(n) - np.searchsorted(self.of[order], self.of[order])
         self.why: dict[int, str] = {}
         for units, why in walk.pins:
-            self.why = dict.fromkeys(self.of[units.numpy()].tolist(), why) | self.why
+            for c in np.unique(self.of[units.numpy()]).tolist():
+                self.why.setdefault(c, why)
         # Facts stand in the order of events; a class is known by those about its units.
         known = np.where(tied, self.rank[v], v - 2)
         order = np.argsort(self.of[u], kind="stable")
