@@ -2,16 +2,17 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PRESET ?= laptop
+CONFIG ?= experiments/full-scale.yaml
 JOBS   ?= 2
 
 BIN   := $(VENV)/bin
 BOOK  := $(BIN)/python -m tools.book
 READY := $(VENV)/.ready
-ALL   := '.[book,test]'
+ALL   := '.[book,batch,test]'
 QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html notebooks test zoo clean
+.PHONY: help setup book html notebooks figures test zoo clean
 
 help:  ## say what the targets do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | column -t -s '|'
@@ -26,6 +27,9 @@ html: setup  ## build the pages from the stored outputs, run nothing
 
 notebooks: setup  ## run the chapters, store their outputs in book/*.ipynb
 	$(BOOK) notebooks
+
+figures: setup  ## full scale: all that CONFIG names, or one PRESET; resumable
+	$(BIN)/python -m tools.batch run --config $(CONFIG) $(if $(filter command,$(firstword $(origin PRESET))),--set 'presets=[$(PRESET)]')
 
 test: setup  ## everything that must pass
 	$(BIN)/ruff check .

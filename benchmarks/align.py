@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     work = {
         "forwards": forwards,
         "same batch": lambda: align.stream(net, *thetas, images, sym, batch_size=args.batch),
-        "micro-batches": lambda: align.stream(net, *thetas, images, sym, batch_size=64),
+        "micro-batches": lambda: align.stream(net, *thetas, images, sym),
     }
     for each in work.values():
         each()

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -93,34 +94,42 @@ def provenance() -> dict[str, object]:
     }
 
 
+def summary(rows: list[dict[str, Any]]) -> dict[str, object]:
+    """The last line."""
+    good = [r for r in rows if r["error"] is not None]
+    return {
+        "models": len(rows),
+        "verified": len(good),
+        "median_seconds": round(statistics.median([r["seconds"] for r in good] or [0]), 2),
+        "worst_error": max((r["error"] for r in good), default=0),
+    }
+
+
 def main() -> int:
     """Run the table; exit status 1 when a model fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", help="names; default: all classification models")
     parser.add_argument("--size", type=int, help="image side, default 224 (Inception: 299)")
     parser.add_argument("--out", type=Path, help="also write a JSON file with provenance")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out holds")
     args = parser.parse_args()
     names = args.models or torchvision.models.list_models(module=torchvision.models)
     print(f"{'model':20} {'groups':>6} {'units':>7} {'touched':>8} {'error':>10}"
           f" {'log10 copies':>10} {'seconds':>8}")  # fmt: skip
     symmetry.find(torch.nn.Linear(2, 2), torch.rand(2, 2))
-    rows = []
-    for name in names:
+    kept = args.resume and args.out and args.out.exists()
+    rows = json.loads(args.out.read_text())["rows"] if kept else []
+    done = {row["model"] for row in rows}
+    for name in (name for name in names if name not in done):
         rows.append(examine(name, args.size))
         print(line(rows[-1]), flush=True)
+        if args.out:  # after each model: a run may be cut short, and go on later
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            configuration = {"models": names, "size": args.size or 224, "mode": "float64"}
+            record = {"configuration": configuration, **provenance(), "summary": summary(rows)}
+            args.out.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
     good = [r for r in rows if r["error"] is not None]
-    summary = {
-        "models": len(rows),
-        "verified": len(good),
-        "median_seconds": round(statistics.median([r["seconds"] for r in good]), 2),
-        "worst_error": max(r["error"] for r in good),
-    }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        configuration = {"models": names, "size": args.size or 224, "mode": "float64"}
-        record = {"configuration": configuration, **provenance(), "summary": summary, "rows": rows}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(summary))
+    print(json.dumps(summary(rows)))
     return 0 if len(good) == len(rows) else 1
 
 

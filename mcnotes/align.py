@@ -5,8 +5,11 @@ units' activations; the permutation that maximises the summed similarity is a li
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -20,7 +23,9 @@ from mcnotes.symmetry import Perm, Symmetry
 
 Cost = Literal["correlation", "covariance", "l2"]
 At = Literal["post", "pre"]
-PIECE = 2**14  # samples
+PIECE = 2**14  # samples that stay in the cache
+Streams = dict[str, list["Moments"]]  # by group, one for each tap
+Tap = Callable[[Theta, Tensor], dict[str, list[Tensor]]]
 Blocks = tuple[tuple[str, ...], ...]  # for each block, the groups within
 
 
@@ -32,25 +37,23 @@ class AlignmentError(ValueError):
 class Moments:
     """Moments, in float64, of units of A and B over `samples`.
 
-    They are taken about `origin`, the first sample: no cancellation, and a constant unit gives 0.
+    They are taken about `origin`, one sample: no cancellation, and a constant unit gives 0.
     """
 
-    samples: int
     origin: Tensor  # [2, U], of A and of B
+    samples: int
     sums: Tensor  # [2, U]
     squares: Tensor  # [2, U]
     cross: Tensor  # [U, U], entry (i, j) = Σ (aᵢ − origin)(bⱼ − origin)
 
     @classmethod
-    def zero(cls, units: int, device: torch.device) -> "Moments":
-        """Nothing seen yet."""
-        shapes = ((2, units), (2, units), (2, units), (units, units))
-        return cls(0, *(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
+    def about(cls, origin: Tensor) -> "Moments":
+        """Nothing seen yet. origin: [2, U]."""
+        origin, units = origin.double(), origin.shape[1]
+        return cls(origin, 0, *(origin.new_zeros(rows, units) for rows in (2, 2, units)))
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Take in activations a, b: [samples, U] each."""
-        if not self.samples:
-            self.origin = torch.stack([a[0], b[0]]).double()
         self.samples += len(a)
         start = self.origin.to(a.dtype)
         # In pieces that stay in the cache, each short enough for sums in float32 to be accurate.
@@ -59,6 +62,13 @@ class Moments:
             self.cross += u.T @ v
             self.sums += torch.stack([u.sum(0), v.sum(0)])
             self.squares += torch.stack([u.square_().sum(0), v.square_().sum(0)])
+
+    def merge(self, other: "Moments") -> None:
+        """Take in what `other`, about the same origin, has seen."""
+        self.samples += other.samples
+        self.sums += other.sums
+        self.squares += other.squares
+        self.cross += other.cross
 
     def covariance(self) -> Tensor:
         """Cov(aᵢ, bⱼ): [U, U]."""
@@ -132,9 +142,7 @@ def bundles(sym: Symmetry) -> dict[str, Blocks]:
     return {n: nested.get(n, ((n,),)) for n in sym.groups if n in alone or n in nested}
 
 
-def _solve(
-    name: str, blocks: Blocks, moments: Mapping[str, list[Moments]], cost: Cost, found: Matching
-) -> None:
+def _solve(name: str, blocks: Blocks, moments: Streams, cost: Cost, found: Matching) -> None:
     """Match the units for every pair of blocks, then the blocks by what their units achieve."""
     score = torch.zeros(len(blocks), len(blocks), dtype=torch.float64)
     best: list[list[list[Tensor]]] = []  # for each kind of group, block of A and block of B
@@ -172,11 +180,12 @@ def _tiles(matrices: list[Tensor], count: int) -> Tensor:
 def stream(
     net: nn.Module, theta_a: Theta, theta_b: Theta, images: Split, sym: Symmetry, *,
     at: At = "post", batch_size: int | None = None
-) -> dict[str, list[Moments]]:  # fmt: skip
+) -> Streams:  # fmt: skip
     """The moments of every tap of every group, in one pass over `images`, evaluation mode.
 
     Those of groups within blocks stand under the name of the first block's group, and are over the
-    units of all blocks. batch_size: default 64 on a CPU, where batches stay in the cache, else 512.
+    units of all blocks. batch_size: images at a time; default 512 on a GPU. On a CPU the cores
+    divide them, each follows its own share; default 64 a core, so that they stay in its cache.
     """
     try:
         check_same_space(theta_a, theta_b, "match")
@@ -185,22 +194,35 @@ def stream(
     if len(images) < 2:
         raise AlignmentError(f"match: got {len(images)} images, expected 2 or more (thousands)")
     device = images.images.device
-    size = batch_size or (64 if device.type == "cpu" else 512)
-    moments: dict[str, list[Moments]] = {}
+    cores = torch.get_num_threads() if device.type == "cpu" else 1
+    size = -(-batch_size // cores) if batch_size else 64 if device.type == "cpu" else 512
     kinds = [names for blocks in bundles(sym).values() for names in zip(*blocks, strict=True)]
-    tap: Callable[[Theta, Tensor], dict[str, list[Tensor]]] = sym.tapper(net, at=at)
+    tap: Tap = sym.tapper(net, at=at)
     a, b = ({n: x.to(device) for n, x in theta.items()} for theta in (theta_a, theta_b))
     bar = tqdm(total=len(images), desc="correlating", leave=False)
-    with evaluate.mode(net, training=False), torch.no_grad(), bar:
-        for x, _ in images.batches(size):
-            seen = tap(a, x), tap(b, x)
-            for names in kinds:
-                mine, others = (_side_by_side([s[n] for n in names]) for s in seen)
-                if names[0] not in moments:
-                    moments[names[0]] = [Moments.zero(v.shape[1], device) for v in mine]
-                for m, u, v in zip(moments[names[0]], mine, others, strict=True):
-                    m.add(u, v)
-            bar.update(len(x))
+
+    def follow(share: Split, start: Streams) -> Streams:
+        found = {name: [Moments.about(m.origin) for m in taps] for name, taps in start.items()}
+        with torch.no_grad():  # in each thread
+            for x, _ in share.batches(size):
+                seen = tap(a, x), tap(b, x)
+                for names in kinds:
+                    both = (_side_by_side([s[n] for n in names]) for s in seen)
+                    pairs = list(zip(*both, strict=True))
+                    if names[0] not in found:
+                        about = [torch.stack([u[0], v[0]]) for u, v in pairs]
+                        found[names[0]] = [Moments.about(origin) for origin in about]
+                    for m, (u, v) in zip(found[names[0]], pairs, strict=True):
+                        m.add(u, v)
+                bar.update(len(x))
+        return found
+
+    with evaluate.mode(net, training=False), bar:
+        moments = follow(images.first(size), {})
+        for found in _side_jobs(partial(follow, start=moments), _shares(images, size, cores)):
+            for name, taps in found.items():
+                for m, other in zip(moments[name], taps, strict=True):
+                    m.merge(other)
     for name, taps in moments.items():
         if not all(m.cross.isfinite().all() for m in taps):
             raise AlignmentError(f"match: activations of {name!r} are not finite; look for NaN "
@@ -211,3 +233,22 @@ def stream(
 def _side_by_side(seen: list[list[Tensor]]) -> list[Tensor]:
     """For each tap the units of all blocks [samples, units], from lists of taps, one for each."""
     return seen[0] if len(seen) == 1 else [torch.cat(parts, 1) for parts in zip(*seen, strict=True)]
+
+
+def _shares(images: Split, size: int, cores: int) -> list[Split]:
+    """All but the first `size` images, in `cores` parts of whole batches (fewer, if too few)."""
+    batches = torch.arange(size, len(images), size).tensor_split(cores)
+    cuts = [*(int(part[0]) for part in batches if len(part)), len(images)]
+    return [Split(images.images[i:j], images.labels[i:j]) for i, j in pairwise(cuts)]
+
+
+def _side_jobs(work: Callable[[Split], Streams], shares: list[Split]) -> list[Streams]:
+    """What `work` gives for each share: one thread each, which PyTorch splits no further."""
+    if len(shares) < 2:
+        return [work(share) for share in shares]
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(len(shares), initializer=torch.set_num_threads, initargs=(1,)) as p:
+            return list(p.map(work, shares))
+    finally:
+        torch.set_num_threads(threads)

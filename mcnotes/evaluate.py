@@ -17,10 +17,12 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
+from mcnotes.attacks import Perturb
 from mcnotes.curves import Curve, Theta, combine, views
 from mcnotes.data import Split
 
 Array = NDArray[np.float64]
+Batch = tuple[Tensor, Tensor]  # images, labels
 
 
 class Score(NamedTuple):
@@ -30,16 +32,32 @@ class Score(NamedTuple):
     accuracy: float
 
 
-def score(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500) -> Score:
-    """Loss and accuracy of `theta` on `split`, in evaluation mode."""
+def score(
+    net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500,
+    perturb: Perturb | None = None
+) -> Score:  # fmt: skip
+    """Loss and accuracy of `theta` on `split` (attacked, if there is `perturb`: robust ones)."""
     total = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
     with mode(net, training=False), torch.no_grad():
-        for x, y in split.batches(batch_size):
+        for x, y in attacked(net, theta, split.batches(batch_size), perturb):
             z = functional_call(net, theta, (x,))
             hits = (z.argmax(1) == y).sum()
             total += torch.stack([cross_entropy(z, y, reduction="sum"), hits]).double()
     loss, accuracy = (total / len(split)).tolist()
     return Score(loss, accuracy)
+
+
+def attacked(
+    net: nn.Module, theta: Theta, batches: Iterable[Batch], perturb: Perturb | None
+) -> Iterator[Batch]:
+    """The batches, the images of each attacked in evaluation mode; repeatable noise (chapter 8)."""
+    for i, (x, y) in enumerate(batches):
+        if perturb:
+            forked = torch.random.fork_rng([x.device] if x.is_cuda else [])
+            with mode(net, training=False), forked:
+                torch.manual_seed(i)
+                x = perturb(lambda u: functional_call(net, theta, (u,)), x, y)
+        yield x, y
 
 
 def probabilities(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500) -> Tensor:
@@ -49,13 +67,18 @@ def probabilities(net: nn.Module, theta: Theta, split: Split, *, batch_size: int
         return torch.cat([z.float().softmax(1) for z in batches])
 
 
-def batchnorm(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500) -> Theta:
+def batchnorm(
+    net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500,
+    perturb: Perturb | None = None
+) -> Theta:  # fmt: skip
     """`theta` with its BatchNorm running statistics computed anew on `split`, in one pass.
 
     The mean over equal batches of the batch mean and (unbiased) variance; a last partial batch is
     left out. The statistics of a mixture of two networks are no mixture of their statistics, which
     is why every point of a curve needs this (paper, section 4). Without BatchNorm: a plain copy.
+    perturb: on attacked images; the attack meets the statistics of the images as they are.
     """
+    theta = batchnorm(net, theta, split, batch_size=batch_size) if perturb else theta
     tracked = (m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats)
     if not (momenta := {m: m.momentum for m in tracked}):
         return dict(theta)
@@ -67,7 +90,8 @@ def batchnorm(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 5
         try:
             for norm in momenta:
                 norm.train().momentum = None  # plain averages
-            for x, _ in split.batches(min(batch_size, len(split)), drop_last=True):
+            batches = split.batches(min(batch_size, len(split)), drop_last=True)
+            for x, _ in attacked(net, theta, batches, perturb):
                 functional_call(net, fresh, (x,))
         finally:
             for norm, momentum in momenta.items():
@@ -102,18 +126,21 @@ class Path(NamedTuple):
 
 
 def along(
-    net: nn.Module, curve: Curve, split: Split, *, statistics: Split | None, points: int = 25
-) -> Path:
+    net: nn.Module, curve: Curve, split: Split, *, statistics: Split | None, points: int = 25,
+    perturb: Perturb | None = None, perturb_statistics: Perturb | None = None
+) -> Path:  # fmt: skip
     """Loss and accuracy on `split` at `points` equidistant t in [0, 1].
 
     statistics: the (training) images on which BatchNorm is recomputed at every point; None leaves
-    the statistics as the curve mixes them, which is rarely what one wants.
+    the statistics as the curve mixes them, which is rarely what one wants. perturb: the attack on
+    the images of `split` at every point, perturb_statistics: that on the images of `statistics`.
     """
     if points < 2:
         raise ValueError(f"along: got points={points}, expected at least 2 (both ends)")
     ts = torch.linspace(0, 1, points, dtype=torch.float64)
     bar = tqdm(ts.tolist(), desc="along the curve", leave=False)
-    loss, accuracy = _scores(net, map(curve, bar), split, statistics).T
+    attacks = perturb, perturb_statistics
+    loss, accuracy = _scores(net, map(curve, bar), split, statistics, *attacks).T
     arc = curve.lengths(ts, names=dict(net.named_parameters()))
     return Path(ts.numpy(), arc.numpy(), loss, accuracy)
 
@@ -130,12 +157,13 @@ class Plane(NamedTuple):
 
 def plane(
     net: nn.Module, corners: tuple[Theta, Theta, Theta], split: Split, *,
-    statistics: Split | None, resolution: int = 17, margin: float = 0.2
+    statistics: Split | None, resolution: int = 17, margin: float = 0.2,
+    perturb: Perturb | None = None
 ) -> Plane:  # fmt: skip
     """Evaluate a `resolution`² grid of the plane through three networks (paper, section 5).
 
-    margin: how far the grid goes beyond the corners, as a share of their extent. `statistics` as in
-    `along`, in each cell. Raises ValueError when the three lie on one line.
+    margin: how far the grid goes beyond the corners, as a share of their extent. `statistics` and
+    `perturb` as in `along`, in each cell. Raises ValueError when the three lie on one line.
     """
     at = coordinates(net, corners)
     low, high = at.min(0), at.max(0)
@@ -144,7 +172,8 @@ def plane(
     # Barycentric weights of every cell: the affine map that sends the corners to themselves.
     solve = np.linalg.inv(np.vstack([at.T, np.ones(3)]))
     cells = tqdm([(solve @ [u, v, 1.0]).tolist() for v in y for u in x], desc="plane", leave=False)
-    found = _scores(net, (combine(corners, weights) for weights in cells), split, statistics)
+    points = (combine(corners, weights) for weights in cells)
+    found = _scores(net, points, split, statistics, perturb)
     loss, accuracy = found.T.reshape(2, resolution, resolution)
     return Plane(x, y, loss, accuracy, at)
 
@@ -204,8 +233,9 @@ def mode(net: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def _scores(
-    net: nn.Module, points: Iterable[Theta], split: Split, statistics: Split | None
-) -> Array:
+    net: nn.Module, points: Iterable[Theta], split: Split, statistics: Split | None,
+    perturb: Perturb | None = None, before: Perturb | None = None
+) -> Array:  # fmt: skip
     """Loss and accuracy [points, 2], BatchNorm recomputed on `statistics` (if not None)."""
-    fresh = (batchnorm(net, theta, statistics) if statistics else theta for theta in points)
-    return np.array([score(net, theta, split) for theta in fresh])
+    fresh = (batchnorm(net, p, statistics, perturb=before) if statistics else p for p in points)
+    return np.array([score(net, theta, split, perturb=perturb) for theta in fresh])

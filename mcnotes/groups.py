@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from threading import Lock
 
 import numpy as np
 import torch
@@ -11,12 +12,13 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.func import functional_call, functionalize
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from mcnotes.marks import SLOT, UNIT, Marked, Tap, axes
 from mcnotes.rules import PASSING, RULES
 from mcnotes.walk import Walk
+
+USERS, LOCK, UNDO = list[None](), Lock(), ExitStack()
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,18 +166,37 @@ def trace(
 def plain(net: nn.Module, train: bool) -> Iterator[None]:
     """Layers act as in evaluation; if `train`, auxiliary heads run; attention in single steps."""
     flags = {m: m.training for m in net.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
         for m in flags:
             own = any(m.children()) and not type(m).__module__.startswith("torch.nn.")
             m.training = train and own
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with single_steps(), torch.no_grad():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for m, flag in flags.items():
             m.training = flag
+
+
+@contextmanager
+def single_steps() -> Iterator[None]:
+    """Attention by its operators, one by one: a setting of the process, undone by the last user."""
+    mha, kernels = torch.backends.mha, torch.backends.cuda
+    with LOCK:
+        if not USERS:
+            UNDO.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+            mha.set_fastpath_enabled(False)
+            for kind in ("flash", "mem_efficient", "cudnn"):  # what remains: "math"
+                enable = getattr(kernels, f"enable_{kind}_sdp")
+                UNDO.callback(enable, getattr(kernels, f"{kind}_sdp_enabled")())
+                enable(False)
+        USERS.append(None)
+    try:
+        yield
+    finally:
+        with LOCK:
+            USERS.pop()
+            if not USERS:
+                UNDO.close()
 
 
 class Classes:

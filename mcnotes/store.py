@@ -6,10 +6,12 @@ compute the same entry at once; a killed computation goes on from its last check
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import platform
+import subprocess
 import time
 import warnings
 from collections import Counter
@@ -133,21 +135,39 @@ def read_values(path: Path) -> Any:
         return json.loads(path.read_bytes())["value"]
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The configuration that an entry was computed from. Raises BrokenFile."""
+def read_config(path: Path, part: str = "config") -> dict[str, Any]:
+    """The configuration (or "provenance") that an entry was computed from. Raises BrokenFile."""
     with _reading(path):
         if path.suffix == ".json":
-            return dict(json.loads(path.read_bytes())["config"])
+            return dict(json.loads(path.read_bytes())[part])
         with safe_open(str(path), framework="pt") as file:
-            return dict(json.loads(file.metadata()["config"]))
+            return dict(json.loads(file.metadata()[part]))
+
+
+def origin(config: Config) -> dict[str, Any]:
+    """The provenance of the entry that `config` describes; empty where none is kept."""
+    names = [file_name(config, suffix) for suffix in (".safetensors", ".json")]
+    paths = [place / name for place in (zoo(), folder()) for name in names]
+    return next((read_config(path, "provenance") for path in paths if path.exists()), {})
 
 
 def provenance(seconds: float) -> dict[str, Any]:
-    """Versions, hardware and seconds; kept beside a result, not part of its key."""
+    """Versions, hardware, commit and seconds; kept beside a result, not part of its key."""
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"seconds": round(seconds, 1), "torch": torch.__version__,
+    return {"seconds": round(seconds, 1), "torch": torch.__version__, "commit": _commit(),
             "python": platform.python_version(), "hardware": hardware}  # fmt: skip
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit of the code, with a + if files differ from it; "unknown" outside a clone."""
+    git = ["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def _get(config: Config, suffix: str, compute: Callable[[Checkpoint], Any]) -> Any:

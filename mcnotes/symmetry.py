@@ -11,10 +11,12 @@ groups that permute within each block, and these act first.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import Lock, get_ident
 from typing import Any, Literal
 
 import numpy as np
@@ -175,25 +177,25 @@ class Symmetry:
         positions but those of the units are samples. Evaluation mode, any batch size, no gradients.
         """
         found: dict[Any, Symmetry] = {}
+        copies: dict[int, nn.Module] = {}  # for each thread; they share the tensors
+        lock, tensors = Lock(), {id(t): t for t in (*net.parameters(), *net.buffers())}
 
         def run(theta: Theta, *inputs: Tensor) -> dict[str, list[Tensor]]:
             # Which operators PyTorch runs depends on how the input lies in memory.
             layout = tuple((x.shape[1:], x.stride()[1:]) for x in inputs)
-            if layout not in found:
-                found[layout] = find(
-                    net, tuple(x[:2] if x.dim() > 1 else x for x in inputs), self.train
-                )
-            groups = found[layout].groups
-            if {n: g.size for n, g in groups.items()} != {
-                n: g.size for n, g in self.groups.items()
-            }:
+            with lock:
+                if layout not in found:
+                    few = tuple(x[:2] if x.dim() > 1 else x for x in inputs)
+                    found[layout] = find(net, few, self.train)
+                if get_ident() not in copies:
+                    copies[get_ident()] = copy.deepcopy(net, dict(tensors))
+            mine = copies[get_ident()]
+            taps = {n: getattr(g, at) for n, g in found[layout].groups.items()}
+            if taps.keys() != self.groups.keys():
                 raise SymmetryError("tapper: this network has other groups; find its symmetry anew")
-            taps = {n: getattr(g, at) for n, g in groups.items()}
-            with (
-                plain(net, self.train),
-                Recorder({t.name for ts in taps.values() for t in ts}) as tape,
-            ):
-                functional_call(net, theta, inputs, tie_weights=False)
+            names = {t.name for places in taps.values() for t in places}
+            with plain(mine, self.train), Recorder(names) as tape:
+                functional_call(mine, theta, inputs, tie_weights=False)
             tape.check()
             return {n: [t.samples(tape.kept[t.name]) for t in ts] for n, ts in taps.items()}
 

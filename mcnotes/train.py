@@ -17,11 +17,10 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from mcnotes import evaluate
+from mcnotes.attacks import Perturb
 from mcnotes.curves import Curve, Theta, views
 from mcnotes.data import Task
 from mcnotes.store import Checkpoint
-
-Perturb = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 
 
 class TrainingError(RuntimeError):
@@ -111,28 +110,29 @@ def fit(
     """
     curve = Curve((init or initialise(net, seed),))
     step = Step(net, curve, slice(0, 1), recipe, task.device, perturb)
-    fitted = _run(step, curve, task, seed, checkpoint)
+    fitted = run(step, curve, task, seed, checkpoint)
     theta = evaluate.batchnorm(net, fitted.theta, task.train)
     return fitted._replace(curve=fitted.curve.with_points([theta]))
 
 
 def fit_curve(
-    net: nn.Module, curve: Curve, task: Task, recipe: Recipe, *, seed: int,
+    net: nn.Module, curve: Curve, task: Task, recipe: Recipe, *, seed: int, pull: float = 0.0,
     perturb: Perturb | None = None, checkpoint: Checkpoint | None = None
 ) -> Fit:  # fmt: skip
     """Train the inner control points of `curve`: minimise E_{t~U[0,1]} L(r(t)) (paper, eq. 2).
 
-    The end points stay as they are. Arguments as in `fit`. BatchNorm statistics of inner points are
+    The end points stay as they are. Arguments as in `fit`; `pull` adds ½ pull ‖φ − φ_old‖², φ_old
+    being the inner points that come in (`mcnotes.pam`). BatchNorm statistics of inner points are
     those of the mixture: recompute them wherever the curve is evaluated (`evaluate.along`).
     """
     if curve.degree < 2:
         raise TrainingError(f"fit_curve: a curve of degree {curve.degree} has no inner point to "
                             "train; use curves.bezier(a, b) or curves.chain(a, b)")  # fmt: skip
-    step = Step(net, curve, slice(1, -1), recipe, task.device, perturb)
-    return _run(step, curve, task, seed, checkpoint)
+    step = Step(net, curve, slice(1, -1), recipe, task.device, perturb, pull)
+    return run(step, curve, task, seed, checkpoint)
 
 
-def _run(step: "Step", curve: Curve, task: Task, seed: int, checkpoint: Checkpoint | None) -> Fit:
+def run(step: "Step", curve: Curve, task: Task, seed: int, checkpoint: Checkpoint | None) -> Fit:
     epochs, losses = step.recipe.epochs, []
     if checkpoint and (state := checkpoint.load()):
         step.restore(state)
@@ -184,15 +184,15 @@ class Step:
 
     def __init__(
         self, net: nn.Module, curve: Curve, free: slice, recipe: Recipe, device: torch.device,
-        perturb: Perturb | None = None
+        perturb: Perturb | None = None, pull: float = 0.0
     ) -> None:  # fmt: skip
-        self.net, self.free, self.recipe, self.perturb = net, free, recipe, perturb
+        self.net, self.free, self.recipe, self.perturb, self.pull = net, free, recipe, perturb, pull
         self.shapes = [p.shape for p in net.parameters()]
         names = [name for name, _ in net.named_parameters()]
         flat = ([p[n].detach().to(device).flatten() for n in names] for p in curve.points)
         self.rows = torch.stack([torch.cat(parts) for parts in flat])  # [k, n]
         self.phi = self.rows[free]  # [free points, n], a view of the rows
-        self.velocity = torch.zeros_like(self.phi)
+        self.anchor, self.velocity = self.phi.clone(), torch.zeros_like(self.phi)
         self.single = curve.degree == 0
         self.theta = self.rows[0] if self.single else torch.empty_like(self.rows[0])  # [n]
         self.leaves = [v.detach().requires_grad_() for v in views(self.theta, self.shapes)]
@@ -204,6 +204,17 @@ class Step:
 
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor, lr: float) -> Tensor:
         """x [B, C, H, W], y [B], weights w(t) [k] on the device; returns the loss, detached."""
+        loss, g = self.gradient(x, y, weights)
+        slope = g[None] if self.single else torch.outer(weights[self.free], g)
+        if self.pull:
+            slope.add_(self.phi - self.anchor, alpha=self.pull)
+        mu = self.recipe.momentum  # Nesterov's, as in torch.optim.SGD
+        self.velocity.mul_(mu).add_(slope)
+        self.phi.add_(slope.add_(self.velocity, alpha=mu), alpha=-lr)
+        return loss
+
+    def gradient(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss at θ = r(t), and the gradient in θ of loss and L2 penalty: [n]."""
         if not self.single:
             torch.mv(self.rows.T, weights, out=self.theta)
         if self.perturb:
@@ -215,12 +226,7 @@ class Step:
             loss = cost(self.forward(self.state_dict, (x,)), y)
         slopes = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
         g = torch.cat([s.flatten() for s in slopes])
-        g.add_(self.theta, alpha=self.recipe.weight_decay)
-        slope = g[None] if self.single else torch.outer(weights[self.free], g)
-        mu = self.recipe.momentum  # Nesterov's, as in torch.optim.SGD
-        self.velocity.mul_(mu).add_(slope)
-        self.phi.add_(slope.add_(self.velocity, alpha=mu), alpha=-lr)
-        return loss.detach()
+        return loss.detach(), g.add_(self.theta, alpha=self.recipe.weight_decay)
 
     def points(self, curve: Curve) -> list[Theta]:
         """The control points as they stand; the fixed ones are the very values that came in."""

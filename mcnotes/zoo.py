@@ -4,20 +4,32 @@ The chapters and the full-scale runs get their numbers through `Experiment`, so 
 them need is computed once. `make zoo` fills data/zoo by running the chapters.
 """
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
-from mcnotes import align, curves, data, evaluate, models, store, symmetry, train
+from mcnotes import align, attacks, curves, data, evaluate, models, pam, store, symmetry, train
 from mcnotes.curves import Curve, Theta
+from mcnotes.symmetry import Perm
 
-METHODS = ("unaligned", "aligned")
+AnyAttack = attacks.PGD | attacks.Square | attacks.Ensemble
+METHODS = ("unaligned", "aligned", "pam-unaligned", "pam-aligned")
 SHAPES = ("line", "bezier", "chain")
+
+
+class Record(NamedTuple):
+    """What PAM did: its permutation, after that of the start, and its outer iterations."""
+
+    perm: Perm
+    history: list[pam.Iteration]
 
 
 @dataclass(frozen=True)
@@ -34,13 +46,18 @@ class Experiment:
     schedule: str = "linear"
     augment: bool = False
     precision: str = "float32"
+    validation: int | None = None  # training images held out; None: the data set's own number
     points: int = 25  # where a path is measured
     statistics: int = 2000  # training images on which BatchNorm is recomputed
     match_images: int = 2000  # training images on which activations are correlated
     device: str = "auto"  # or "cpu", "cuda"
+    epsilon: float = 0.0  # ℓ∞ radius of adversarial training (chapter 8); 0: standard training
+    attack_steps: int = 5  # of PGD, while training
+    attack_step: float = 0.0  # their size; 0: 2.5 · epsilon / attack_steps
+    between: tuple[Experiment, Experiment] | None = None  # where the ends of pairs come from
 
     @classmethod
-    def of(cls, names: Mapping[str, Any], *, also: Collection[str] = ()) -> "Experiment":
+    def of(cls, names: Mapping[str, Any], *, also: Collection[str] = ()) -> Experiment:
         """From a notebook's globals() after its parameters cell.
 
         also: the names of the chapter's further parameters. A plain value under any other name (a
@@ -61,7 +78,7 @@ class Experiment:
     @cached_property
     def task(self) -> data.Task:
         """The data, on the device."""
-        return data.load(self.dataset, device=self.device)
+        return data.load(self.dataset, device=self.device, validation=self.validation)
 
     @cached_property
     def net(self) -> nn.Module:
@@ -80,77 +97,164 @@ class Experiment:
         names = ("batch_size", "lr", "schedule", "augment", "precision")
         return train.Recipe(epochs, **{name: getattr(self, name) for name in names})
 
+    @property
+    def perturb(self) -> attacks.PGD | None:
+        """The attack on every training batch, if training is adversarial."""
+        step = self.attack_step or 2.5 * self.epsilon / self.attack_steps
+        attack = attacks.PGD(self.epsilon, self.attack_steps, step=step, best=False)
+        return attack if self.epsilon else None
+
+    def ends(self, a: int, b: int) -> tuple[Theta, Theta]:
+        """The networks of seeds a and b, as they were trained: by this experiment or `between`."""
+        one, two = self.between or (self, self)
+        return one.endpoint(a), two.endpoint(b)
+
     def endpoint(self, seed: int) -> Theta:
         """The network trained from `seed`."""
 
         def compute(checkpoint: store.Checkpoint) -> Theta:
             recipe = self.recipe(self.epochs)
-            return train.fit(self.net, self.task, recipe, seed=seed, checkpoint=checkpoint).theta
+            return train.fit(self.net, self.task, recipe, seed=seed, perturb=self.perturb,
+                             checkpoint=checkpoint).theta  # fmt: skip
 
         return self._tensors(self.endpoint_config(seed), compute)
 
     def matching(self, a: int, b: int) -> align.Matching:
         """Neuron alignment of network b to network a. Cheap: computed each time."""
         images = self.task.train.first(self.match_images)
-        return align.match(self.net, self.endpoint(a), self.endpoint(b), images, self.sym)
+        return align.match(self.net, *self.ends(a, b), images, self.sym)
 
     def pair(self, a: int, b: int, method: str) -> tuple[Theta, Theta]:
-        """Both ends: network a, and network b in the order of units that `method` gives."""
+        """Both ends: network a, and network b in the order of units that `method` gives.
+
+        "pam-…": the order to which PAM leads with a Bézier curve, from the order of "…".
+        """
         if method not in METHODS:
             raise ValueError(f"pair: got method {method!r}, expected one of {METHODS}")
-        theta_a, theta_b = self.endpoint(a), self.endpoint(b)
-        if method == "aligned":
+        start = method.removeprefix("pam-")
+        theta_a, theta_b = self.ends(a, b)
+        if start == "aligned":
             theta_b = self.sym.permute(theta_b, self.matching(a, b).perm)
+        if start != method:
+            theta_b = self.sym.permute(theta_b, self.proximal(a, b, method).perm)
         return theta_a, theta_b
 
     def curve(self, a: int, b: int, method: str, shape: str = "bezier") -> Curve:
         """The trained curve between two networks ("line": nothing to train)."""
         if shape not in SHAPES:
             raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
-        ends = self.pair(a, b, method)
-        fresh: Curve = getattr(curves, shape)(*ends)
+        if self.perturb and method.startswith("pam-"):
+            raise ValueError(f"curve: got {method!r} of a robust experiment; PAM trains standard "
+                             "curves only: epsilon=0, or another method")  # fmt: skip
+        start = method.removeprefix("pam-")
+        theta_a, theta_b = self.pair(a, b, method if shape == "line" else start)
+        fresh: Curve = getattr(curves, shape)(theta_a, theta_b)
         if shape == "line":
             return fresh
 
         def compute(checkpoint: store.Checkpoint) -> Theta:
-            recipe = self.recipe(self.curve_epochs)
-            fitted = train.fit_curve(self.net, fresh, self.task, recipe, seed=a * 1000 + b,
-                                     checkpoint=checkpoint)  # fmt: skip
-            return fitted.curve.points[1]
+            recipe, seed = self.recipe(self.curve_epochs), a * 1000 + b
+            if start == method:
+                fitted = train.fit_curve(self.net, fresh, self.task, recipe, seed=seed,
+                                         perturb=self.perturb, checkpoint=checkpoint)  # fmt: skip
+                return fitted.curve.points[1]
+            found = pam.fit(self.net, fresh, self.task, recipe, self.sym, self.pam_settings(),
+                            seed=seed, checkpoint=checkpoint)  # fmt: skip
+            perm = {f"perm {n}": p for n, p in found.perm.items()}
+            return found.curve.points[1] | perm | {"history": torch.tensor(found.history).double()}
 
-        middle = self._tensors(self.curve_config(a, b, method, shape), compute)
-        return fresh.with_points([ends[0], middle, ends[1]])
+        found = self._tensors(self.curve_config(a, b, method, shape), compute)
+        if start != method:
+            perm = {n: found.pop(f"perm {n}").cpu() for n in self.sym.groups}
+            theta_b = self.sym.permute(theta_b, perm)
+        found.pop("history", None)
+        return fresh.with_points([theta_a, found, theta_b])
 
-    def path(self, a: int, b: int, method: str, shape: str = "bezier") -> evaluate.Path:
-        """Test loss and accuracy along the curve."""
-        measured = {"what": "path", "points": self.points, "statistics": self.statistics}
+    def pam_settings(self) -> pam.Settings:
+        """How PAM runs: as in the paper where the schedule is the paper's, else shorter.
+
+        The curve steps take as many epochs in all as a plain curve does.
+        """
+        total = self.curve_epochs
+        if self.schedule == "paper":
+            return pam.Settings((total,), p_epochs=-(-total * 20 // 250))
+        epochs = (total // 6, total - total // 6) if total > 5 else (total,)
+        return pam.Settings(epochs, p_epochs=min(4, total), p_lr=1.0, samples=12, images=2_000,
+                            probe=500, follow=True)  # fmt: skip
+
+    def proximal(self, a: int, b: int, method: str, shape: str = "bezier") -> Record:
+        """What PAM did on its way to `curve(a, b, "pam-…", shape)`."""
+
+        def compute() -> dict[str, Any]:
+            self.curve(a, b, method, shape)
+            found = self._tensors(config, lambda _: {})
+            perm = {n: found[f"perm {n}"].tolist() for n in self.sym.groups}
+            return {"perm": perm, "history": found["history"].tolist()}
+
+        config = self.curve_config(a, b, method, shape)
+        found = store.values(config | {"what": "pam"}, compute)
+        perm = {n: torch.tensor(p) for n, p in found["perm"].items()}
+        return Record(perm, [pam.Iteration(*row) for row in found["history"]])
+
+    def path(
+        self, a: int, b: int, method: str, shape: str = "bezier", *, split: str = "test",
+        images: int | None = None, attack: AnyAttack | None = None,
+        statistics_attack: AnyAttack | None = None
+    ) -> evaluate.Path:  # fmt: skip
+        """Loss and accuracy along the curve, robust ones if there is an `attack`.
+
+        split: "train", "val" or "test", of which the first `images` (default all).
+        statistics_attack: that on the images for BatchNorm.
+        """
+        config = self.path_config(a, b, method, shape)
+        config |= {"split": split} if split != "test" else {}
+        config |= {"images": images} if images else {}
+        for name, one in (("attack", attack), ("statistics_attack", statistics_attack)):
+            config |= {name: one.config()} if one else {}
 
         def compute() -> dict[str, list[float]]:
-            images = self.task.train.first(self.statistics)
-            path = evaluate.along(self.net, self.curve(a, b, method, shape), self.task.test,
-                                  statistics=images, points=self.points)  # fmt: skip
+            whole: data.Split = getattr(self.task, split)
+            path = evaluate.along(
+                self.net, self.curve(a, b, method, shape), whole.first(images or len(whole)),
+                statistics=self.task.train.first(self.statistics), points=self.points,
+                perturb=attack, perturb_statistics=statistics_attack
+            )  # fmt: skip
             return {name: array.tolist() for name, array in path._asdict().items()}
 
-        found = store.values(self.curve_config(a, b, method, shape) | measured, compute)
+        found = store.values(config, compute)
         return evaluate.Path(**{name: np.array(found[name]) for name in evaluate.Path._fields})
 
     def endpoint_config(self, seed: int) -> dict[str, Any]:
         """What a network depends on: its entry's configuration in the store."""
+        held_out = {} if self.validation is None else {"validation": self.validation}
         return {"what": "endpoint", "dataset": self.dataset, "network": self.network,
                 "width": self.width, "recipe": self.recipe(self.epochs).config(),
-                "seed": seed}  # fmt: skip
+                "seed": seed} | held_out | self._adversary()  # fmt: skip
 
     def curve_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a curve depends on: its entry's configuration in the store."""
-        ends = [store.key(self.endpoint_config(seed)) for seed in (a, b)]
+        one, two = self.between or (self, self)
+        ends = [store.key(one.endpoint_config(a)), store.key(two.endpoint_config(b))]
         words = f"{self.network} {self.width:g}, {self.dataset}, seeds {a} and {b}"
         config: dict[str, Any] = {"what": "curve", "ends": ends, "network": words,
                                   "method": method, "shape": shape}  # fmt: skip
-        if method != "unaligned":
+        if not method.endswith("unaligned"):
             config["match_images"] = self.match_images
-        if shape != "line":
-            config["recipe"] = self.recipe(self.curve_epochs).config()
+        if shape != "line" or method.startswith("pam-"):
+            config |= {"recipe": self.recipe(self.curve_epochs).config()} | self._adversary()
+        if method.startswith("pam-"):
+            config["pam"] = asdict(self.pam_settings())
         return config
+
+    def path_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
+        """What a measured path depends on: its entry's configuration in the store."""
+        measured = {"what": "path", "points": self.points, "statistics": self.statistics}
+        return self.curve_config(a, b, method, shape) | measured
+
+    def _adversary(self) -> dict[str, Any]:
+        """What adversarial training adds to a configuration: nothing to that of the standard."""
+        used = self.perturb
+        return {"adversary": [used.eps, used.steps, used.step]} if used else {}
 
     def _tensors(self, config: store.Config, compute: Callable[[store.Checkpoint], Theta]) -> Theta:
         found = store.tensors(config, compute)

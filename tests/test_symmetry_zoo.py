@@ -71,7 +71,7 @@ def uncovered(net: nn.Module, sym: symmetry.Symmetry) -> dict[str, int]:
     moved: dict[str, set[int]] = {}
     for group in sym.groups.values():
         for at in group.places:
-            if (at.axis, at.span) == (0, 1):
+            if at.axes == (0,):
                 moved.setdefault(at.name, set()).update(at.index.ravel().tolist())
     layers = {n: m for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     still = {n: len(m.weight) - len(moved.get(f"{n}.weight", ())) for n, m in layers.items()}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcnotes import evaluate, store, train
+from mcnotes import attacks, evaluate, pam, store, train
 from mcnotes.zoo import Experiment
 
 TINY = Experiment(width=2, epochs=1, curve_epochs=1, points=3, statistics=100, match_images=100)
@@ -72,6 +72,31 @@ def test_stored_path_is_what_evaluation_gives() -> None:
     assert score.accuracy == pytest.approx(path.accuracy[middle], abs=2e-3)
 
 
+def test_pam_is_kept_with_its_permutation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curve, record and path; the curve ends in network b, permuted by alignment and then PAM."""
+    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
+    monkeypatch.setenv("MCNOTES_ZOO", str(tmp_path / "none"))
+    path = TINY.path(1, 2, "pam-aligned")
+    monkeypatch.setattr(pam, "fit", None)
+    curve, record = TINY.curve(1, 2, "pam-aligned"), TINY.proximal(1, 2, "pam-aligned")
+    aligned = TINY.pair(1, 2, "aligned")[1]
+    end = TINY.sym.permute(aligned, record.perm)
+    for theta in (curve.points[-1], TINY.pair(1, 2, "pam-aligned")[1]):
+        assert all(torch.equal(theta[n], end[n]) for n in end)
+    assert len(record.history) == 1
+    assert curve.points[1].keys() == end.keys()
+    np.testing.assert_array_equal(TINY.path(1, 2, "pam-aligned").loss, path.loss)
+    assert TINY.curve(1, 2, "pam-aligned", "line").degree == 1
+
+
+def test_pam_spends_as_many_epochs_on_the_curve_as_plain_training() -> None:
+    for epochs in (1, 3, 12, 250):
+        for schedule in ("linear", "paper"):
+            lab = replace(TINY, curve_epochs=epochs, schedule=schedule)
+            assert sum(lab.pam_settings().epochs) == epochs
+    assert lab.pam_settings() == pam.Settings()
+
+
 def test_everything_is_kept_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
     monkeypatch.setenv("MCNOTES_ZOO", str(tmp_path / "none"))
@@ -84,3 +109,38 @@ def test_everything_is_kept_and_reused(tmp_path: Path, monkeypatch: pytest.Monke
         np.testing.assert_array_equal(again.loss, path.loss)
     curve = TINY.curve(1, 2, "aligned")
     assert torch.equal(curve(0.0)["head.weight"], TINY.endpoint(1)["head.weight"])
+
+
+def test_robust_experiments_have_names_of_their_own() -> None:
+    """Standard ones keep theirs, whatever attack they would use."""
+    standard, robust = TINY, replace(TINY, epsilon=0.1)
+    assert replace(TINY, attack_steps=9).endpoint_config(1) == standard.endpoint_config(1)
+    assert robust.endpoint_config(1) != standard.endpoint_config(1)
+    assert robust.perturb
+    assert robust.perturb.step == pytest.approx(0.05)
+    assert replace(robust, attack_step=0.05) != robust
+    assert standard.perturb is None
+    mixed = replace(standard, between=(standard, robust))
+    names = {
+        store.key(lab.curve_config(1, 2, "unaligned", shape))
+        for lab in (standard, robust, mixed, replace(robust, between=(standard, robust)))
+        for shape in ("line", "bezier")
+    }
+    assert len(names) == 7, "the two mixed lines are one and the same"
+
+
+def test_a_robust_mixed_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
+    robust = replace(TINY, epsilon=0.1, attack_steps=1)
+    mixed = replace(robust, between=(TINY, robust))
+    curve = mixed.curve(1, 2, "aligned")
+    assert torch.equal(curve(0.0)["head.bias"], TINY.endpoint(1)["head.bias"])
+    assert torch.equal(curve(1.0)["head.bias"], robust.endpoint(2)["head.bias"])
+    attack = attacks.PGD(0.1, 2)
+    clean, hard, other = (
+        mixed.path(1, 2, "aligned", split="val", images=60, attack=p, statistics_attack=q)
+        for p, q in ((None, None), (attack, None), (attack, attack))
+    )
+    assert (hard.accuracy <= clean.accuracy).all()
+    assert (hard.loss > clean.loss).all()
+    assert not np.array_equal(hard.loss, other.loss)

@@ -1,0 +1,300 @@
+"""Proximal alternating minimisation over a permutation and a curve (chapter 7).
+
+Two blocks, in turn: the matrices P that act on the curve's last end point, relaxed from
+permutations to doubly stochastic matrices and rounded again, and the inner control points φ.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mcnotes import birkhoff, evaluate, perms, train
+from mcnotes.curves import Curve, Theta, combine
+from mcnotes.data import Split, Task
+from mcnotes.store import Checkpoint
+from mcnotes.symmetry import Perm, Symmetry
+
+Matrices = dict[str, Tensor]  # group → [units, units], float64 on the CPU
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How PAM runs (defaults: the paper); the recipe gives batch size, schedule, precision …"""
+
+    epochs: tuple[int, ...] = (250,)  # of the curve step, for each outer iteration
+    p_epochs: int = 20  # of the permutation step
+    p_lr: float = 0.05
+    nu: float = 1e3  # ν of ‖P − P_old‖²/2ν and of ‖φ − φ_old‖²/2ν
+    relaxation: str = "exact"  # a name in `birkhoff.PROJECTIONS`, or "straight-through"
+    samples: int = 32  # candidates drawn from the Birkhoff–von Neumann terms
+    images: int = 50_000  # training images of the permutation step
+    probe: int = 1_000  # training images on which the objective is measured
+    nodes: int = 5  # values of t at which it is measured
+    follow: bool = False  # do the inner control points move along with the end point?
+
+    def __post_init__(self) -> None:
+        known = [*birkhoff.PROJECTIONS, "straight-through"]
+        if self.relaxation not in known:
+            raise ValueError(f"pam: relaxation {self.relaxation!r}, expected one of {known}")
+        for name in ("p_epochs", "p_lr", "nu", "images", "probe", "nodes"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"pam: {name}={getattr(self, name)}, expected more than 0")
+        if not self.epochs or min(self.epochs) < 1:
+            raise ValueError(f"pam: epochs={self.epochs}, expected a number ≥ 1 per iteration")
+
+
+class Iteration(NamedTuple):
+    """One outer iteration. Q: the mean training loss along the curve (`objective`), in nats."""
+
+    before: float  # Q(φ, P)
+    relaxed: float  # Q at the doubly stochastic matrices, before rounding
+    rounded: float  # Q after the permutation step
+    chosen: float  # the candidate that won: 0 the old permutation, 1 the assignment, 2 … samples
+    changed: float  # share of units whose place changed
+    p_moved: float  # ‖P − P_old‖, Frobenius, over all groups
+    after: float = math.nan  # Q after the curve step
+    phi_moved: float = math.nan  # ‖φ − φ_old‖
+    kept: float = math.nan  # 1; 0 if the curve step did not lower its objective: it was taken back
+
+
+class Result(NamedTuple):
+    """The curve; the permutation of its last point, from that which came in; what happened."""
+
+    curve: Curve
+    perm: Perm
+    history: list[Iteration]
+
+
+def fit(
+    net: nn.Module, curve: Curve, task: Task, recipe: train.Recipe, sym: Symmetry,
+    settings: Settings, *, seed: int, checkpoint: Checkpoint | None = None
+) -> Result:  # fmt: skip
+    """Minimise Q(φ, P) = E_t L(r(t)) over the inner points φ and the permutation P of the last one.
+
+    Begins with `curve` and P the identity: to begin elsewhere, permute its last point first. Each
+    outer iteration is a permutation step (`relax`, `candidates`, `choose`) and a curve step
+    (`train.fit_curve`). A step is kept only if it lowers Q plus its proximal term on the first
+    `settings.probe` training images: there Q cannot increase. With a `checkpoint` a stopped run
+    goes on from its last epoch and ends with the same numbers. Raises TrainingError as `train`.
+    """
+    run = _Run(net, curve, task, recipe, sym, settings, seed, checkpoint)
+    while len(run.history) < len(settings.epochs) or run.halfway:
+        run.curve_step() if run.halfway else run.permutation_step()
+    return Result(run.curve, run.perm, run.history)
+
+
+class _Run:
+    """The state of `fit` between its steps."""
+
+    def __init__(
+        self, net: nn.Module, curve: Curve, task: Task, recipe: train.Recipe, sym: Symmetry,
+        settings: Settings, seed: int, checkpoint: Checkpoint | None
+    ) -> None:  # fmt: skip
+        self.net, self.task, self.recipe, self.sym = net, task, recipe, sym
+        self.settings, self.seed, self.checkpoint = settings, seed, checkpoint
+        self.curve, self.end = curve, curve.points[-1]
+        self.perm, self.history = sym.identity(), list[Iteration]()
+        probe = task.train.first(settings.probe)
+        self.value: Callable[[Curve], float] = lambda c: objective(net, c, probe, settings.nodes)
+        if checkpoint and (state := checkpoint.load()):
+            self.history = [Iteration(*row) for row in state["history"].tolist()]
+            self.perm = {n: state[f"perm.{n}"] for n in self.perm}
+            inner = [{n: state[f"inner.{i}.{n}"].to(task.device) for n in self.end}
+                     for i in range(1, curve.degree)]  # fmt: skip
+            end = sym.permute(self.end, self.perm)
+            self.curve = curve.with_points([curve.points[0], *inner, end])
+
+    @property
+    def halfway(self) -> bool:
+        """Is the permutation step done, and the curve step not?"""
+        return bool(self.history) and math.isnan(self.history[-1].after)
+
+    def part(self) -> Checkpoint | None:
+        """Where the step that comes next keeps its state, beside what the steps so far gave."""
+        done = {f"perm.{n}": p for n, p in self.perm.items()}
+        for i, point in enumerate(self.curve.points[1:-1], 1):
+            done |= {f"inner.{i}.{n}": x for n, x in point.items()}
+        rows = torch.tensor(self.history, dtype=torch.float64)
+        done["history"] = rows.view(-1, len(Iteration._fields))
+        return self.checkpoint and _Part(self.checkpoint, done)
+
+    def step_seed(self) -> int:
+        return self.seed * 1009 + 2 * len(self.history) + self.halfway
+
+    def permutation_step(self) -> None:
+        settings, old, seed = self.settings, self.perm, self.step_seed()
+        before = self.history[-1].after if self.history else self.value(self.curve)
+        matrices = relax(self.net, self.curve, self.end, self.task, self.recipe, self.sym, old,
+                         settings, seed=seed, checkpoint=self.part())  # fmt: skip
+
+        def moved(end: Theta) -> Curve:
+            return move_end(self.curve, end, settings.follow)
+
+        def score(perm: Perm) -> float:
+            prox = distance(perm, old) ** 2 / (2 * settings.nu)
+            return prox + self.value(moved(self.sym.permute(self.end, perm))) if prox else before
+
+        generator = torch.Generator().manual_seed(seed)
+        offers = candidates(matrices, old, settings.samples, generator)
+        chosen, self.perm, lowest = choose(offers, score)
+        relaxed = self.value(moved(self.sym.apply_matrices(self.end, matrices)))
+        far, units = distance(self.perm, old), sum(len(p) for p in old.values())
+        self.curve = moved(self.sym.permute(self.end, self.perm))
+        self.history.append(Iteration(before, relaxed, lowest - far**2 / (2 * settings.nu), chosen,
+                                      far**2 / 2 / max(units, 1), far))  # fmt: skip
+
+    def curve_step(self) -> None:
+        settings, last = self.settings, self.history[-1]
+        recipe = replace(self.recipe, epochs=settings.epochs[len(self.history) - 1])
+        fitted = train.fit_curve(self.net, self.curve, self.task, recipe, seed=self.step_seed(),
+                                 pull=1 / settings.nu, checkpoint=self.part()).curve  # fmt: skip
+        after, moved = self.value(fitted), shift(self.net, self.curve, fitted)
+        kept = after + moved**2 / (2 * settings.nu) <= last.rounded
+        if not kept:
+            fitted, after, moved = self.curve, last.rounded, 0.0
+        self.curve = fitted
+        self.history[-1] = last._replace(after=after, phi_moved=moved, kept=float(kept))
+
+
+class _Part(Checkpoint):
+    """One step's state within the checkpoint of the whole run."""
+
+    def __init__(self, whole: Checkpoint, done: Mapping[str, Tensor]) -> None:
+        self.whole, self.done = whole, done
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        self.whole.save({**self.done, **{f"step.{n}": x for n, x in state.items()}})
+
+    def load(self) -> dict[str, Tensor] | None:
+        state, key = self.whole.load(), "history"
+        if not state or not torch.equal(state[key].nan_to_num(-1), self.done[key].nan_to_num(-1)):
+            return None  # nothing, or the state of another step
+        return {n[5:]: x for n, x in state.items() if n.startswith("step.")}
+
+
+def objective(net: nn.Module, curve: Curve, images: Split, nodes: int = 5) -> float:
+    """Q: the loss on `images`, BatchNorm recomputed, averaged over `nodes` midpoints in [0, 1]."""
+    points = (curve((i + 0.5) / nodes) for i in range(nodes))
+    fresh = (evaluate.batchnorm(net, theta, images, batch_size=100) for theta in points)
+    return sum(evaluate.score(net, theta, images, batch_size=100).loss for theta in fresh) / nodes
+
+
+def move_end(curve: Curve, end: Theta, follow: bool) -> Curve:
+    """The curve with another last point; `follow`: inner ones move by i/n of its displacement."""
+    *others, old = curve.points
+    if follow:
+        n = curve.degree
+        others[1:] = [combine([p, end, old], [1.0, i / n, -i / n])
+                      for i, p in enumerate(others[1:], 1)]  # fmt: skip
+    return curve.with_points([*others, end])
+
+
+def distance(p: Perm, q: Perm) -> float:
+    """‖P − Q‖, Frobenius, of permutations as matrices: a unit placed differently counts 2."""
+    return math.sqrt(2 * sum(int((p[n] != q[n]).sum()) for n in p))
+
+
+def shift(net: nn.Module, old: Curve, new: Curve) -> float:
+    """‖φ − φ_old‖ over the parameters of all inner points."""
+    inner = zip(old.points[1:-1], new.points[1:-1], strict=True)
+    pairs = ((p[n], q[n]) for p, q in inner for n, _ in net.named_parameters())
+    return math.sqrt(sum(float((x - y).double().square().sum()) for x, y in pairs))
+
+
+class PermutationStep(train.Step):
+    """Projected SGD on the matrices; `train.run` drives it as it drives any step."""
+
+    def __init__(
+        self, net: nn.Module, curve: Curve, end: Theta, recipe: train.Recipe,
+        device: torch.device, sym: Symmetry, old: Perm, settings: Settings
+    ) -> None:  # fmt: skip
+        super().__init__(net, curve, slice(0, 0), recipe, device)
+        self.end, self.sym, self.settings = end, sym, settings
+        self.old = {n: birkhoff.matrix(p) for n, p in old.items()}
+        self.matrices = {n: m.clone() for n, m in self.old.items()}
+        n = curve.degree
+        share = [0.0, *((i / n if settings.follow else 0.0) for i in range(1, n)), 1.0]
+        self.share = torch.tensor(share).to(self.rows)  # of the end's move, by control point
+        self.base = self.rows - torch.outer(self.share, self.rows[-1])
+        self.names = [name for name, _ in net.named_parameters()]
+
+    def __call__(self, x: Tensor, y: Tensor, weights: Tensor, lr: float) -> Tensor:
+        """As `train.Step`; one step on the matrices, the control points stay."""
+        through = self.settings.relaxation == "straight-through"
+        at = {n: birkhoff.nearest(m) if through else m for n, m in self.matrices.items()}
+        leaves = {n: m.clone().requires_grad_() for n, m in at.items()}
+        moved = self.sym.apply_matrices(self.end, leaves)
+        flat = torch.cat([moved[n].to(self.rows).flatten() for n in self.names])
+        torch.add(self.base, torch.outer(self.share, flat.detach()), out=self.rows)
+        loss, g = self.gradient(x, y, weights)
+        slopes = torch.autograd.grad(flat, list(leaves.values()), (weights @ self.share) * g)
+        for (n, m), slope in zip(self.matrices.items(), slopes, strict=True):
+            m = m - lr * (slope + (at[n] - self.old[n]) / self.settings.nu)
+            self.matrices[n] = m if through else birkhoff.PROJECTIONS[self.settings.relaxation](m)
+        return loss
+
+    def state(self) -> dict[str, Tensor]:
+        """The matrices; not copied."""
+        return self.matrices
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state()` gave."""
+        self.matrices = {n: state[n] for n in self.matrices}
+
+
+def relax(
+    net: nn.Module, curve: Curve, end: Theta, task: Task, recipe: train.Recipe, sym: Symmetry,
+    old: Perm, settings: Settings, *, seed: int, checkpoint: Checkpoint | None = None
+) -> Matrices:  # fmt: skip
+    """min over doubly stochastic P of E_t L(r(t; φ, P)) + ‖P − P_old‖²/2ν by projected SGD.
+
+    curve: its last point is `end` in the order `old`. The matrices act on `end`, begin at `old`
+    and are doubly stochastic (those of "straight-through": free; their assignment acts).
+    """
+    recipe = replace(recipe, epochs=settings.p_epochs, lr=settings.p_lr, momentum=0.0,
+                     weight_decay=0.0)  # fmt: skip
+    few = replace(task, train=task.train.first(settings.images))
+    step = PermutationStep(net, curve, end, recipe, task.device, sym, old, settings)
+    train.run(step, curve, few, seed, checkpoint)
+    through = settings.relaxation == "straight-through"
+    return {n: birkhoff.project(m) if through else m for n, m in step.matrices.items()}
+
+
+def candidates(
+    matrices: Matrices, old: Perm, samples: int, generator: torch.Generator
+) -> Iterator[Perm]:
+    """Permutations near doubly stochastic matrices: the old one, the nearest, then samples.
+
+    The nearest is an assignment. A sample draws a Birkhoff–von Neumann term for each group, with
+    the term's weight as its probability.
+    """
+    yield old
+    yield {n: perms.assign(m) for n, m in matrices.items()}
+    terms = {n: birkhoff.decompose(m) for n, m in matrices.items()} if samples else {}
+    for _ in range(samples):
+        draws = {n: torch.multinomial(w, 1, generator=generator) for n, (w, _) in terms.items()}
+        yield {n: terms[n][1][int(k)] for n, k in draws.items()}
+
+
+def choose(offers: Iterable[Perm], score: Callable[[Perm], float]) -> tuple[int, Perm, float]:
+    """The offer of the lowest score, the first of equals: its number, itself, its score.
+
+    Each is compared with the best so far, whichever that was (the authors' code compares samples
+    with the assignment even where the old permutation was better). An offer is scored once.
+    """
+    best: tuple[int, Perm, float] | None = None
+    seen: set[tuple[tuple[int, ...], ...]] = set()
+    for i, offer in enumerate(offers):
+        name = tuple(tuple(p.tolist()) for p in offer.values())
+        if name not in seen:
+            seen.add(name)
+            value = score(offer)
+            if best is None or value < best[2]:
+                best = (i, offer, value)
+    if best is None:
+        raise ValueError("choose: got no permutation, expected at least one")
+    return best

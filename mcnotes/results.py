@@ -1,0 +1,108 @@
+"""Full-scale results: the numbers of a run with their provenance, in one JSON file (chapter 11)."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from mcnotes import evaluate, store
+from mcnotes.zoo import METHODS, SHAPES, Experiment
+
+FORMAT = 1
+Record = dict[str, Any]
+
+
+class ResultsError(ValueError):
+    """A results file does not say what such a file must say; the text names file and place."""
+
+
+def collect(
+    lab: Experiment, preset: str, pairs: Sequence[Sequence[int]], methods: Collection[str],
+    shapes: Collection[str]
+) -> Record:  # fmt: skip
+    """All paths of an experiment, loaded or computed, each with where its parts were computed.
+
+    The record has JSON values only; `check` describes its form.
+    """
+    chosen = [(pair, m, s) for pair in pairs for m in methods for s in shapes]
+    curves = []
+    for (a, b), method, shape in tqdm(chosen, desc="paths", leave=False):
+        path = lab.path(a, b, method, shape)
+        parts = {"path": lab.path_config(a, b, method, shape)}
+        if shape != "line":
+            parts["curve"] = lab.curve_config(a, b, method, shape)
+        origins = {what: store.origin(config) for what, config in parts.items()}
+        values = {name: array.tolist() for name, array in path._asdict().items()}
+        curves.append({"pair": [a, b], "method": method, "shape": shape} | values
+                      | {"provenance": origins})  # fmt: skip
+    seeds = sorted({seed for pair in pairs for seed in pair})
+    nets = [{"seed": s, "provenance": store.origin(lab.endpoint_config(s))} for s in seeds]
+    return {"format": FORMAT, "preset": preset, "experiment": asdict(lab), "endpoints": nets,
+            "curves": curves, "collected": datetime.now(timezone.utc).date().isoformat(),
+            "provenance": store.provenance(0.0)}  # fmt: skip
+
+
+def save(record: Record, path: Path) -> None:
+    """Check the record and write it, whole or not at all."""
+    check(record, str(path))
+    store.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def load(folder: Path) -> list[Record]:
+    """All records of a folder, by preset. Raises ResultsError for a file of another form."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text("utf8"))
+        except ValueError as error:
+            raise ResultsError(f"{path}: {error}; collect it again or remove it") from error
+        if "preset" in record:  # other measurements lie there, too
+            check(record, str(path))
+            found.append(record)
+    return found
+
+
+def check(record: Mapping[str, Any], where: str) -> None:
+    """Raise ResultsError unless the record is complete and its paths are possible."""
+
+    def must(true: bool, what: str) -> None:
+        if not true:
+            raise ResultsError(f"{where}: {what}; collect it again with results.collect")
+
+    must(record.get("format") == FORMAT, f"format {record.get('format')!r}, expected {FORMAT}")
+    for name in ("preset", "experiment", "endpoints", "curves", "collected", "provenance"):
+        must(name in record, f"no {name!r}")
+    names = {f.name for f in fields(Experiment)}
+    must(names >= record["experiment"].keys(), "unknown parameters of the experiment")
+    for net in record["endpoints"]:
+        must("seed" in net and "provenance" in net, "a network without seed or provenance")
+    for curve in record["curves"]:
+        label = f"curve {curve.get('pair')} {curve.get('method')} {curve.get('shape')}"
+        must(curve.get("method") in METHODS and curve.get("shape") in SHAPES, f"unknown: {label}")
+        must("provenance" in curve, f"{label} has no provenance")
+        t, arc, loss, accuracy = (np.array(curve.get(n, [])) for n in evaluate.Path._fields)
+        must(len({len(v) for v in (t, arc, loss, accuracy)}) == 1 and len(t) > 1, f"{label}: sizes")
+        must(bool(t[0] == 0 and t[-1] == 1 and (np.diff(t) > 0).all()), f"{label}: t")
+        must(bool((np.diff(arc) >= 0).all() and np.isfinite(loss).all()), f"{label}: arc or loss")
+        must(bool((accuracy >= 0).all() and (accuracy <= 1).all()), f"{label}: accuracy")
+
+
+def paths(record: Record, method: str, shape: str) -> list[evaluate.Path]:
+    """The measured paths of one method and shape, one for each pair."""
+    return [
+        evaluate.Path(*(np.array(curve[name]) for name in evaluate.Path._fields))
+        for curve in record["curves"]
+        if (curve["method"], curve["shape"]) == (method, shape)
+    ]
+
+
+def seconds(record: Record) -> float:
+    """Computing time of all that the record rests on; entries that were shared count once."""
+    parts = [net["provenance"] for net in record["endpoints"]]
+    parts += [p for curve in record["curves"] for p in curve["provenance"].values()]
+    return float(sum(p.get("seconds", 0.0) for p in parts))

@@ -1,0 +1,208 @@
+"""Full-scale runs: what `experiments/Snakefile` is made of, and one step of it.
+
+python -m tools.batch run [--config FILE] [--set NAME=VALUE ...] [-- SNAKEMAKE OPTIONS]
+    check everything, then let Snakemake run what is missing (`make figures` calls it)
+python -m tools.batch step NOTEBOOK OUT NAME=VALUE ...
+    run one notebook through papermill; its executed copy appears at OUT when it is done
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from tools import chapters, notebooks, presets
+
+ROOT = presets.ROOT
+STEPS = ROOT / "experiments"
+DEFAULTS: dict[str, Any] = {
+    "presets": ["smoke"],  # files of experiments/presets
+    "parameters": {},  # what differs from the presets
+    "methods": ["unaligned", "aligned"],
+    "shapes": ["bezier"],
+    "runs_per_gpu": 4,  # small networks leave most of a GPU idle
+    "out": "_build/runs",  # executed notebooks
+    "results": "data/results",  # numbers for chapter 11
+}
+
+
+OWN = {  # the parameters of each step besides those of the experiment
+    "endpoint": ["seed"],
+    "alignment": ["a", "b"],
+    "curve": ["a", "b", "method", "shape"],
+    "results": ["preset", "methods", "shapes", "out"],
+}
+_LATER = {"pairs", "points", "statistics"}  # no network depends on these
+UNUSED = {  # parameters that a step does not depend on: it need not run again when they change
+    "endpoint": _LATER | {"curve_epochs", "match_images"},
+    "alignment": _LATER | {"curve_epochs"},
+    "curve": {"pairs"},
+    "results": set(),
+}
+
+
+class PlanError(ValueError):
+    """The configuration of a run is wrong; the text says what, and what it could be."""
+
+
+def plan(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parameters of each preset that `config` names; raises PlanError before anything runs."""
+    from mcnotes import zoo  # brings PyTorch, which a single step leaves to its notebook
+
+    for name in config:
+        _one_of("the configuration", name, list(DEFAULTS))
+    chosen = DEFAULTS | config
+    for name in ("presets", "methods", "shapes"):
+        if not isinstance(chosen[name], list) or not chosen[name]:
+            raise PlanError(f"{name}: got {chosen[name]!r}, expected a list such as [a, b]")
+    for method in chosen["methods"]:
+        _one_of("methods", method, list(zoo.METHODS))
+    for shape in chosen["shapes"]:
+        _one_of("shapes", shape, list(zoo.SHAPES))
+    found = {}
+    for preset in chosen["presets"]:
+        values = presets.load(preset) | chosen["parameters"]
+        for step in OWN:
+            parameters = notebooks.parameters(notebooks.read(STEPS / f"{step}.ipynb"))
+            if faults := presets.check(values, parameters):
+                raise PlanError(f"preset {preset!r} for {step}.ipynb: {'; '.join(faults)}")
+        found[preset] = parameters | values
+    return found
+
+
+def words(step: str, values: dict[str, Any]) -> str:
+    """The parameters that `step` depends on, out of `values`, as words for a shell."""
+    used = {name: value for name, value in values.items() if name not in UNUSED[step]}
+    return shlex.join(f"{name}={_dump(value)}" for name, value in used.items())
+
+
+def _dump(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    return text.splitlines()[0]
+
+
+def check_machine(runs: dict[str, dict[str, Any]], *, gpu_here: bool = True) -> None:
+    """Raise PlanError unless the data is there, and a GPU for runs on this machine."""
+    import torch
+
+    from mcnotes import sources
+    from mcnotes.data import SOURCES, default_folder
+
+    for preset, values in runs.items():
+        if gpu_here and values["device"] == "cuda" and not torch.cuda.is_available():
+            raise PlanError(f"preset {preset!r} needs a GPU and this machine has none that PyTorch "
+                            "sees; run it elsewhere, or set device=cpu (slow)")  # fmt: skip
+        name = values["dataset"]
+        _one_of(f"preset {preset!r}, dataset", name, list(SOURCES))
+        try:
+            sources.read(name, default_folder(), SOURCES[name].torchvision, download=False)
+        except sources.DataError as error:
+            raise PlanError(f"preset {preset!r}: {error}") from error
+
+
+def step(notebook: Path, out: Path, values: dict[str, Any]) -> None:
+    """Run `notebook` to `out`, which appears when all of it has run. RuntimeError as `execute`."""
+    faults = presets.check(values, notebooks.parameters(notebooks.read(notebook)))
+    if faults:
+        raise PlanError(f"{notebook.name}: {'; '.join(faults)}")
+    running = out.with_suffix(".running.ipynb")
+    with gpu(values.get("device", "auto")):
+        chapters.execute(notebook, running, values)
+    os.replace(running, out)
+
+
+@contextlib.contextmanager
+def gpu(device: str) -> Iterator[None]:
+    """Of several GPUs, make the one with a free slot the only one that this process sees.
+
+    `$MCNOTES_RUNS_PER_GPU` says how many runs share one. A cluster has chosen already.
+    """
+    if device == "cpu" or "SLURM_JOB_ID" in os.environ:
+        yield
+        return
+    import torch
+
+    if (count := torch.cuda.device_count()) < 2:
+        yield
+        return
+    slots = int(os.environ.get("MCNOTES_RUNS_PER_GPU", "1"))
+    locks = ROOT / "_build" / "gpus"
+    locks.mkdir(parents=True, exist_ok=True)
+    for slot in range(slots):
+        for number in range(count):
+            lock = FileLock(locks / f"{number}-{slot}.lock", timeout=0)
+            with contextlib.suppress(Timeout), lock:
+                os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+                yield
+                return
+    yield  # more runs than slots: PyTorch's first
+
+
+def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
+    """Check, then call Snakemake; the exit status."""
+    import torch
+
+    config = (yaml.safe_load(config_file.read_text("utf8")) or {}) | changes
+    check_machine(plan(config), gpu_here=not {"--executor", "--profile"} & {*options})
+    slots = max(1, torch.cuda.device_count()) * (DEFAULTS | config)["runs_per_gpu"]
+    command = [str(Path(sys.executable).with_name("snakemake")), "-s", str(STEPS / "Snakefile")]
+    command += ["--rerun-incomplete", "--nolock", "--resources", f"gpu={slots}"]
+    if not any(option.startswith(("-c", "--cores", "-j", "--jobs")) for option in options):
+        command += ["--cores", str(os.cpu_count() or 1)]
+    command += [*options, "--configfile", str(config_file)]
+    if changes:
+        command += ["--config", *(f"{name}={value}" for name, value in changes.items())]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def assignments(words: list[str]) -> dict[str, Any]:
+    """`name=value` words as a dict; values are read as YAML."""
+    for word in words:
+        if "=" not in word:
+            raise PlanError(f"got {word!r}, expected NAME=VALUE")
+    parts = (word.partition("=") for word in words)
+    return {name: yaml.safe_load(value) for name, _, value in parts}
+
+
+def _one_of(what: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+        raise PlanError(f"{what}: got {name!r}; {hint}")
+
+
+def main(arguments: list[str]) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run", help="check, then run what is missing")
+    runs.add_argument("--config", type=Path, default=STEPS / "full-scale.yaml")
+    runs.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="changes")
+    one = commands.add_parser("step", help="run one notebook")
+    one.add_argument("notebook", type=Path)
+    one.add_argument("out", type=Path)
+    one.add_argument("values", nargs="*", metavar="NAME=VALUE")
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    args, options = parser.parse_args(arguments[:at]), arguments[at + 1 :]
+    if args.command == "run":
+        return run(args.config, assignments(args.changes), options)
+    step(args.notebook, args.out, assignments(args.values))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
