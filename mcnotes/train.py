@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from mcnotes import evaluate
@@ -218,15 +219,27 @@ class Step:
         if not self.single:
             torch.mv(self.rows.T, weights, out=self.theta)
         if self.perturb:
-            frozen = {n: v.detach() for n, v in self.state_dict.items()}
-            with evaluate.mode(self.net, training=False):
-                x = self.perturb(lambda u: self.forward(frozen, (u,)), x, y)
+            x = self.attacked(x, y, self.perturb)
         low = self.recipe.precision == "bfloat16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
             loss = cost(self.forward(self.state_dict, (x,)), y)
         slopes = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
         g = torch.cat([s.flatten() for s in slopes])
         return loss.detach(), g.add_(self.theta, alpha=self.recipe.weight_decay)
+
+    def attacked(self, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
+        """What `perturb` makes of a batch, in evaluation mode; no buffer changes.
+
+        But on a curve BatchNorm takes the batch's own statistics: the running ones mix all t, and
+        what misleads a network with wrong statistics misleads no other (chapter 8).
+        """
+        frozen = {n: v.detach() for n, v in self.state_dict.items()}
+        with evaluate.mode(self.net, training=False):
+            if not self.single:
+                frozen |= {n: x.clone() for n, x in self.buffers.items()}
+                for module in self.net.modules():
+                    module.training = isinstance(module, _BatchNorm)
+            return perturb(lambda u: self.forward(frozen, (u,)), x, y)
 
     def points(self, curve: Curve) -> list[Theta]:
         """The control points as they stand; the fixed ones are the very values that came in."""

@@ -173,13 +173,12 @@ class Experiment:
     def pam_settings(self) -> pam.Settings:
         """How PAM runs: as in the paper where the schedule is the paper's, else shorter.
 
-        The curve steps take as many epochs in all as a plain curve does.
+        One outer iteration, like the paper's; its curve step is as long as a plain curve's.
         """
         total = self.curve_epochs
         if self.schedule == "paper":
             return pam.Settings((total,), p_epochs=-(-total * 20 // 250))
-        epochs = (total // 6, total - total // 6) if total > 5 else (total,)
-        return pam.Settings(epochs, p_epochs=min(4, total), p_lr=1.0, samples=12, images=2_000,
+        return pam.Settings((total,), p_epochs=min(4, total), p_lr=1.0, samples=12, images=2_000,
                             probe=500, follow=True)  # fmt: skip
 
     def proximal(self, a: int, b: int, method: str, shape: str = "bezier") -> Record:
@@ -242,6 +241,7 @@ class Experiment:
             config["match_images"] = self.match_images
         if shape != "line" or method.startswith("pam-"):
             config |= {"recipe": self.recipe(self.curve_epochs).config()} | self._adversary()
+            config |= {"attack_statistics": "batch"} if self.perturb else {}
         if method.startswith("pam-"):
             config["pam"] = asdict(self.pam_settings())
         return config

@@ -12,9 +12,9 @@ from small import normed, task
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mcnotes import attacks, data, evaluate, train
+from mcnotes import attacks, curves, data, evaluate, train
 from mcnotes.attacks import PGD, Attack, Ensemble, Square, fgsm, margin, strong
-from mcnotes.curves import Theta
+from mcnotes.curves import Curve, Theta
 
 ATTACKS = {
     "fgsm": fgsm(0.2),
@@ -355,3 +355,49 @@ def test_refuses_what_no_attack_can_be() -> None:
 def test_says_what_it_is() -> None:
     assert PGD(0.1, 3).config()["attack"] == "PGD"
     assert [one["loss"] for one in strong(0.1).config()["of"]] == ["ce", "dlr", "margin"]
+
+
+@pytest.mark.parametrize("degree", [0, 2])
+def test_training_attacks_the_network_that_stands_there(degree: int, trained: Trained) -> None:
+    """One network: its running statistics. On a curve those mix all t: the batch's own."""
+    net, seen = normed(dropout=0.5), []
+
+    def spy(model: Any, x: Tensor, y: Tensor) -> Tensor:
+        seen.append((model(x), model(x)))
+        return x
+
+    curve = Curve((trained.theta,)) if degree == 0 else curves.bezier(trained.theta, trained.theta)
+    wrong = {n: v + 1 if "running_mean" in n else v for n, v in trained.theta.items()}
+    free = slice(0, 1)
+    if degree:
+        curve, free = curve.with_points([trained.theta, wrong, trained.theta]), slice(1, -1)
+    step = train.Step(net, curve, free, train.Recipe(epochs=1), trained.x.device, spy)
+    before = {n: v.clone() for n, v in step.buffers.items()}
+    with evaluate.mode(net, training=True):
+        weights = curve.weights(torch.tensor(0.5))
+        x = step.attacked(trained.x, trained.y, spy)
+        assert all(m.training for m in net.modules()), "every module's mode comes back"
+        step(trained.x, trained.y, weights, 0.1)
+    assert torch.equal(x, trained.x)
+    first, again = seen[-1]
+    torch.testing.assert_close(first, again)  # no dropout, no moving statistics
+    if degree == 0:
+        with torch.no_grad():
+            torch.testing.assert_close(first, trained.net(trained.x))
+    else:
+        batch = {n: v.clone() for n, v in trained.theta.items()}
+        with evaluate.mode(net, training=False), torch.no_grad():
+            net[1].train()
+            torch.testing.assert_close(first, functional_call(net, batch, (trained.x,)))
+    moved = [n for n, v in step.buffers.items() if not torch.equal(v, before[n])]
+    assert moved, "the training step itself moves the running statistics"
+
+
+def test_the_attack_moves_no_running_statistics(trained: Trained) -> None:
+    net = normed()
+    curve = curves.bezier(trained.theta, trained.theta)
+    step = train.Step(net, curve, slice(1, -1), train.Recipe(epochs=1), trained.x.device)
+    before = {n: v.clone() for n, v in step.buffers.items()}
+    with evaluate.mode(net, training=True):
+        step.attacked(trained.x, trained.y, PGD(0.1, 2, best=False))
+    assert all(torch.equal(v, before[n]) for n, v in step.buffers.items())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import hashlib
 import os
 import shlex
 import subprocess
@@ -160,9 +161,12 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
     command += ["--rerun-incomplete", "--nolock", "--resources", f"gpu={slots}"]
     if not any(option.startswith(("-c", "--cores", "-j", "--jobs")) for option in options):
         command += ["--cores", str(os.cpu_count() or 1)]
-    command += [*options, "--configfile", str(config_file)]
-    if changes:
-        command += ["--config", *(f"{name}={value}" for name, value in changes.items())]
+    # Snakemake would read `--config` in its own way: give it the result.
+    text = yaml.safe_dump(config)
+    merged = ROOT / "_build" / f"batch-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    merged.parent.mkdir(exist_ok=True)
+    merged.write_text(text, "utf8")
+    command += [*options, "--configfile", str(merged)]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
