@@ -164,17 +164,22 @@ def trace(
 
 @contextmanager
 def plain(net: nn.Module, train: bool) -> Iterator[None]:
-    """Layers act as in evaluation; if `train`, auxiliary heads run; attention in single steps."""
+    """The mode of `set_mode`, and attention in single steps; undone at the end. No gradients."""
     flags = {m: m.training for m in net.modules()}
     try:
-        for m in flags:
-            own = any(m.children()) and not type(m).__module__.startswith("torch.nn.")
-            m.training = train and own
+        set_mode(net, train)
         with single_steps(), torch.no_grad():
             yield
     finally:
         for m, flag in flags.items():
             m.training = flag
+
+
+def set_mode(net: nn.Module, train: bool) -> None:
+    """Layers act as in evaluation; if `train`, auxiliary heads run."""
+    for m in net.modules():
+        own = any(m.children()) and not type(m).__module__.startswith("torch.nn.")
+        m.training = train and own
 
 
 @contextmanager

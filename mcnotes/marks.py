@@ -133,33 +133,3 @@ def independent(f: Tensor, g: Tensor) -> bool:
     rows, columns = len(u.unique()), len(v.unique())
     once = distinct(u, v) == rows * columns == f.numel()
     return once and distinct(s, v) == columns and distinct(t, u) == rows
-
-
-class Recorder(Tape):
-    """Keep the results of these names, as they are before anything is written over them."""
-
-    def __init__(self, names: set[str]) -> None:
-        super().__init__(self.keep)
-        self.names = {name.split("/")[0]: name for name in names}
-        self.kept: dict[str, Tensor] = {}
-
-    def keep(self, name: str, x: Any) -> None:
-        if name in self.names:
-            self.kept[self.names[name]] = x
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name[-1] == "_":
-            at = args[0].untyped_storage().data_ptr()
-            same = {n: x for n, x in self.kept.items() if x.untyped_storage().data_ptr() == at}
-            self.kept |= {n: x.clone() for n, x in same.items()}
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def check(self) -> None:
-        """Raise SymmetryError if PyTorch ran other operators than when units were followed."""
-        for name in self.names.values():
-            kind, _, total = re.split("[:/]", name)
-            if self.count[kind] != int(total):
-                raise SymmetryError(
-                    f"tapper: {kind} ran {self.count[kind]} times, expected {total}: on this "
-                    "device, PyTorch runs the network by other operators. Cure: align on the CPU."
-                )

@@ -11,7 +11,6 @@ groups that permute within each block, and these act first.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -27,11 +26,11 @@ from torch.utils._pytree import tree_leaves
 
 from mcnotes import perms
 from mcnotes.groups import Group, Pinned, Place, discover, plain
-from mcnotes.marks import Recorder, SymmetryError
+from mcnotes.marks import SymmetryError
 from mcnotes.rules import RULES
+from mcnotes.taps import Inputs, Reader, Theta
 
 __all__ = ["RULES", "Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "find"]
-Theta = dict[str, Tensor]  # parameters and buffers by name
 Perm = dict[str, Tensor]  # index vectors by group
 Example = Tensor | tuple[Tensor, ...]
 
@@ -176,28 +175,29 @@ class Symmetry:
         at: "post", what the next contraction sees, after the nonlinearity; "pre", before it. All
         positions but those of the units are samples. Evaluation mode, any batch size, no gradients.
         """
-        found: dict[Any, Symmetry] = {}
-        copies: dict[int, nn.Module] = {}  # for each thread; they share the tensors
-        lock, tensors = Lock(), {id(t): t for t in (*net.parameters(), *net.buffers())}
+        made: dict[Any, tuple[dict[str, tuple[Place, ...]], Reader]] = {}
+        lock = Lock()
+
+        def reader(sym: Symmetry, theta: Theta, few: Inputs) -> Any:
+            taps = {name: getattr(g, at) for name, g in sym.groups.items()}
+            names = {t.name for places in taps.values() for t in places}
+            return taps, Reader(net, self.train, names, theta, few)
 
         def run(theta: Theta, *inputs: Tensor) -> dict[str, list[Tensor]]:
-            # Which operators PyTorch runs depends on how the input lies in memory.
-            layout = tuple((x.shape[1:], x.stride()[1:]) for x in inputs)
+            # One for each thread. How inputs lie in memory decides which operators PyTorch runs.
+            layout = tuple((x.shape[1:], x.stride()[1:], x.device) for x in inputs)
             with lock:
-                if layout not in found:
+                if (key := (get_ident(), layout)) not in made:
                     few = tuple(x[:2] if x.dim() > 1 else x for x in inputs)
-                    found[layout] = find(net, few, self.train)
-                if get_ident() not in copies:
-                    copies[get_ident()] = copy.deepcopy(net, dict(tensors))
-            mine = copies[get_ident()]
-            taps = {n: getattr(g, at) for n, g in found[layout].groups.items()}
-            if taps.keys() != self.groups.keys():
-                raise SymmetryError("tapper: this network has other groups; find its symmetry anew")
-            names = {t.name for places in taps.values() for t in places}
-            with plain(mine, self.train), Recorder(names) as tape:
-                functional_call(mine, theta, inputs, tie_weights=False)
-            tape.check()
-            return {n: [t.samples(tape.kept[t.name]) for t in ts] for n, ts in taps.items()}
+                    anew = find(net, few, self.train)
+                    if anew.groups.keys() != self.groups.keys():
+                        raise SymmetryError(
+                            "tapper: this network has other groups; find its symmetry anew"
+                        )
+                    made[key] = reader(anew, theta, few)
+                taps, read = made[key]
+            kept = read(theta, inputs)
+            return {n: [t.samples(kept[t.name]) for t in ts] for n, ts in taps.items()}
 
         return run
 

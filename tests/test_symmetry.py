@@ -294,7 +294,7 @@ def test_tied_weights_move_together() -> None:
             "mkldnn_rnn_layer has no rule (use others, or see symmetry.RULES) at rnn (LSTM), ",
         ),
         ("lstm", "rnn.weight_hh_l0", "at rnn (LSTM), nets.py:"),
-        ("cumulative", "first.weight", "cumsum has no rule"),
+        ("cumulative", "first.weight", "meets something fixed at the network (Toy), nets.py:"),
         ("data_index", "first.weight", "scatter has no rule"),
         ("flipped", "last.weight", "axis 1: 8 positions of group 'first' (4 units)"),
         ("ramp", "first.weight", "meets something fixed at the network (Ramp), nets.py:"),
