@@ -20,13 +20,13 @@ help:  ## say what the targets do
 setup: $(READY)  ## make .venv with everything in it
 
 book: setup  ## run the chapters (what is cached is not run), build the pages
-	$(BOOK) book --preset $(PRESET)
+	$(BOOK) book --preset $(PRESET) --jobs $(JOBS)
 
 html: setup  ## build the pages from the stored outputs, run nothing
 	$(BOOK) html
 
 notebooks: setup  ## run the chapters, store their outputs in book/*.ipynb
-	$(BOOK) notebooks
+	$(BOOK) notebooks --jobs $(JOBS)
 
 figures: setup  ## full scale: all that CONFIG names, or one PRESET; resumable
 	$(BIN)/python -m tools.batch run --config $(CONFIG) $(if $(filter command,$(firstword $(origin PRESET))),--set 'presets=[$(PRESET)]')
@@ -37,11 +37,11 @@ test: setup  ## everything that must pass
 	$(BIN)/mypy
 	$(QUIET) $(BIN)/pytest -n $(JOBS) --dist loadfile
 	$(QUIET) $(BIN)/pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env book
-	$(QUIET) $(BOOK) run --preset smoke
+	$(QUIET) $(BOOK) run --preset smoke --jobs $(JOBS)
 
 zoo: setup  ## compute all of data/zoo again, by running the chapters
 	rm -f data/zoo/*.safetensors data/zoo/*.json
-	MCNOTES_STORE=$(CURDIR)/data/zoo $(BOOK) run --force
+	MCNOTES_STORE=$(CURDIR)/data/zoo $(BOOK) run --force --jobs $(JOBS)
 
 clean:  ## remove what was built, keep .venv and data
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis

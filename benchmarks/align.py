@@ -24,16 +24,8 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
-# Page faults of large tensors are most of the noise on a CPU: keep freed memory in the process.
-if "--memory-of" not in sys.argv and "MALLOC_MMAP_MAX_" not in os.environ:
-    os.environ.update(
-        MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1", MALLOC_TOP_PAD_="536870912"
-    )
-    os.execv(sys.executable, [sys.executable, *sys.argv])
-
+import timing
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -49,14 +41,6 @@ def pictures(n: int, device: str) -> Split:
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=g)
     return Split(images.permute(0, 3, 1, 2).to(device), torch.zeros(n).long().to(device))
-
-
-def seconds(work: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    work()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def set_up(args: argparse.Namespace, stored: int) -> tuple[object, ...]:
@@ -97,13 +81,13 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     rounds = []
     for i in tqdm(range(args.rounds), desc="rounds"):
         order = list(work) if i % 2 else list(work)[::-1]
-        rounds.append({name: seconds(work[name], args.device) for name in order})
+        rounds.append({name: timing.seconds(work[name], args.device) for name in order})
     x = next(images.batches(64))[0]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(x)
     taps = [t for each in sym.tapper(net)(thetas[0], x).values() for t in each]
     moments = sum(2 * t.shape[0] * t.shape[1] ** 2 for t in taps)
-    whole = seconds(lambda: align.match(net, *thetas, images.first(64), sym), args.device)
+    whole = timing.seconds(lambda: align.match(net, *thetas, images.first(64), sym), args.device)
 
     def ratio(name: str) -> float:
         return round(statistics.median(r[name] / r["forwards"] for r in rounds), 3)
@@ -129,6 +113,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-of", type=int, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not args.memory_of:
+        timing.keep_freed_memory()
     if args.memory_of:
         import resource
 

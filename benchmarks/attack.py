@@ -14,34 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import time
 from collections.abc import Callable
 
-# Page faults of large tensors are most of the noise on a CPU: keep freed memory in the process.
-if os.environ.setdefault("MALLOC_TOP_PAD_", "536870912") and "MALLOC_MMAP_MAX_" not in os.environ:
-    import sys
-
-    os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
-
+import timing
 import torch
 
 from mcnotes import attacks, curves, evaluate, models, train
 
 
-def timed(work: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Milliseconds a step."""
-    start = time.perf_counter()
-    for _ in range(steps):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps * 1e3
-
-
 def main() -> None:
+    timing.keep_freed_memory()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -73,10 +56,12 @@ def main() -> None:
     rounds: list[dict[str, float]] = []
     with evaluate.mode(net, training=True):
         for one in work.values():
-            timed(one, 2, device)
+            timing.seconds(one, device, 2)
         for i in range(args.rounds):
             order = list(work) if i % 2 else list(work)[::-1]
-            rounds.append({name: timed(work[name], args.steps, device) for name in order})
+            rounds.append(
+                {name: 1e3 * timing.seconds(work[name], device, args.steps) for name in order}
+            )
     plain, robust = (statistics.median(r[name] for r in rounds) for name in work)
     ratio = statistics.median(r["robust"] / r["plain"] for r in rounds)
     limit = args.attack_steps + 1

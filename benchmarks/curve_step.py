@@ -15,33 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import time
 from collections.abc import Callable
 
-# Page faults of large tensors are most of the noise on a CPU: keep freed memory in the process.
-if os.environ.setdefault("MALLOC_TOP_PAD_", "536870912") and "MALLOC_MMAP_MAX_" not in os.environ:
-    import sys
-
-    os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
-
+import timing
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from mcnotes import curves, models, train
-
-
-def timed(work: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Milliseconds a step."""
-    start = time.perf_counter()
-    for _ in range(steps):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps * 1e3
 
 
 def plain_step(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
@@ -72,6 +54,7 @@ def curve_step(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[],
 
 
 def main() -> None:
+    timing.keep_freed_memory()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,16 +74,18 @@ def main() -> None:
     ).to(device)
     work = {"plain": plain_step(make(), x, y), "curve": curve_step(make(), x, y)}
     for step in work.values():
-        timed(step, 3, device)
+        timing.seconds(step, device, 3)
     rounds: list[dict[str, float]] = []
     for i in range(args.rounds):
         order = list(work) if i % 2 else list(work)[::-1]
-        rounds.append({name: timed(work[name], args.steps, device) for name in order})
+        rounds.append(
+            {name: 1e3 * timing.seconds(work[name], device, args.steps) for name in order}
+        )
     plain, curve = (statistics.median(r[name] for r in rounds) for name in ("plain", "curve"))
     ratio = statistics.median(r["curve"] / r["plain"] for r in rounds)
 
     big = torch.rand(2**25, device=device)
-    copy = timed(lambda: big.clone(), 5, device)  # reads and writes 4 bytes a number
+    copy = 1e3 * timing.seconds(lambda: big.clone(), device, 5)  # reads and writes 4 bytes a number
     bandwidth = 8 * big.numel() / copy * 1e3
     parameters = sum(p.numel() for p in make().parameters())
     limit = 4 * (3 + 1) * parameters / bandwidth * 1e3

@@ -22,9 +22,9 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
+import timing
 import torch
 from input_pipeline import Pictures
 from torch import Tensor, nn
@@ -37,16 +37,6 @@ from mcnotes.curves import Curve
 from mcnotes.data import SOURCES, Split, Task
 
 POINTWISE = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def pictures(n: int, device: torch.device) -> Task:
@@ -109,10 +99,10 @@ def machine(device: torch.device, precision: torch.dtype) -> tuple[float, float]
     """Operations and bytes a second of a large matrix product and of a large copy."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=precision)
-    product = statistics.median(seconds(lambda: a @ a, device) for _ in range(8))
+    product = statistics.median(timing.seconds(lambda: a @ a, device) for _ in range(8))
     source = torch.zeros(2**26, device=device)
     target = torch.empty_like(source)
-    copy = statistics.median(seconds(lambda: target.copy_(source), device) for _ in range(8))
+    copy = statistics.median(timing.seconds(lambda: target.copy_(source), device) for _ in range(8))
     return 2 * n**3 / product, 2 * source.numel() * 4 / copy
 
 
@@ -158,7 +148,7 @@ def main() -> None:
     rounds = []
     for i in range(args.rounds):
         order = list(work) if i % 2 else list(work)[::-1]
-        rounds.append({name: seconds(work[name], device) for name in order})
+        rounds.append({name: timing.seconds(work[name], device) for name in order})
     epoch = statistics.median(r["ours"] for r in rounds)
     found: dict[str, object] = {"epochs_per_minute": round(60 / epoch, 2), "network": args.network}
     if not args.alone:

@@ -237,7 +237,7 @@ def _side_by_side(seen: list[list[Tensor]]) -> list[Tensor]:
 
 def _shares(images: Split, size: int, cores: int) -> list[Split]:
     """All but the first `size` images, in `cores` parts of whole batches (fewer, if too few)."""
-    batches = torch.arange(size, len(images), size).tensor_split(cores)
+    batches = torch.arange(min(size, len(images)), len(images), size).tensor_split(cores)
     cuts = [*(int(part[0]) for part in batches if len(part)), len(images)]
     return [Split(images.images[i:j], images.labels[i:j]) for i, j in pairwise(cuts)]
 

@@ -108,9 +108,11 @@ def spread(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
     return f"{v.mean():.{digits}f}{deviation}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markdown:
-    """Rows under a header: a table in notebooks and on the page."""
-    lines = [header, ["---"] * len(header), *rows]
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[object]], align: Sequence[str] = ()
+) -> Markdown:
+    """Rows under a header, for notebooks and pages. align: Markdown's, as "---:" for the right."""
+    lines = [header, align or ["---"] * len(header), *rows]
     text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     return Markdown(text)  # type: ignore[no-untyped-call]
 

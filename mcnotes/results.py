@@ -14,6 +14,7 @@ from mcnotes import evaluate, store
 from mcnotes.zoo import METHODS, SHAPES, Experiment
 
 FORMAT = 1
+ORIGIN = ("hardware", "torch", "seconds")  # what the provenance of every part says
 Record = dict[str, Any]
 
 
@@ -80,16 +81,24 @@ def check(record: Mapping[str, Any], where: str) -> None:
     names = {f.name for f in fields(Experiment)}
     must(names >= record["experiment"].keys(), "unknown parameters of the experiment")
     for net in record["endpoints"]:
-        must("seed" in net and "provenance" in net, "a network without seed or provenance")
+        must("seed" in net, "a network without a seed")
+        must(_known(net.get("provenance")), f"network {net['seed']} has no full provenance")
     for curve in record["curves"]:
         label = f"curve {curve.get('pair')} {curve.get('method')} {curve.get('shape')}"
         must(curve.get("method") in METHODS and curve.get("shape") in SHAPES, f"unknown: {label}")
-        must("provenance" in curve, f"{label} has no provenance")
+        origins = curve.get("provenance", {})
+        must("path" in origins, f"{label} has no provenance")
+        must(all(map(_known, origins.values())), f"{label} has no full provenance")
         t, arc, loss, accuracy = (np.array(curve.get(n, [])) for n in evaluate.Path._fields)
         must(len({len(v) for v in (t, arc, loss, accuracy)}) == 1 and len(t) > 1, f"{label}: sizes")
         must(bool(t[0] == 0 and t[-1] == 1 and (np.diff(t) > 0).all()), f"{label}: t")
         must(bool((np.diff(arc) >= 0).all() and np.isfinite(loss).all()), f"{label}: arc or loss")
         must(bool((accuracy >= 0).all() and (accuracy <= 1).all()), f"{label}: accuracy")
+
+
+def _known(origin: object) -> bool:
+    """Whether it says on what, with what and how long a part was computed."""
+    return isinstance(origin, dict) and origin.keys() >= {*ORIGIN}
 
 
 def paths(record: Record, method: str, shape: str) -> list[evaluate.Path]:

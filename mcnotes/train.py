@@ -134,6 +134,10 @@ def fit_curve(
 
 
 def run(step: "Step", curve: Curve, task: Task, seed: int, checkpoint: Checkpoint | None) -> Fit:
+    """All epochs of `step` on `curve`, from where `checkpoint` stands; `fit`, `fit_curve` and PAM.
+
+    Raises TrainingError as soon as an epoch's mean loss is not finite.
+    """
     epochs, losses = step.recipe.epochs, []
     if checkpoint and (state := checkpoint.load()):
         step.restore(state)

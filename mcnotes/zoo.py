@@ -223,12 +223,18 @@ class Experiment:
         found = store.values(config, compute)
         return evaluate.Path(**{name: np.array(found[name]) for name in evaluate.Path._fields})
 
+    def config(self) -> dict[str, Any]:
+        """Every parameter but the device: for what a chapter keeps in the store by a name."""
+        special = ("device", "validation", "epsilon", "attack_steps", "attack_step", "between")
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
+        between = {"between": [e.config() for e in self.between]} if self.between else {}
+        return plain | between | self._special()
+
     def endpoint_config(self, seed: int) -> dict[str, Any]:
         """What a network depends on: its entry's configuration in the store."""
-        held_out = {} if self.validation is None else {"validation": self.validation}
         return {"what": "endpoint", "dataset": self.dataset, "network": self.network,
                 "width": self.width, "recipe": self.recipe(self.epochs).config(),
-                "seed": seed} | held_out | self._adversary()  # fmt: skip
+                "seed": seed} | self._special()  # fmt: skip
 
     def curve_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a curve depends on: its entry's configuration in the store."""
@@ -250,6 +256,11 @@ class Experiment:
         """What a measured path depends on: its entry's configuration in the store."""
         measured = {"what": "path", "points": self.points, "statistics": self.statistics}
         return self.curve_config(a, b, method, shape) | measured
+
+    def _special(self) -> dict[str, Any]:
+        """What is not as usual; usually nothing, so that the entries keep their keys."""
+        held_out = {} if self.validation is None else {"validation": self.validation}
+        return held_out | self._adversary()
 
     def _adversary(self) -> dict[str, Any]:
         """What adversarial training adds to a configuration: nothing to that of the standard."""

@@ -1,10 +1,14 @@
 """A data set and networks so small that a test trains in a second."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mcnotes.augment import Augment
 from mcnotes.data import Split, Task
+from mcnotes.store import Checkpoint
 
 
 def task(n: int = 96, seed: int = 0, augment: Augment | None = None) -> Task:
@@ -37,3 +41,17 @@ def normed(dropout: float = 0.0) -> nn.Module:
         nn.Flatten(),
         nn.Linear(54, 3),
     )
+
+
+class Stopped(Checkpoint):
+    """A checkpoint after whose `last` save the run is interrupted."""
+
+    def __init__(self, path: Path, last: int) -> None:
+        super().__init__(path)
+        self.left = last
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        super().save(state)
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt

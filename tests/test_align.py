@@ -46,7 +46,7 @@ def test_moments_agree_with_a_direct_computation(scale: float) -> None:
     torch.testing.assert_close(-moments.similarity("l2"), distance, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "images"), [(64, 64), (64, 65), (50, 333), (400, 1999)])
+@pytest.mark.parametrize(("size", "images"), [(64, 2), (64, 64), (64, 65), (50, 333), (400, 1999)])
 def test_every_image_is_followed_once_whatever_the_number_of_cores(size: int, images: int) -> None:
     data = pictures(images, size=8)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3))

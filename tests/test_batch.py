@@ -87,8 +87,10 @@ class TestRecord:
     def record(self) -> results.Record:
         path = {"t": [0, 0.5, 1], "arc": [0, 1, 2], "loss": [0.1, 1, 0.1], "accuracy": [0.9, 0, 1]}
         named = {"pair": [1, 2], "method": "aligned", "shape": "bezier"}
-        curve = named | path | {"provenance": {"path": {"seconds": 1.5}, "curve": {"seconds": 2}}}
-        nets = [{"seed": 1, "provenance": {"seconds": 3}}]
+        here = {"hardware": "a laptop", "torch": "2"}
+        parts = {"path": here | {"seconds": 1.5}, "curve": here | {"seconds": 2}}
+        curve = named | path | {"provenance": parts}
+        nets = [{"seed": 1, "provenance": here | {"seconds": 3}}]
         return {
             "format": results.FORMAT, "preset": "p", "experiment": {"width": 4}, "endpoints": nets,
             "curves": [curve], "collected": "2026-01-01", "provenance": {},
@@ -112,6 +114,8 @@ class TestRecord:
             ("t", [0, 1, 0.5], ": t;"),
             ("arc", [0, 1], "sizes"),
             ("method", "alined", "unknown: curve"),
+            ("provenance", {}, "no provenance"),
+            ("provenance", {"path": {"seconds": 1}}, "no full provenance"),
         ],
     )
     def test_an_impossible_path_is_refused(self, name: str, value: Any, says: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import Bounds, LinearConstraint, minimize
-from small import normed, plain, task
+from small import Stopped, normed, plain, task
 from torch import Tensor, nn
 
 from mcnotes import birkhoff, curves, data, evaluate, pam, symmetry, train
@@ -304,17 +304,8 @@ def test_resumed_run_gives_the_same_numbers(stop: int, tmp_path: Path) -> None:
     arguments = (net, curves.bezier(a, b), task(), RECIPE, sym, settings)
     whole = pam.fit(*arguments, seed=1)  # type: ignore[arg-type]
 
-    class Stopped(Checkpoint):
-        saves = 0
-
-        def save(self, state: object) -> None:
-            super().save(state)  # type: ignore[arg-type]
-            self.saves += 1
-            if self.saves == stop:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        pam.fit(*arguments, seed=1, checkpoint=Stopped(tmp_path / "c"))  # type: ignore[arg-type]
+        pam.fit(*arguments, seed=1, checkpoint=Stopped(tmp_path / "c", stop))  # type: ignore[arg-type]
     again = pam.fit(*arguments, seed=1, checkpoint=Checkpoint(tmp_path / "c"))  # type: ignore[arg-type]
     assert again.history == whole.history
     assert all(torch.equal(again.perm[n], p) for n, p in whole.perm.items())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import normed, plain, task
+from small import Stopped, normed, plain, task
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -105,17 +105,8 @@ def test_resumed_run_is_bit_identical(stop: int, tmp_path: Path) -> None:
     net, data = normed(dropout=0.3), task(augment=Augment(padding=1, flip=True))
     whole = train.fit(net, data, RECIPE, seed=1)
 
-    class Stopped(Checkpoint):
-        saves = 0
-
-        def save(self, state: object) -> None:
-            super().save(state)  # type: ignore[arg-type]
-            self.saves += 1
-            if self.saves == stop:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train.fit(net, data, RECIPE, seed=1, checkpoint=Stopped(tmp_path / "c"))
+        train.fit(net, data, RECIPE, seed=1, checkpoint=Stopped(tmp_path / "c", stop))
     resumed = train.fit(net, data, RECIPE, seed=1, checkpoint=Checkpoint(tmp_path / "c"))
     assert equal(whole.theta, resumed.theta)
     assert whole.losses == resumed.losses

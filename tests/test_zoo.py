@@ -1,6 +1,6 @@
 """Experiments: parameters by name; one configuration, one entry; the shipped networks are true."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +109,18 @@ def test_everything_is_kept_and_reused(tmp_path: Path, monkeypatch: pytest.Monke
         np.testing.assert_array_equal(again.loss, path.loss)
     curve = TINY.curve(1, 2, "aligned")
     assert torch.equal(curve(0.0)["head.weight"], TINY.endpoint(1)["head.weight"])
+
+
+def test_every_parameter_but_the_device_is_in_the_configuration() -> None:
+    robust = replace(TINY, epsilon=0.1, attack_steps=2, attack_step=0.01)
+    for name, default in asdict(TINY).items():
+        other = {
+            "dataset": "cifar10", "network": "resnet20", "schedule": "paper", "device": "cuda",
+            "precision": "bfloat16", "augment": True, "validation": 7, "between": (TINY, robust)
+        }.get(name) or default + 1  # fmt: skip
+        same = replace(robust, **{name: other}).config() == robust.config()
+        assert same == (name == "device"), name
+    assert replace(TINY, attack_steps=9).config() == TINY.config(), "no attack, no change"
 
 
 def test_robust_experiments_have_names_of_their_own() -> None:

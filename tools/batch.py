@@ -63,23 +63,29 @@ def plan(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     for name in config:
         _one_of("the configuration", name, list(DEFAULTS))
-    chosen = DEFAULTS | config
+    given = DEFAULTS | config
     for name in ("presets", "methods", "shapes"):
-        if not isinstance(chosen[name], list) or not chosen[name]:
-            raise PlanError(f"{name}: got {chosen[name]!r}, expected a list such as [a, b]")
-    for method in chosen["methods"]:
+        if not isinstance(given[name], list) or not given[name]:
+            raise PlanError(f"{name}: got {given[name]!r}, expected a list such as [a, b]")
+    for method in given["methods"]:
         _one_of("methods", method, list(zoo.METHODS))
-    for shape in chosen["shapes"]:
+    for shape in given["shapes"]:
         _one_of("shapes", shape, list(zoo.SHAPES))
     found = {}
-    for preset in chosen["presets"]:
-        values = presets.load(preset) | chosen["parameters"]
+    for preset in given["presets"]:
+        values = chosen(config, preset)
         for step in OWN:
             parameters = notebooks.parameters(notebooks.read(STEPS / f"{step}.ipynb"))
             if faults := presets.check(values, parameters):
                 raise PlanError(f"preset {preset!r} for {step}.ipynb: {'; '.join(faults)}")
         found[preset] = parameters | values
     return found
+
+
+def chosen(config: dict[str, Any], preset: str) -> dict[str, Any]:
+    """The parameters that `config` gives by name, the preset's or its own."""
+    given: dict[str, Any] = (DEFAULTS | config)["parameters"]
+    return presets.load(preset) | given
 
 
 def words(step: str, values: dict[str, Any]) -> str:
@@ -155,7 +161,7 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
     import torch
 
     config = (yaml.safe_load(config_file.read_text("utf8")) or {}) | changes
-    check_machine(plan(config), gpu_here=not {"--executor", "--profile"} & {*options})
+    plan(config)  # the graph checks the machine when it starts
     slots = max(1, torch.cuda.device_count()) * (DEFAULTS | config)["runs_per_gpu"]
     command = [str(Path(sys.executable).with_name("snakemake")), "-s", str(STEPS / "Snakefile")]
     command += ["--rerun-incomplete", "--nolock", "--resources", f"gpu={slots}"]

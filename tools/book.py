@@ -10,6 +10,7 @@ katex      fetch the style sheet and fonts of the mathematics (once; part of `ma
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -103,11 +104,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("command", choices=["book", "html", "notebooks", "run", "katex"])
     parser.add_argument("only", nargs="*", help="chapters to run, by a part of their name")
     parser.add_argument("--preset", default="laptop", help="a file of experiments/presets")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="at a time")
     parser.add_argument("--force", action="store_true", help="run what is cached, too")
     return parser.parse_args()
 
 
-def main(command: str, only: list[str], preset: str, force: bool) -> int:
+def main(command: str, only: list[str], preset: str, force: bool, jobs: int) -> int:
     if command == "katex":
         return 0 if fetch() else 1
     if command == "html":
@@ -115,7 +117,7 @@ def main(command: str, only: list[str], preset: str, force: bool) -> int:
     paths = chapters.select(only)
     if command == "notebooks":
         stamp_all(paths)
-    if chapters.run(paths, preset, force):
+    if chapters.run(paths, preset, force, jobs):
         return 1
     if command == "notebooks":
         write_back(paths, preset)
@@ -127,3 +129,5 @@ if __name__ == "__main__":
         sys.exit(main(**vars(options())))
     except ValueError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        os._exit(130)  # the chapters' threads would wait for their kernels, which end with us

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,22 +124,31 @@ def check_all(paths: list[Path], preset: str) -> list[Failure]:
     return failures
 
 
-def run(paths: list[Path], preset: str, force: bool = False) -> list[Failure]:
-    """Run chapters one after the other; one line each; a failure does not stop the others."""
+def run(paths: list[Path], preset: str, force: bool = False, jobs: int = 1) -> list[Failure]:
+    """Run chapters, `jobs` at a time; one line each when it ends; a failure stops no other."""
     if failures := check_all(paths, preset):
         return report(failures, 0)
     os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the stored outputs were made
     key = inputs()
-    for number, path in enumerate(paths, 1):
-        print(f"[{number}/{len(paths)}] {path.stem:<24}", end=" ", flush=True)
-        start = time.perf_counter()
-        try:
-            ran = run_one(path, preset, key, force)
-            print(f"ran in {time.perf_counter() - start:.0f} s" if ran else "cached", flush=True)
-        except Exception as error:
-            print(f"FAILED after {time.perf_counter() - start:.0f} s", flush=True)
-            failures.append(Failure(path.stem, str(error) or repr(error)))
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(_timed, path, preset, key, force): path for path in paths}
+        for number, done in enumerate(as_completed(running), 1):
+            path = running[done]
+            how, error = done.result()
+            print(f"[{number}/{len(paths)}] {path.stem:<24} {how}", flush=True)
+            failures += [Failure(path.stem, error)] if error else []
     return report(failures, len(paths) - len(failures))
+
+
+def _timed(path: Path, preset: str, key: str, force: bool) -> tuple[str, str]:
+    """How running one chapter went, and what went wrong, if anything."""
+    start = time.perf_counter()
+    try:
+        ran = run_one(path, preset, key, force)
+    except Exception as error:
+        return f"FAILED after {time.perf_counter() - start:.0f} s", str(error) or repr(error)
+    return f"ran in {time.perf_counter() - start:.0f} s" if ran else "cached", ""
 
 
 def report(failures: list[Failure], passed: int) -> list[Failure]:
