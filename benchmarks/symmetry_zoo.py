@@ -70,7 +70,7 @@ def touched(sym: symmetry.Symmetry, net: torch.nn.Module) -> float:
 
 
 def hidden(sym: symmetry.Symmetry, net: torch.nn.Module) -> tuple[int, int, list[str]]:
-    """The number of hidden units of convolution and linear layers; those that no group moves; why."""
+    """Hidden units of convolution and linear layers: all; those that no group moves; and why."""
     total, still, why = 0, 0, []
     for name, module in net.named_modules():
         if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Linear):
