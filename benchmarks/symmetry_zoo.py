@@ -96,11 +96,11 @@ def build(name: str, size: int | None) -> tuple[torch.nn.Module, int]:
     return net, IMAGE.get(name, size or 224)
 
 
-def examine(name: str, size: int | None) -> dict[str, object]:
+def examine(name: str, size: int | None, code: str) -> dict[str, object]:
     """One row of the table; `error` is None, and `failure` says why, when there is no proof."""
     net, pixels = build(name, size)
     example = torch.rand(2 if name in AUXILIARY else 1, 3, pixels, pixels)
-    row: dict[str, object] = {"model": name}
+    row: dict[str, object] = {"model": name, "commit": code}
     start = time.process_time()
     try:
         sym = symmetry.find(net, example, train=name in AUXILIARY)
@@ -145,7 +145,6 @@ def provenance() -> dict[str, object]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": metadata.version("timm"),
-        "commit": commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "system": platform.system(),
@@ -181,9 +180,9 @@ def main() -> int:
     symmetry.find(torch.nn.Linear(2, 2), torch.rand(2, 2))
     kept = args.resume and args.out and args.out.exists()
     rows = json.loads(args.out.read_text())["rows"] if kept else []
-    done = {row["model"] for row in rows}
+    done, code = {row["model"] for row in rows}, commit()
     for name in (name for name in names if name not in done):
-        rows.append(examine(name, args.size))
+        rows.append(examine(name, args.size, code))
         print(line(rows[-1]), flush=True)
         if args.out:  # after each model: a run may be cut short, and go on later
             args.out.parent.mkdir(parents=True, exist_ok=True)
