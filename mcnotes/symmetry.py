@@ -28,7 +28,7 @@ from mcnotes import perms
 from mcnotes.groups import Group, Pinned, Place, discover, plain
 from mcnotes.marks import SymmetryError
 from mcnotes.rules import RULES
-from mcnotes.taps import Inputs, Reader, Theta
+from mcnotes.taps import Reader, Theta
 
 __all__ = ["RULES", "Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "find"]
 Perm = dict[str, Tensor]  # index vectors by group
@@ -175,27 +175,27 @@ class Symmetry:
         at: "post", what the next contraction sees, after the nonlinearity; "pre", before it. All
         positions but those of the units are samples. Evaluation mode, any batch size, no gradients.
         """
-        made: dict[Any, tuple[dict[str, tuple[Place, ...]], Reader]] = {}
+        found: dict[Any, dict[str, tuple[Place, ...]]] = {}
+        readers: dict[Any, Reader] = {}  # one for each thread
         lock = Lock()
 
-        def reader(sym: Symmetry, theta: Theta, few: Inputs) -> Any:
-            taps = {name: getattr(g, at) for name, g in sym.groups.items()}
-            names = {t.name for places in taps.values() for t in places}
-            return taps, Reader(net, self.train, names, theta, few)
-
         def run(theta: Theta, *inputs: Tensor) -> dict[str, list[Tensor]]:
-            # One for each thread. How inputs lie in memory decides which operators PyTorch runs.
+            # How inputs lie in memory decides which operators PyTorch runs.
             layout = tuple((x.shape[1:], x.stride()[1:], x.device) for x in inputs)
+            few = tuple(x[:2] if x.dim() > 1 else x for x in inputs)
             with lock:
-                if (key := (get_ident(), layout)) not in made:
-                    few = tuple(x[:2] if x.dim() > 1 else x for x in inputs)
-                    anew = find(net, few, self.train)
-                    if anew.groups.keys() != self.groups.keys():
+                if layout not in found:
+                    groups = find(net, few, self.train).groups
+                    if groups.keys() != self.groups.keys():
                         raise SymmetryError(
                             "tapper: this network has other groups; find its symmetry anew"
                         )
-                    made[key] = reader(anew, theta, few)
-                taps, read = made[key]
+                    found[layout] = {n: getattr(g, at) for n, g in groups.items()}
+                taps = found[layout]
+                if (key := (get_ident(), layout)) not in readers:
+                    names = {t.name for places in taps.values() for t in places}
+                    readers[key] = Reader(net, self.train, names, theta, few)
+                read = readers[key]
             kept = read(theta, inputs)
             return {n: [t.samples(kept[t.name]) for t in ts] for n, ts in taps.items()}
 

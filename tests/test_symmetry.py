@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import nets
 import numpy as np
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mcnotes import models, symmetry
+from mcnotes.taps import Reader
 
 Theta = dict[str, Tensor]
 
@@ -438,6 +439,32 @@ def test_taps_are_what_the_layers_compute() -> None:
     torch.testing.assert_close(pre["0"][0], normed.movedim(1, -1).reshape(-1, 8))
     torch.testing.assert_close(pre["7"][0], hidden)
     torch.testing.assert_close(post["7"][0], F.relu(hidden))
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "hooks"),
+    [
+        ("mlp", "post", True),
+        ("mlp", "pre", True),
+        ("convnet", "post", True),
+        ("convnet", "pre", False),  # written over in place
+        ("shared_block", "post", True),
+        ("encoder", "post", False),  # attention is one module
+    ],
+)
+def test_hooks_keep_what_a_recorder_keeps(
+    name: str, at: Literal["post", "pre"], hooks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, example = built(name)
+    sym, theta = symmetry.find(net, example), weights(net)
+    hooked = sym.tapper(net, at)(theta, *example)
+    places = [p for g in sym.groups.values() for p in getattr(g, at)]
+    reader = Reader(net, False, {p.name for p in places}, theta, example)
+    assert bool(reader.spots) == hooks
+    monkeypatch.setattr(Reader, "see", lambda *_: None)
+    recorded = sym.tapper(net, at)(theta, *example)
+    for group, acts in hooked.items():
+        assert all(torch.equal(a, b) for a, b in zip(acts, recorded[group], strict=True))
 
 
 def test_residual_streams_are_tapped_after_every_block() -> None:
