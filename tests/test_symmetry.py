@@ -200,8 +200,7 @@ def test_leaving_out_a_place_changes_the_function(name: str) -> None:
         for k in range(len(group.places)):
             rest = replace(group, places=group.places[:k] + group.places[k + 1 :])
             wrong = replace(sym, groups={**sym.groups, key: rest})
-            with pytest.raises(symmetry.SymmetryError, match="outputs differ by"):
-                wrong.verify(net, example)
+            assert wrong.verify(net, example, tolerance=math.inf) > 1e-6
 
 
 def test_verify_names_the_wrong_group() -> None:
