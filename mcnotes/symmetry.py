@@ -1,252 +1,288 @@
 """Find the permutation symmetries of any network, prove them, apply them (chapter 3).
 
-sym = symmetry.find(net, example)
-sym.verify(net, example)
-theta = sym.permute(theta, sym.random(generator))   # another network, the same function
+    sym = symmetry.find(net, example)
+    sym.verify(net, example)
+    theta = sym.permute(theta, sym.random(generator))   # another network, the same function
+
+A permutation `p` of a group's units acts by `new[i] = old[p[i]]` at every place of the group. The
+units of a nested group are blocks (attention heads, groups of a convolution); `inner` names the
+groups that permute within each block, and these act first.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from threading import Lock, get_ident
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
-from mcnotes import tracing
-from mcnotes.action import Example, Group, Perm, Pinned, Place, Symmetry, Tap
-from mcnotes.graph import Ledger, Marked
-from mcnotes.operators import IDENTITIES, MOVES, POOLS, RESHAPES, RULES, rule
-from mcnotes.tracing import SymmetryError, known_size, short
-from mcnotes.walk import Walk
+from mcnotes import perms
+from mcnotes.groups import Group, Pinned, Place, discover, plain
+from mcnotes.marks import SymmetryError
+from mcnotes.rules import RULES
+from mcnotes.taps import Reader, Theta
 
-__all__ = ["Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "Tap", "find", "rule"]
+__all__ = ["RULES", "Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "find"]
+Perm = dict[str, Tensor]  # index vectors by group
+Example = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Symmetry:
+    """All that may be permuted in a network without changing its function: a value.
+
+    A group of n units stands for n! copies of the network. train: the mode it was found in.
+    """
+
+    groups: Mapping[str, Group]
+    pinned: tuple[Pinned, ...] = ()
+    train: bool = False
+
+    def identity(self) -> Perm:
+        """The permutation that moves nothing."""
+        return {name: perms.identity(g.size) for name, g in self.groups.items()}
+
+    def random(self, generator: torch.Generator | None = None) -> Perm:
+        """An independent, uniformly random permutation of every group (CPU generator)."""
+        return {name: perms.random(g.size, generator) for name, g in self.groups.items()}
+
+    def complete(self, perm: Perm) -> Perm:
+        """`perm`, with the identity for groups that it leaves out. ValueError if it misfits."""
+        if wrong := [name for name in perm if name not in self.groups]:
+            raise ValueError(f"no group {wrong[0]!r} in this symmetry; there are {[*self.groups]}")
+        checked = {n: perms.check(p, self.groups[n].size, f"group {n!r}") for n, p in perm.items()}
+        return self.identity() | checked
+
+    def compose(self, p: Perm, q: Perm) -> Perm:
+        """First p, then q, as one: `permute(θ, compose(p, q)) = permute(permute(θ, p), q)`."""
+        p, q = self.complete(p), self.complete(q)
+        return {old: perms.compose(p[old], q[new]) for new, old in self._carried(p).items()}
+
+    def inverse(self, p: Perm) -> Perm:
+        """The permutation that undoes p."""
+        p = self.complete(p)
+        return {new: perms.invert(p[old]) for new, old in self._carried(p).items()}
+
+    def _carried(self, p: Perm) -> dict[str, str]:
+        """For each group the one whose units p brings to its place: another where blocks move."""
+        source = {name: name for name in self.groups}
+        for name, g in self.groups.items():
+            for block, k in zip(g.inner, p[name].tolist(), strict=False):
+                source |= zip(block, g.inner[k], strict=True)
+        return source
+
+    def permute(self, theta: Theta, perm: Perm) -> Theta:
+        """Parameters of the same function in another order; `theta` is left as it is.
+
+        perm: group → index vector; groups that it leaves out stay. Any device. Raises ValueError
+        for permutations, or parameters, that do not fit.
+        """
+        orders: dict[tuple[str, tuple[int, ...]], tuple[Place, Tensor]] = {}
+        for name, p in self.complete(perm).items():
+            for at in self.groups[name].places if name in perm else ():
+                size = at.of(theta).shape[at.axis]
+                order = orders.setdefault((at.name, at.axes), (at, torch.arange(size)))[1]
+                order[at.index] = order[at.index[p]]
+        out = dict(theta)
+        # Channels within the groups of a convolution (two axes) move before the groups do.
+        for at, order in sorted(orders.values(), key=lambda o: -len(o[0].axes)):
+            flat = at.of(out)
+            moved = flat.index_select(at.axis, order.to(flat.device))
+            out[at.name] = moved.view(theta[at.name].shape)
+        return out
+
+    def apply_matrices(self, theta: Theta, matrices: Mapping[str, Tensor]) -> Theta:
+        """`permute` by square matrices [size, size], differentiably: new = M · old at each place.
+
+        `torch.eye(size)[p]` is the permutation p; doubly stochastic matrices lie between
+        permutations (chapter 7). Groups that are left out stay.
+        """
+        out = dict(theta)
+        for name, at in (
+            (n, at) for n in self.groups if n in matrices for at in self.groups[n].places
+        ):
+            flat, index = at.of(out).movedim(at.axis, 0), torch.from_numpy(at.index)
+            mixed = torch.einsum("ij,js...->is...", matrices[name].to(flat), flat[index])
+            flat = flat.index_put((index.to(flat.device),), mixed)
+            out[at.name] = flat.movedim(0, at.axis).reshape(theta[at.name].shape)
+        return out
+
+    def verify(
+        self,
+        net: nn.Module,
+        example: Example,
+        theta: Theta | None = None,
+        *,
+        tolerance: float = 1e-6,
+        seed: int = 0,
+    ) -> float:
+        """The relative difference of the outputs when a random cycle permutes every group.
+
+        In float64, dropout left out; a cycle moves every unit. theta: default the network's own
+        parameters; they are jittered first, so that equal units (fresh biases, statistics) cannot
+        hide an error. Raises SymmetryError above `tolerance`, with the group that is worst alone.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        buffers = {n: b.double() if b.is_floating_point() else b for n, b in net.named_buffers()}
+        given = {n: jitter(t, generator) for n, t in (theta or net.state_dict()).items()}
+        device = next((t.device for t in given.values()), None)
+        inputs = [x.double() if x.is_floating_point() else x for x in listed(example)]
+
+        def outputs(perm: Perm) -> list[Tensor]:
+            values = buffers | self.permute(given, perm)
+            values |= {n: values[n].clone() for n in buffers}  # which a forward pass may change
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float64)
+            try:
+                with plain(net, self.train), torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    out = functional_call(
+                        net, values, (*(x.to(device) for x in inputs),), tie_weights=False
+                    )
+            finally:
+                torch.set_default_dtype(default)
+            return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+
+        def error(perm: Perm) -> float:
+            pairs = zip(before, outputs(perm), strict=True)
+            each = [float((x - y).abs().max() / x.abs().max().clamp_min(1e-300)) for x, y in pairs]
+            return max((e if e == e else math.inf for e in each), default=math.inf)
+
+        before = outputs({})
+        orders = self.random(generator)
+        perm = {n: torch.empty_like(o).scatter(0, o, o.roll(1)) for n, o in orders.items()}
+        if (total := error(perm)) <= tolerance:
+            return total
+        harm, worst = max(((error({n: p}), n) for n, p in perm.items()), default=(0.0, ""))
+        raise SymmetryError(
+            f"verify: outputs differ by {total:.1e} (relative, float64), allowed {tolerance:.0e}; "
+            f"group {worst!r} alone by {harm:.1e}"
+        )
+
+    def tapper(
+        self, net: nn.Module, at: Literal["post", "pre"] = "post"
+    ) -> Callable[..., dict[str, list[Tensor]]]:
+        """A function (θ, *inputs) → {group: [activations [samples, units], …]}, in one run.
+
+        at: "post", what the next contraction sees, after the nonlinearity; "pre", before it. All
+        positions but those of the units are samples. Evaluation mode, any batch size, no gradients.
+        """
+        found: dict[Any, dict[str, tuple[Place, ...]]] = {}
+        readers: dict[Any, Reader] = {}  # one for each thread
+        lock = Lock()
+
+        def run(theta: Theta, *inputs: Tensor) -> dict[str, list[Tensor]]:
+            # How inputs lie in memory decides which operators PyTorch runs.
+            layout = tuple((x.shape[1:], x.stride()[1:], x.device) for x in inputs)
+            few = tuple(x[:2] if x.dim() > 1 else x for x in inputs)
+            with lock:
+                if layout not in found:
+                    groups = find(net, few, self.train).groups
+                    if groups.keys() != self.groups.keys():
+                        raise SymmetryError(
+                            "tapper: this network has other groups; find its symmetry anew"
+                        )
+                    found[layout] = {n: getattr(g, at) for n, g in groups.items()}
+                taps = found[layout]
+                if (key := (get_ident(), layout)) not in readers:
+                    names = {t.name for places in taps.values() for t in places}
+                    readers[key] = Reader(net, self.train, names, theta, few)
+                read = readers[key]
+            kept = read(theta, inputs)
+            return {n: [t.samples(kept[t.name]) for t in ts] for n, ts in taps.items()}
+
+        return run
+
+    def log10_orbit(self) -> float:
+        """log₁₀ of the number of copies of a generic network: the sum over groups of log₁₀ n!."""
+        return sum(math.lgamma(g.size + 1) for g in self.groups.values()) / math.log(10)
+
+    def explain(self, name: str) -> str:
+        """What is known of the parameter or buffer `name`, axis by axis, in words."""
+        lines = [
+            f"axis {p.axis}: {p.index.size} positions of group {n!r} ({g.size} units)"
+            for n, g in self.groups.items()
+            for p in g.places
+            if p.name == name
+        ]
+        lines += [f"axis {p.axis}: {p.count} stay: {p.why}" for p in self.pinned if p.name == name]
+        lines = lines or ["no floating-point entry of the state dict"]
+        return "\n".join(f"{name}, {line}" for line in lines)
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each group, or for groups of one name that differ in their number [k] only."""
+        rows: dict[tuple[str, int], dict[str, Any]] = {}
+        for name, g in self.groups.items():
+            stem = name if name.endswith("[*]") else name.split("[")[0]
+            where = ", ".join(f"{p.name}[{p.axis}]" for p in g.places)
+            row = {"group": stem, "groups": 0, "units": g.size, "acts on [axis]": where}
+            rows.setdefault((stem, g.size), row)["groups"] += 1
+        return list(rows.values())
+
+    def _repr_markdown_(self) -> str:
+        rows = self.table() or [{"no groups": ""}]
+        lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+        return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+    def __repr__(self) -> str:
+        return f"Symmetry({len(self.groups)} groups, 10^{self.log10_orbit():.0f} copies)"
+
+    def to_json(self) -> str:
+        """Text from which `from_json` restores an equal symmetry."""
+        return json.dumps(self, default=lambda v: v.tolist() if hasattr(v, "tolist") else vars(v))
+
+    @classmethod
+    def from_json(cls, text: str) -> Symmetry:
+        """The symmetry that `to_json` wrote."""
+        groups, pinned, train = json.loads(text).values()
+
+        def group(size: int, *rest: Any) -> Group:
+            def place(p: dict[str, Any]) -> Place:
+                return Place(p["name"], tuple(p["axes"]), np.array(p["index"]))
+
+            places, post, pre = (tuple(map(place, ps)) for ps in rest[:3])
+            return Group(size, places, post, pre, tuple(map(tuple, rest[3])))
+
+        found = {n: group(*g.values()) for n, g in groups.items()}
+        return cls(found, tuple(Pinned(**p) for p in pinned), train)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Symmetry) and self.to_json() == other.to_json()
+
+
+def listed(example: Example) -> list[Tensor]:
+    return [example] if isinstance(example, Tensor) else [*example]
+
+
+def jitter(t: Tensor, generator: torch.Generator) -> Tensor:
+    """Float64; each entry scaled by about 1, equal ones moved apart; positive ones stay so.
+
+    Weights that are tiny for their fan-in (as heads may start) are scaled up, so that they count.
+    """
+    if not t.is_floating_point() or not t.numel():
+        return t.detach()
+    t = t.detach().double()
+    noise = torch.rand(2, *t.shape, dtype=t.dtype, generator=generator).to(t.device)
+    if bool((t == t.flatten()[0]).all()):
+        return t * (0.75 + noise[0] / 2) + 0.1 * noise[1]
+    reach = float(t.std()) * t[0].numel() ** 0.5 if t.dim() > 1 else 1.0
+    return t * (0.75 + noise[0] / 2) / (reach if 0 < reach < 0.1 else 1)
 
 
 def find(net: nn.Module, example: Example, train: bool = False) -> Symmetry:
-    """The permutation symmetries of `net`, from its operator graph.
+    """The permutation symmetries of `net`, by following its units through one run.
 
-    example: an input with its batch in front, or a tuple of inputs. train: follow the network in
-    training mode, in which auxiliary heads exist. The network is not changed.
-    Raises SymmetryError when torch.export cannot follow the network. What is not understood is
+    example: an input with its batch in front, or a tuple of inputs; only shapes count. train: find
+    those of training mode, in which auxiliary heads exist. The network is not changed. Raises
+    SymmetryError where it cannot be followed: control flow on data. What is not understood is
     pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`; `Symmetry.verify` proves.
     """
-    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
-    program = tracing.export(net, inputs, train)
-    walk = Walk(program, RULES)
-    units = Classes(walk, walk.entries)
-    names = group_names(walk, units)
-    groups = gather(walk, units, names)
-    moving = units.group[units.of[walk.entries[2]]] >= 0
-    if twins := alike(walk, units):
-        # Again, with whole groups as units: heads, and the groups of grouped convolutions.
-        second = Walk(program, RULES, merged(units, twins))
-        blocks = Classes(second, second.entries)
-        groups |= nested(second, blocks, [names[g] for g in twins])
-        moving |= blocks.group[blocks.of[second.entries[2]]] >= 0
-    tied: dict[int, list[str]] = {}
-    state = net.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        tied.setdefault(id(tensor), []).append(name)
-    groups = {
-        n: replace(
-            g, places=tuple(replace(p, name=m) for p in g.places for m in tied[id(state[p.name])])
-        )
-        for n, g in groups.items()
-    }
-    return Symmetry(groups, pinned(walk, units, ~moving), train)
-
-
-class Classes:
-    """Units that move as one, and the groups of classes that may change places.
-
-    entries [4, n]: axis, position, unit and slot of each entry of each parameter axis. `of`: the
-    class of each unit; `rank`: its place among the units of its class; `group` and `index` of
-    each class (group -1: it stays); `why`: the reason for each class that is pinned.
-    """
-
-    def __init__(self, ledger: Ledger, entries: np.ndarray) -> None:
-        entries = entries[:, entries[2] > 0]
-        facts = torch.cat(ledger.facts, 1).numpy()
-        tied = facts[:, facts[2] > 0]
-        count = int(max(entries[2].max(initial=0), facts[1:3].max(initial=0))) + 1
-        edges = coo_matrix((np.ones(tied.shape[1]), (tied[1], tied[2])), (count, count))
-        self.of = connected_components(edges, directed=False)[1]
-        used = np.unique(entries[2])
-        order = used[np.argsort(self.of[used], kind="stable")]
-        self.rank = np.zeros(count, np.int64)
-        self.rank[order] = np.arange(len(order)) - np.searchsorted(self.of[order], self.of[order])
-        self.why: dict[int, str] = {}
-        for units, why in ledger.pins:
-            for c in np.unique(self.of[units.numpy()]).tolist():
-                self.why.setdefault(c, why)
-        pinned = list(self.why)
-        axis, _, member, slot = entries[:, ~np.isin(self.of[entries[2]], pinned)]
-        event, unit, other, *rest = facts[:, ~np.isin(self.of[facts[1]], pinned)]
-        # Equal sums of hashes: the same facts about the members of the same ranks.
-        sums = np.zeros((int(self.of.max(initial=0)) + 1, 2), np.uint64)
-        ranked = np.where(other > 0, self.rank[other], other)
-        np.add.at(sums, self.of[unit], hashes([event, self.rank[unit], ranked, *rest]))
-        np.add.at(sums, self.of[member], hashes([-1 - axis, self.rank[member], slot]))
-        alike: dict[bytes, list[int]] = {}
-        for c in dict.fromkeys(self.of[used].tolist()):
-            if c not in self.why:
-                alike.setdefault(sums[c].tobytes(), []).append(c)
-        self.groups = [cs for cs in alike.values() if len(cs) > 1]
-        self.group = np.full(len(sums), -1)
-        self.index = np.zeros(len(sums), np.int64)
-        for g, cs in enumerate(self.groups):
-            self.group[cs], self.index[cs] = g, np.arange(len(cs))
-
-
-def hashes(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """128 bits for each row of integer columns [n]: [n, 2]. A clash needs luck of 2⁻¹²⁸."""
-    odd = np.array([[0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F]], np.uint64)
-    h = np.broadcast_to(odd, (len(columns[0]), 2))
-    for column in columns:
-        for shift in (29, 32):
-            h = (h ^ column.astype(np.uint64)[:, None]) * (odd ^ np.uint64(shift << 8))
-            h = h ^ (h >> np.uint64(shift))
-    return h
-
-
-def group_names(walk: Walk, classes: Classes) -> list[str]:
-    """A group is called after the parameter that first brings in its units."""
-    axis, position, unit, _ = walk.entries
-    opened = np.full(len(classes.rank), len(walk.opened))
-    for k, units in reversed(list(enumerate(walk.opened))):
-        opened[units[units > 0].numpy()] = k
-    group = classes.group[classes.of[unit]]
-    order = np.lexsort((position, axis, opened[unit], group))
-    _, first = np.unique(group[order], return_index=True)
-    chosen = axis[order[first]][-len(classes.groups) :] if classes.groups else []
-    stems = [walk.axes[a].name.removesuffix(".weight") for a in chosen]
-    count = dict.fromkeys(stems, 0)
-    names = []
-    for stem in stems:
-        names.append(f"{stem}[{count[stem]}]" if stems.count(stem) > 1 else stem)
-        count[stem] += 1
-    return names
-
-
-def gather(walk: Walk, classes: Classes, names: list[str]) -> dict[str, Group]:
-    """The places and taps of each group."""
-    axis, position, unit, slot = walk.entries
-    home = classes.of[unit]
-    group, index = classes.group[home], classes.index[home]
-    order = np.lexsort((position, slot, classes.rank[unit], index, axis, group))
-    order = order[group[order] >= 0]
-    places: list[list[Place]] = [[] for _ in names]
-    cuts = np.flatnonzero(np.diff(group[order]) | np.diff(axis[order])) + 1
-    for run in np.split(order, cuts) if len(order) else []:
-        at, g = walk.axes[axis[run[0]]], int(group[run[0]])
-        if at.span == 1 or walk.merged is None:  # a block's channels move with its rows
-            table = position[run].reshape(len(classes.groups[g]), -1)
-            places[g].append(Place(at.name, at.start, at.span, table))
-    post = list(dict.fromkeys(s for n in walk.readers for s in sources(walk, n)))
-    seen = [taps(walk, classes, nodes) for nodes in (post, [before(walk, n) for n in post])]
-    sizes = [len(cs) for cs in classes.groups]
-    return {
-        name: Group(size, tuple(at), *(tuple(t) for t in both))
-        for name, size, at, *both in zip(names, sizes, places, *seen, strict=True)
-    }
-
-
-def sources(walk: Walk, node: Node) -> Iterator[Node]:
-    """The tensors that data movement and global pooling bring to `node`."""
-    name = short(node) if node.op == "call_function" else ""
-    moved = name in RESHAPES or name in MOVES or name in IDENTITIES or name == "getitem"
-    if moved or name.startswith("adaptive_avg_pool"):
-        for n in node.all_input_nodes:
-            if n in walk.live:
-                yield from sources(walk, n)
-    elif isinstance(walk.marks[node], Marked):
-        yield node
-
-
-def before(walk: Walk, node: Node) -> Node:
-    """The tensor that enters the nonlinearity, and pooling, of which `node` is the result."""
-    while node.op == "call_function" and len(node.all_input_nodes) == 1:
-        name, (source,) = short(node), node.all_input_nodes
-        passed = RULES.get(name, RULES["pointwise"]) is RULES["pointwise"]  # without a rule: too
-        if not (passed or name in IDENTITIES or name in RESHAPES or name in POOLS):
-            break
-        if source not in walk.live or not isinstance(walk.marks[source], Marked):
-            break
-        node = source
-    return node
-
-
-def taps(walk: Walk, classes: Classes, nodes: list[Node]) -> list[list[Tap]]:
-    """For each group where it is seen by itself; if nowhere, the first place among others."""
-    alone: list[list[Tap]] = [[] for _ in classes.groups]
-    among: list[list[Tap]] = [[] for _ in classes.groups]
-    for node in dict.fromkeys(nodes):
-        for f in walk.marks[node].factors:
-            axes = tuple(sorted(f.axes))
-            if any(known_size(node.meta["val"].shape[k]) is None for k in axes):
-                continue  # these positions would depend on the batch size
-            label, slot = f.label.numpy().ravel(), f.slot.numpy().ravel()
-            home = classes.of[label.clip(0)]
-            group = np.where(label > 0, classes.group[home], -1)
-            for g in np.unique(group[group >= 0]).tolist():
-                at = np.flatnonzero(group == g)
-                at = at[np.lexsort((slot[at], classes.rank[label[at]], classes.index[home[at]]))]
-                size = len(classes.groups[g])
-                if len(at) % size == 0:
-                    tap = Tap(node.name, axes, at.reshape(size, -1))
-                    (alone if len(at) == len(label) else among)[g].append(tap)
-    return [a or b[:1] for a, b in zip(alone, among, strict=True)]
-
-
-def alike(walk: Walk, classes: Classes) -> list[int]:
-    """Groups that act on the same axes as another one does."""
-    home = classes.group[classes.of[walk.entries[2]]]
-    order = np.argsort(home, kind="stable")
-    bounds = np.searchsorted(home[order], np.arange(len(classes.groups) + 1))
-    kinds: dict[bytes, list[int]] = {}
-    for g, (a, b) in enumerate(pairwise(bounds)):
-        kinds.setdefault(np.sort(walk.entries[0][order[a:b]]).tobytes(), []).append(g)
-    return sorted(g for gs in kinds.values() if len(gs) > 1 for g in gs)
-
-
-def merged(classes: Classes, twins: list[int]) -> Tensor:
-    """For a second walk: unit and slot for each unit of the first; group twins[k] is unit k + 1.
-
-    Units without a group stay units; those of other groups are fixed.
-    """
-    group = classes.group[classes.of]
-    unit = np.where(group < 0, np.arange(len(group)) + len(twins) + 1, 0)
-    slot = np.zeros_like(unit)
-    for k, g in enumerate(twins):
-        at = np.flatnonzero(group == g)
-        unit[at] = k + 1
-        slot[at] = classes.index[classes.of[at]] * (classes.rank[at].max() + 1) + classes.rank[at]
-    unit[0] = 0
-    return torch.from_numpy(np.stack([unit, slot]))
-
-
-def nested(walk: Walk, classes: Classes, inner: list[str]) -> dict[str, Group]:
-    """Groups whose units are blocks; unit k + 1 of the walk is the group `inner[k]`."""
-    home = classes.of[1 : len(inner) + 1]
-    within: dict[int, list[str]] = {}
-    for k in np.argsort(classes.rank[1 : len(inner) + 1], kind="stable"):
-        within.setdefault(int(home[k]), []).append(inner[k])
-    blocks = [tuple(tuple(within.get(c, [])) for c in cs) for cs in classes.groups]
-    stems = [b[0][0].rsplit("[", 1)[0] if b[0] else f"blocks {k}" for k, b in enumerate(blocks)]
-    names = [s + "[*]" * (1 + stems[:k].count(s)) for k, s in enumerate(stems)]
-    groups = gather(walk, classes, names)
-    return {n: replace(g, inner=b) for (n, g), b in zip(groups.items(), blocks, strict=True)}
-
-
-def pinned(walk: Walk, classes: Classes, still: np.ndarray) -> tuple[Pinned, ...]:
-    """What stays, axis by axis, with the first reason that was met."""
-    counts: dict[tuple[str, int, str], int] = {}
-    for axis, unit in walk.entries[[0, 2]].T[still]:
-        why = classes.why.get(int(classes.of[unit]), "no other unit acts at the same places")
-        key = (walk.axes[axis].name, walk.axes[axis].start, why)
-        counts[key] = counts.get(key, 0) + 1
-    return tuple(Pinned(name, axis, n, why) for (name, axis, why), n in counts.items())
+    return Symmetry(*discover(net, listed(example), train), train)

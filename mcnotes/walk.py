@@ -1,216 +1,242 @@
-"""Walk through the operator graph of a network with the ledger in hand (chapter 3)."""
+"""Follow every hidden unit of a network through its operators (chapter 3).
 
-import inspect
-import operator
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+Each index of each axis of each parameter is a *unit*. The network runs once on tensors that carry
+marks. Data movement runs literally on the marks; operators entry by entry tie the units that meet;
+sums close them. What operators see of units are *facts*: sets of tied units that have the same
+facts are interchangeable. What is not understood is pinned: ignorance loses symmetry and never
+soundness.
+"""
+
+import re
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import Node
-from torch.fx.node import map_arg
+from torch._decomp import decomposition_table
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mcnotes.graph import Ledger, Marked
-from mcnotes.tracing import CREATORS, Unknown, inplace, origin, short
+from mcnotes.marks import (
+    CONSTANT,
+    SLOT,
+    UNIT,
+    Marked,
+    SymmetryError,
+    Tap,
+    Tape,
+    as_one,
+    axes,
+    bare,
+    functional,
+    independent,
+    op_name,
+    padded,
+    positions,
+)
+
+ALIASES = {"unsqueeze", "squeeze", "expand", "clone", "_to_copy", "detach", "alias"}
 
 
-class Axis(NamedTuple):
-    """One axis of a parameter (or `span` axes taken as one)."""
+class Walk(Tape):
+    """One run of a network on marked tensors.
 
-    name: str
-    start: int
-    span: int
-
-
-class Walk(Ledger):
-    """One pass over an exported program.
-
-    rules: operator → what it does, see `operators.rule`. merged: in a second pass, (unit, slot)
-    for each unit of the first. After the pass: `entries` [4, n], the axis, position, unit and slot
-    of each entry of each parameter axis; `marks`, what is known of each tensor; `readers`, the
-    activations that contractions read, and `opened`, the units that they bring in; `live`, what
-    depends on the input.
+    rules: what operators do, by name; passing: those that only move data. names: of the modules,
+    by id. merged: in a second walk, the code that stands for each unit of the first.
     """
 
     def __init__(
         self,
-        program: ExportedProgram,
         rules: Mapping[str, Callable[..., Any]],
+        passing: Collection[str],
+        names: Mapping[int, str],
         merged: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.program, self.rules, self.merged, self.count = program, rules, merged, 1
-        self.marks: dict[Node, Any] = {}
-        self.axes: list[Axis] = []
-        self.opened: list[Tensor] = []
-        self.readers: list[Node] = []
-        self.live: set[Node] = set()
-        columns = [torch.zeros(4, 0, dtype=torch.long)]
-        signature = program.graph_signature
-        specs = {s.arg.name: s for s in signature.input_specs}
-        outputs = {s.arg.name for s in signature.output_specs if s.kind == OutputKind.USER_OUTPUT}
-        for node in program.graph.nodes:
-            self.where = origin(node) if node.op == "call_function" else ""
-            self.marks[node] = None
-            if node.op == "placeholder":
-                self.marks[node] = self.enter(node, specs[node.name], columns)
-            elif node.op == "call_function":
-                self.marks[node] = self.step(node)
-            elif node.op == "output":
-                results = [self.marks[n] for n in node.all_input_nodes if n.name in outputs]
-                self.forget(filter(is_marked, results), "reaches the output")
-        self.entries = torch.cat(columns, 1).numpy()
+        super().__init__(self.label)
+        self.rules, self.passing = rules, passing
+        self.facts: list[Tensor] = []  # rows: event, code, other code, tag
+        self.pins: list[tuple[Tensor, str]] = []
+        self.read: dict[Tap, None] = {}  # what contractions read
+        self.names, self.merged, self.count_units = names, merged, 2
 
-    def enter(self, node: Node, spec: Any, columns: list[Tensor]) -> Any:
-        """A placeholder: a parameter's axes are new units; an input and a constant are fixed."""
-        shape = sizes(node.meta.get("val"))
-        if not isinstance(node.meta.get("val"), Tensor):
-            return shape
-        if spec.kind == InputKind.USER_INPUT:
-            self.live.add(node)
-            return Marked(shape)
-        kept = spec.target in self.program.state_dict and spec.persistent is not False
-        stored = (self.program.state_dict if kept else self.program.constants)[spec.target]
-        if not (kept and stored.is_floating_point()):
-            return constant(stored.detach().cpu().clone())
-        groups, factors = convolution_groups(node), []
-        for k, n in enumerate(shape):
-            units, start, span = torch.arange(n), k, 1
+    def parameter(self, tensor: Tensor, groups: int) -> Marked:
+        """A parameter, each axis of which gets units; groups: of the convolution it serves."""
+        factors: list[Tensor] = []
+        for k, n in enumerate(tensor.shape):
+            unit = positions(tensor.shape, {k}) + self.count_units
             if k == 1 and groups > 1:  # each group has input channels of its own
-                rows = torch.arange(shape[0]) // (shape[0] // groups)
-                units, start, span = rows[:, None] * n + units, 0, 2
-            if n == 1:
-                continue
-            units = units + self.count
-            self.count = int(units.max()) + 1
-            slots = torch.zeros_like(units)
-            if self.merged is not None:
-                units, slots = self.merged[:, units]
-            position = torch.arange(units.numel()).view_as(units)
-            axis = torch.full_like(units, len(self.axes))
-            columns.append(torch.stack([axis, position, units, slots]).flatten(1))
-            self.axes.append(Axis(spec.target, start, span))
-            size = [1] * start + list(units.shape) + [1] * (len(shape) - start - span)
-            factors.append(self.settle(units.view(size), slots.view(size)))
-        marked = Marked(shape).having(factors)
-        if not node.users:
-            self.forget([marked], "is not used in this mode")
-        return marked
+                unit = unit + positions(tensor.shape, {0}) // (len(tensor) // groups) * n
+            self.count_units = int(unit.max()) + 1 if n else self.count_units
+            if n > 1:
+                factors += self.settle(unit << 32 if self.merged is None else self.merged[unit])
+        for f in factors:
+            self.fact(f)
+        return Marked(self, tensor, factors)
 
-    def step(self, node: Node) -> Any:
-        """An operator: the marks of its result."""
-        value = node.meta.get("val")
-        if value is None or isinstance(value, torch.SymInt | int | float | bool):
-            return sizes(value)
-        if any(n in self.live for n in node.all_input_nodes):
-            self.live.add(node)
-        given: Any = map_arg((node.args, node.kwargs), self.marks.__getitem__)
-        if node.target is operator.getitem:
-            return given[0][0][given[0][1]]
-        marked = [m for m in tree_leaves(given, is_leaf=is_marked) if isinstance(m, Marked)]
-        self.contracted = False
-        out = self.evaluate(node, given, marked)
-        if out is None:
-            try:
-                out = self.apply(node, given, marked)
-            except Unknown as error:
-                self.forget(marked, str(error))
-                out = Marked(())
-        out = fit(out, value)
-        if self.contracted:
-            self.readers += [n for n in node.all_input_nodes if n in self.live]
-            self.opened += [f.label.flatten() for f in out.factors]
-        base = node
-        while inplace(base):  # the tensor that was given holds the result from now on
-            base = base.all_input_nodes[0]
-            self.marks[base] = out
-        return out
+    def label(self, name: str, x: Any) -> None:
+        """Name the results that an operator of the network brings."""
+        for tap in x.taps if isinstance(x, Marked) else ():
+            if not tap.name:
+                tap.name, tap.factors = name, x.factors
 
-    def evaluate(self, node: Node, given: Any, marked: list[Marked]) -> Any:
-        """The value of a constant; None for everything else."""
-        if short(node) not in CREATORS and any(m.value is None for m in marked):
-            return None
-        if not isinstance(node.target, OpOverload):
-            return None
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
-            return None
+    # What becomes of units
 
-        def real(m: Marked) -> Tensor:
-            return torch.empty(m.shape) if m.value is None else m.value
+    def fact(self, factor: Tensor, other: Tensor | int = 0, tag: Tensor | int = 0) -> None:
+        """Record what (broadcast) holds wherever there is a unit."""
+        columns = map(torch.as_tensor, (len(self.facts), factor, other, tag))
+        rows = torch.stack(torch.broadcast_tensors(*columns)).flatten(1)
+        self.facts.append(rows[:, rows[1] >= UNIT])
 
-        args, kwargs = tree_map_only(Marked, real, given, is_marked)
-        kwargs = {k: "cpu" if k == "device" else v for k, v in kwargs.items()}
-        out = node.target(*args, **kwargs)
-        return constant(out) if isinstance(out, Tensor) else [constant(o) for o in out]
+    def pin(self, factor: Tensor, why: str = "meets something fixed") -> None:
+        """Units must stay where they are."""
+        if len(units := factor[factor >= UNIT] >> 32):
+            self.pins.append((units, why + self.where()))
 
-    def apply(self, node: Node, given: Any, marked: list[Marked]) -> Any:
-        """The result of an operator by its rule. Raises Unknown if there is none."""
-        name, target = short(node), node.target
-        if not isinstance(target, OpOverload):
-            raise Unknown(f"{name} (no_grad, autocast or cond) is not followed")
-        is_pointwise = name not in self.rules and torch.Tag.pointwise in target.tags
-        rule = self.rules.get("pointwise" if is_pointwise else name)
-        if rule is None:
-            raise Unknown(f"{name} has no rule (use other operators, or see symmetry.rule)")
-        for m in marked:
-            self.see(m)
+    def where(self) -> str:
+        """The module at work, and the line of the network's own code."""
+        at = line = ""
+        for frame, number in traceback.walk_stack(None):
+            if name := self.names.get(id(frame.f_locals.get("self"))):
+                at, file = at or f" at {name}", frame.f_code.co_filename
+                if not line and "/torch/" not in file:
+                    line = f", {file.rsplit('/', 1)[-1]}:{number}"
+        return at + line
 
-        def run(marked: list[Marked], labels: list[Tensor]) -> Any:
-            swap = {id(p): t for p, t in zip(marked, labels, strict=True)}
-            args, kwargs = tree_map_only(
-                Marked, lambda m: swap.get(id(m), m.value), given, is_marked
-            )
-            return target(*args, **kwargs)
+    def fix(self, x: Tensor, dims: Iterable[int], why: str) -> None:
+        """An operator tells positions along `dims` apart: units there are pinned."""
+        factors = x.factors if isinstance(x, Marked) else []
+        for f in (f for f in factors if axes(f).intersection(dims)):
+            self.pin(f, why)
 
-        schema = target._schema.arguments
-        bound = {a.name: a.default_value for a in schema if a.has_default_value()}
-        bound |= dict(zip((a.name for a in schema), given[0], strict=False)) | given[1]
-        shape = sizes(node.meta["val"])
-        bound |= {"marked": marked, "name": name, "shape": shape, "run": run, "bound": bound}
-        wanted = list(inspect.signature(rule).parameters)[1:]
-        return rule(self, **{k: bound.get(k) for k in wanted})
+    def stay(self, factor: Tensor, dims: frozenset[int]) -> Tensor:
+        """Units must keep their place along `dims`; what remains of the factor."""
+        self.fact(factor, 0, positions(factor.shape, dims))
+        if dims < axes(factor):
+            return factor
+        self.pin(factor)
+        return factor * 0
 
+    def meet(self, *xs: Any) -> list[Tensor]:
+        """Any function of tensors entry by entry: the factors of the result."""
+        given = [x for x in tree_leaves(xs) if isinstance(x, Tensor)]
+        shape = torch.broadcast_shapes(*(x.shape for x in given))
+        rank, done, fixed = len(shape), list[Tensor](), set[int]()
+        tensors: list[list[Tensor]] = []
+        none = torch.zeros([1] * rank, dtype=torch.long)
+        for x in given:
+            marks = x.factors if isinstance(x, Marked) else []
+            varies = isinstance(x, Marked) or bool((x != x.flatten()[:1].squeeze()).any())
+            wide = {k for k, n in enumerate(x.shape) if varies and n > 1 and x.stride(k)}
+            fixed |= {k + rank - x.dim() for k in wide.difference(*map(axes, marks))}
+            tensors.append([padded(f, rank) for f in marks])
+        for own in (*tensors, [positions(shape, {k}) * 0 for k in fixed]):
+            for i, j in combinations(range(len(own)), 2):  # both act on x
+                shared = axes(own[i]) & axes(own[j])
+                if axes(own[i]) == axes(own[j]) and functional(own[i], own[j]):
+                    own[i], own[j] = none, self.join(own[i], own[j])
+                elif shared and not independent(own[i], own[j]):
+                    own[i], own[j] = self.stay(own[i], shared), self.stay(own[j], shared)
+            pairs = [(i, j) for i in range(len(own)) for j in range(len(done))]
+            like = {i: j for i, j in pairs if functional(own[i], done[j])}
+            for i, j in pairs:
+                f, g, matched = own[i], done[j], i in like and j in like.values()
+                if like.get(i) == j or (axes(f) == axes(g) and not matched):
+                    own[i], done[j] = none, self.join(f, g)
+                elif (shared := axes(f) & axes(g)) and not matched:
+                    own[i], done[j] = self.stay(f, shared), self.stay(g, shared)
+            done += own
+        return [f for f in done if bool((f >= UNIT).any())]
 
-def convolution_groups(node: Node) -> int:
-    """The number of groups, if this is the weight of grouped convolutions and of nothing else."""
-    users = [(short(n).startswith("conv") and "_" not in short(n), n.args) for n in node.users]
-    groups = {args[6] if conv and len(args) > 6 else 1 for conv, args in users}
-    return groups.pop() if len(groups) == 1 else 1  # type: ignore[return-value]
+    def join(self, f: Tensor, g: Tensor) -> Tensor:
+        """Tie two factors entry by entry; constants give way to units."""
+        f, g = sorted((f, g), key=Tensor.numel)
+        u, v = torch.broadcast_tensors(f, g)
+        fixed = (u < CONSTANT) | (v < CONSTANT)
+        self.pin(torch.cat([u[fixed], v[fixed]]))
+        first = u.where(u >= UNIT, v).where(~fixed, 0)
+        tag = positions(u.shape, axes(g) - axes(f)) + 1
+        self.fact(first, v.where((u >= UNIT) & (v >= CONSTANT), CONSTANT), tag)
+        return f if f.numel() < g.numel() and bool((f >= UNIT).all()) else first
 
+    def settle(self, codes: Tensor, alone: str = "is taken out alone") -> list[Tensor]:
+        """The factor, if any, of these codes: only the axes that it needs, and distinct slots."""
+        codes = codes[tuple(slice(None) if s else slice(1) for s in codes.stride())]
+        for k in axes(codes):  # one along which all units move as one is not needed
+            if as_one(codes.narrow(k, 0, 2), k) and as_one(codes, k):
+                codes = codes.narrow(k, 0, 1)
+        held = codes >= UNIT
+        if codes.numel() == 1 or not bool(held.any()):
+            self.pin(codes, alone)
+            return []
+        order = codes[held].sort().values
+        if bool((order[1:] > order[:-1]).all()):
+            return [codes]
+        slot = (codes & SLOT).unique(return_inverse=True)[1].where(held, 0)
+        sorted_, order = (codes >> 32 << 32 | slot).flatten().sort(stable=True)
+        copy = torch.arange(len(order)) - torch.searchsorted(sorted_, sorted_)
+        copy = torch.empty_like(copy).scatter(0, order, copy).view(codes.shape).where(held, 0)
+        return [codes >> 32 << 32 | slot * (int(copy.max()) + 1) + copy]
 
-def is_marked(x: Any) -> bool:
-    return isinstance(x, Marked)
+    def move(self, run: Callable[..., Any], *xs: Tensor) -> list[list[Tensor]]:
+        """Data movement, run on each factor of the tensors: the factors of each result."""
+        lanes: dict[Any, dict[int, Tensor]] = {}  # factors that go together
+        alone = all(len(x.factors) < 2 for x in xs if isinstance(x, Marked))
+        for i, x in enumerate(xs):
+            seen = Counter[frozenset[int]]()
+            for f in x.factors if isinstance(x, Marked) else ():
+                seen[axes(f)] += 1
+                lanes.setdefault((alone or axes(f), seen[axes(f)]), {})[i] = f
+        zero = (not isinstance(x, Marked) and not bool(x.any()) for x in xs)
+        blank = [torch.tensor(CONSTANT * z) for z in zero]
+        found: list[list[Tensor]] = []
+        for lane in [*lanes.values()] or [{}]:
+            codes = [lane.get(i, code) for i, code in enumerate(blank)]
+            parts = [code.expand(x.shape) for code, x in zip(codes, xs, strict=True)]
+            outs = tree_leaves(run(parts))
+            found = found or [[] for _ in outs]
+            for factors, out in zip(found, outs, strict=True):
+                factors += self.settle(out)
+        return found
 
-
-def sizes(value: Any) -> Any:
-    """Shapes and symbolic integers as plain numbers: those of the example."""
-    if isinstance(value, torch.SymInt):
-        return int(value.node.hint)  # type: ignore[arg-type]
-    return tuple(sizes(n) for n in value.shape) if isinstance(value, Tensor) else value
-
-
-def constant(value: Tensor) -> Marked:
-    """What is known of a constant tensor."""
-    same = (
-        bool((value == value.narrow(k, 0, 1)).all()) for k in range(value.dim()) if value.numel()
-    )
-    return Marked(
-        tuple(value.shape), uniform=frozenset(k for k, s in enumerate(same) if s), value=value
-    )
-
-
-def fit(out: Any, value: Any) -> Any:
-    """Give results the shapes that the graph says they have."""
-    if isinstance(value, list | tuple):
-        outs = [out] * len(value) if is_marked(out) else out
-        return [fit(o, v) for o, v in zip(outs, value, strict=True)]
-    if not isinstance(value, Tensor):
-        return None
-    out = out if is_marked(out) else out[0]
-    if any(f.label.dim() != value.dim() for f in out.factors):
-        return None  # a second result of another form, which nothing may read
-    return out._replace(shape=sizes(value))
+    def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator on marked tensors: by its rule, by simpler ones, or else all is pinned."""
+        name = op_name(func)
+        if re.search("^new_|_like$", name):  # a constant
+            return func(*tree_map_only(Marked, lambda x: torch.zeros(x.shape), args), **kwargs)
+        kind = "pointwise" if torch.Tag.pointwise in func.tags else ""
+        kind = "in space" if re.search(r"(pool|pad|upsample_\w+)\dd", name) else kind
+        rule = self.rules.get(name) or self.rules.get(kind)
+        if not rule:
+            simpler = decomposition_table.get(func, lambda *_, **__: NotImplemented)
+            for way in (func.decompose, simpler):
+                if (out := way(*args, **kwargs)) is not NotImplemented:
+                    return out
+        xs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Marked)]
+        for x in xs:
+            x.used = True
+            for f in x.factors if name not in ALIASES else ():
+                self.fact(f)
+        self.func, self.named = func, {a.name: a.default_value for a in func._schema.arguments}
+        self.named |= dict(zip(self.named, args, strict=False)) | kwargs
+        found = rule(self, *self.named.values()) if rule else None
+        for x in xs if found is None else ():
+            self.fix(x, range(x.dim()), f"{name} has no rule (use others, or see symmetry.RULES)")
+        found = [found.factors] if isinstance(found, Marked) else found or []
+        found += [[] for _ in func._schema.returns]
+        taps = list(dict.fromkeys(t for x in xs for t in x.taps))
+        if name not in self.passing:
+            unary = len(taps) == len({id(x) for x in xs}) == 1
+            taps = [Tap(found[0], (taps[0].pre or taps[0]) if unary else None)]
+        args, kwargs = tree_map_only(Tensor, bare, (args, kwargs))
+        try:
+            out = func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            raise SymmetryError(
+                f"find: {name} needs values{self.where()}; it says: {str(error).splitlines()[0]} "
+                "Cure: control flow must not depend on the data (torch.where instead of if); or "
+                "take the part of the network without it."
+            ) from error
+        outs = [Marked(self, o, f, taps) for o, f in zip(tree_leaves(out), found, strict=False)]
+        return outs[0] if isinstance(out, Tensor) else outs

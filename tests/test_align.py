@@ -1,5 +1,7 @@
 """Alignment: exact moments, planted permutations, no growth with the data, errors."""
 
+import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,10 +9,10 @@ import torch
 from small import normed, plain, task
 from torch import nn
 
-from mcnotes import align, models, symmetry, train
+from mcnotes import align, curves, evaluate, models, symmetry, train
 from mcnotes.align import AlignmentError, Moments
 from mcnotes.curves import Theta
-from mcnotes.data import Split
+from mcnotes.data import Split, Task
 
 
 def noisy(theta: Theta, seed: int, level: float = 1e-3) -> Theta:
@@ -137,6 +139,34 @@ def test_planted_permutation_is_recovered(name: str, at: align.At) -> None:
     )
     for group in found.after:
         assert found.after[group].sum() >= found.before[group].sum() - 1e-6
+
+
+END_TO_END = {
+    "resnet32": lambda: models.build("resnet32", num_classes=3, in_channels=1, width=4),
+    "googlenet": lambda: models.build("googlenet", num_classes=3, in_channels=1, width=0.125),
+    "attention": Patches,
+}
+
+
+@pytest.mark.parametrize("name", END_TO_END)
+def test_from_two_networks_to_a_curve(name: str) -> None:
+    net, split = END_TO_END[name](), pictures(24)
+    split = replace(split, labels=torch.arange(24) % 3)
+    data = Task("noise", split, split, split, ("a", "b", "c"))
+    a, b = (train.initialise(net, s) for s in (1, 2))
+    sym = symmetry.find(net, data.example)
+    perm = align.match(net, a, b, split, sym).perm
+    assert any(not torch.equal(p, torch.arange(len(p))) for p in perm.values())
+    curve = curves.bezier(a, sym.permute(b, perm))
+    recipe = train.Recipe(1, batch_size=8, lr=0.01, augment=False)
+    fitted = train.fit_curve(net, curve, data, recipe, seed=3).curve
+    line, path = (
+        evaluate.along(net, c, split, statistics=split, points=3)
+        for c in (curves.line(a, b), fitted)
+    )
+    assert path.loss[[0, 2]] == pytest.approx(line.loss[[0, 2]], rel=1e-4)  # the same functions
+    assert math.isfinite(path.loss[1])
+    assert path.loss[1] != line.loss[1]
 
 
 def test_matching_is_the_best_of_all_permutations() -> None:

@@ -28,22 +28,25 @@ CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
 # A module imports only from layers strictly below its own.
 LAYERS = {
     0: {"models", "perms", "curves", "attacks", "store", "figures", "augment", "sources"}
-    | {"graph", "tracing"},
-    1: {"data", "action", "operators", "walk", "birkhoff"},
-    2: {"symmetry", "evaluate"},
-    3: {"align", "train"},
-    4: {"pam"},
-    5: {"zoo"},
-    6: {"results"},
+    | {"marks"},
+    1: {"data", "walk", "birkhoff"},
+    2: {"rules", "evaluate"},
+    3: {"groups", "train"},
+    4: {"taps"},
+    5: {"symmetry"},
+    6: {"align"},
+    7: {"pam"},
+    8: {"zoo"},
+    9: {"results"},
 }
-INTERNAL = {"graph", "tracing", "action", "operators", "walk"}  # what stands behind symmetry
+INTERNAL = {"marks", "walk", "rules", "groups", "taps"}  # what stands behind symmetry
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
 # The spine (data, networks, curves, training, evaluation, store, figures) and the method, which
 # stands on it, have limits of their own. A ratchet: lower them, never raise them.
 METHOD = {"align", "attacks", "birkhoff", "pam", "results", "zoo"}
-DISCOVERY = {"action", "graph", "operators", "perms", "symmetry", "tracing", "walk"}
-SPINE_LINES, METHOD_LINES, DISCOVERY_LINES, MODULE_LINES = 1_725, 1_240, 1_700, 300
+DISCOVERY = {"marks", "walk", "rules", "groups", "taps", "symmetry", "perms"}
+SPINE_LINES, METHOD_LINES, DISCOVERY_LINES, MODULE_LINES = 1_725, 1_240, 1_255, 300
 REPOSITORY_BYTES, NOTEBOOK_BYTES = 25_000_000, 1_000_000
 CELL_LINES, WORDS, EXERCISES = 25, 600, range(3, 6)
 

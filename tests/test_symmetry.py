@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import nets
 import numpy as np
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mcnotes import models, symmetry
+from mcnotes.taps import Reader
 
 Theta = dict[str, Tensor]
 
@@ -84,8 +85,8 @@ FOUND: dict[str, list[int]] = {
     "written_through_view": [8],
     # Regions that are not followed are pinned, the rest is found.
     "lstm": [7],
-    "gru": [7],
-    "without_gradient": [],
+    "gru": [6, 7, 8],
+    "without_gradient": [8],
 }
 
 
@@ -126,7 +127,9 @@ def test_places_of_an_axis_are_disjoint(name: str) -> None:
         for group in sym.groups.values():
             for at in group.places if bool(group.inner) == nested else ():
                 assert at.index.shape[0] == group.size
-                taken.setdefault((at.name, at.axis, at.span), []).extend(at.index.ravel().tolist())
+                taken.setdefault((at.name, at.axis, len(at.axes)), []).extend(
+                    at.index.ravel().tolist()
+                )
         for (parameter, axis, span), positions in taken.items():
             assert len(positions) == len(set(positions))
             assert max(positions) < math.prod(state[parameter].shape[axis : axis + span])
@@ -197,8 +200,7 @@ def test_leaving_out_a_place_changes_the_function(name: str) -> None:
         for k in range(len(group.places)):
             rest = replace(group, places=group.places[:k] + group.places[k + 1 :])
             wrong = replace(sym, groups={**sym.groups, key: rest})
-            with pytest.raises(symmetry.SymmetryError, match="outputs differ by"):
-                wrong.verify(net, example)
+            assert wrong.verify(net, example, tolerance=math.inf) > 1e-6
 
 
 def test_verify_names_the_wrong_group() -> None:
@@ -268,7 +270,7 @@ def test_channels_of_grouped_convolutions_move_alone_and_in_blocks() -> None:
         "0[*]": 4,
     }
     within = next(p for p in sym.groups["0[2]"].places if p.name == "1.weight")
-    assert (within.axis, within.span, within.index.shape) == (0, 2, (2, 3))
+    assert (within.axis, len(within.axes), within.index.shape) == (0, 2, (2, 3))
     assert sym.verify(net, torch.rand(2, 3, 5, 5)) < 1e-12
 
 
@@ -289,13 +291,11 @@ def test_tied_weights_move_together() -> None:
         (
             "lstm",
             "rnn.weight_hh_l0",
-            "lstm has no rule (use other operators, or ",
+            "mkldnn_rnn_layer has no rule (use others, or see symmetry.RULES) at rnn (LSTM), ",
         ),
         ("lstm", "rnn.weight_hh_l0", "at rnn (LSTM), nets.py:"),
-        ("gru", "first.weight", "gru has no rule"),
-        ("cumulative", "first.weight", "cumsum has no rule"),
+        ("cumulative", "first.weight", "meets something fixed at the network (Toy), nets.py:"),
         ("data_index", "first.weight", "scatter has no rule"),
-        ("without_gradient", "first.weight", "(no_grad, autocast or cond) is not followed"),
         ("flipped", "last.weight", "axis 1: 8 positions of group 'first' (4 units)"),
         ("ramp", "first.weight", "meets something fixed at the network (Ramp), nets.py:"),
         ("language_model", "place.weight", "meets something fixed at place (Embedding)"),
@@ -324,8 +324,7 @@ def test_control_flow_on_data_is_an_error() -> None:
     with pytest.raises(symmetry.SymmetryError) as caught:
         symmetry.find(Branch(3, 3), torch.rand(2, 3))
     text = str(caught.value)
-    assert "torch.export cannot follow Branch at test_symmetry.py:" in text
-    assert "if x.sum() > 0 else x" in text
+    assert "_local_scalar_dense needs values at the network (Branch), test_symmetry.py:" in text
     assert "Cure: control flow must not depend on the data (torch.where instead of if)" in text
 
 
@@ -363,10 +362,7 @@ def test_rules_can_be_added() -> None:
     assert sizes(before) == {}
     assert "mcnotes_tests::gate has no rule" in before.explain("first.weight")
 
-    @symmetry.rule("mcnotes_tests::gate")
-    def gate(t: Any, x: Any, y: Any) -> Any:
-        return t.tie(x, y)
-
+    symmetry.RULES["mcnotes_tests::gate"] = lambda walk, x, y: x * y.sigmoid()
     after = symmetry.find(net, x)
     assert sizes(after) == {"first": 8}
     assert after.verify(net, x) < 1e-12
@@ -444,6 +440,32 @@ def test_taps_are_what_the_layers_compute() -> None:
     torch.testing.assert_close(post["7"][0], F.relu(hidden))
 
 
+@pytest.mark.parametrize(
+    ("name", "at", "hooks"),
+    [
+        ("mlp", "post", True),
+        ("mlp", "pre", True),
+        ("convnet", "post", True),
+        ("convnet", "pre", False),  # written over in place
+        ("shared_block", "post", True),
+        ("encoder", "post", False),  # attention is one module
+    ],
+)
+def test_hooks_keep_what_a_recorder_keeps(
+    name: str, at: Literal["post", "pre"], hooks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, example = built(name)
+    sym, theta = symmetry.find(net, example), weights(net)
+    hooked = sym.tapper(net, at)(theta, *example)
+    places = [p for g in sym.groups.values() for p in getattr(g, at)]
+    reader = Reader(net, False, {p.name for p in places}, theta, example)
+    assert bool(reader.spots) == hooks
+    monkeypatch.setattr(Reader, "see", lambda *_: None)
+    recorded = sym.tapper(net, at)(theta, *example)
+    for group, acts in hooked.items():
+        assert all(torch.equal(a, b) for a, b in zip(acts, recorded[group], strict=True))
+
+
 def test_residual_streams_are_tapped_after_every_block() -> None:
     net = models.ResNet(20, width=4)
     sym = symmetry.find(net, torch.rand(2, 3, 32, 32))
@@ -491,7 +513,7 @@ def test_a_network_that_fixes_the_batch_size_is_tapped_all_the_same() -> None:
 def test_another_network_cannot_be_tapped() -> None:
     net, example = built("convnet")
     sym = symmetry.find(net, example)
-    with pytest.raises(symmetry.SymmetryError, match="no tensor 'max_pool2d' in this network"):
+    with pytest.raises(symmetry.SymmetryError, match="this network has other groups"):
         sym.tapper(nn.Sequential(nn.Conv2d(3, 3, 1)))(weights(net), *example)
 
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torchvision import models
+from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.maxvit import MaxVit
+from torchvision.models.regnet import BlockParams
+from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import (
     PatchMergingV2,
     SwinTransformer,
@@ -37,11 +40,19 @@ swin = partial(
     SwinTransformer, [4, 4], 16, [2, 2], [2, 4], [4, 4], stochastic_depth_prob=0.1, num_classes=10
 )
 
+convnext_blocks = [CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 1)]
+
+
+def regnet(se_ratio: float | None = None) -> nn.Module:
+    shape = BlockParams.from_init_params(6, 16, 16.0, 2.5, 8, se_ratio=se_ratio)
+    return models.RegNet(shape, num_classes=10)
+
+
 # Model, the image's side, the number of groups.
 ZOO: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "alexnet": (lambda: narrow(models.alexnet()), 64, 7),
-    "convnext": (models.convnext_tiny, 32, 22),
-    "densenet": (models.densenet121, 32, 120),
+    "convnext": (partial(models.ConvNeXt, convnext_blocks, num_classes=10), 32, 5),
+    "densenet": (partial(models.DenseNet, 8, (3, 2, 2), 16, num_classes=10), 32, 17),
     "efficientnet": (models.efficientnet_b0, 32, 40),
     "googlenet": (partial(models.googlenet, init_weights=False), 64, 57),
     "inception": (partial(models.inception_v3, init_weights=False), 96, 94),
@@ -49,10 +60,14 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "mnasnet": (models.mnasnet0_5, 32, 25),
     "mobilenet_v2": (models.mobilenet_v2, 32, 25),
     "mobilenet_v3": (models.mobilenet_v3_small, 32, 27),
-    "regnet_x": (models.regnet_x_400mf, 32, 787),
-    "regnet_y": (models.regnet_y_400mf, 32, 1099),
+    "regnet_x": (regnet, 32, 106),
+    "regnet_y": (partial(regnet, se_ratio=0.25), 32, 112),
     "resnet": (models.resnet18, 32, 12),
-    "resnext": (models.resnext50_32x4d, 32, 1045),
+    "resnext": (
+        partial(models.ResNet, Bottleneck, [2, 1, 1, 1], groups=8, width_per_group=4),
+        32,
+        90,
+    ),
     "shufflenet": (models.shufflenet_v2_x0_5, 32, 80),
     "squeezenet": (models.squeezenet1_1, 32, 25),
     "swin": (swin, 32, 34),
@@ -71,7 +86,7 @@ def uncovered(net: nn.Module, sym: symmetry.Symmetry) -> dict[str, int]:
     moved: dict[str, set[int]] = {}
     for group in sym.groups.values():
         for at in group.places:
-            if (at.axis, at.span) == (0, 1):
+            if at.axes == (0,):
                 moved.setdefault(at.name, set()).update(at.index.ravel().tolist())
     layers = {n: m for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     still = {n: len(m.weight) - len(moved.get(f"{n}.weight", ())) for n, m in layers.items()}

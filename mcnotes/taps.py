@@ -1,0 +1,95 @@
+"""Read activations out of a running network (chapter 4)."""
+
+import copy
+import re
+from collections.abc import Collection
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from mcnotes.groups import set_mode, single_steps
+from mcnotes.marks import SymmetryError, Tape
+
+Theta = dict[str, Tensor]
+Inputs = tuple[Tensor, ...]
+
+
+class Recorder(Tape):
+    """Keep the results of these names, as they are before anything is written over them."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__(self.keep)
+        self.names = {name.split("/")[0]: name for name in names}
+        self.kept: dict[str, Tensor] = {}
+
+    def keep(self, name: str, x: Any) -> None:
+        if name in self.names:
+            self.kept[self.names[name]] = x
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name[-1] == "_":
+            at = args[0].untyped_storage().data_ptr()
+            same = {n: x for n, x in self.kept.items() if x.untyped_storage().data_ptr() == at}
+            self.kept |= {n: x.clone() for n, x in same.items()}
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def check(self) -> None:
+        """Raise SymmetryError if PyTorch ran other operators than when units were followed."""
+        for name in self.names.values():
+            kind, _, total = re.split("[:/]", name)
+            if self.count[kind] != int(total):
+                raise SymmetryError(
+                    f"tapper: {kind} ran {self.count[kind]} times, expected {total}: on this "
+                    "device, PyTorch runs the network by other operators. Cure: align on the CPU."
+                )
+
+
+class Reader:
+    """A copy of a network, of the same tensors, that keeps the results of these names in each run.
+
+    Results that enter or leave modules are caught by hooks, at no cost; if there are others, all
+    operators are shown to a Recorder. theta, inputs: for a first run, which finds this out.
+    """
+
+    def __init__(
+        self, net: nn.Module, train: bool, names: Collection[str], theta: Theta, inputs: Inputs
+    ) -> None:
+        self.net = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
+        set_mode(self.net, train)
+        self.names, self.seen = names, dict[Any, list[Any]]()
+        self.spots: dict[str, tuple[Any, int]] = {}  # for each name a hook, and its k-th call
+        hooks = {}
+        for spot, m in self.net.named_modules():
+            hooks[spot, "in"] = m.register_forward_pre_hook(partial(self.see, (spot, "in")))
+            hooks[spot, "out"] = m.register_forward_hook(partial(self.see, (spot, "out")))
+        kept = self(theta, inputs)
+        where = {id(x): (spot, k) for spot, xs in self.seen.items() for k, x in enumerate(xs)}
+        if all(id(x) in where for x in kept.values()):
+            self.spots = {name: where[id(x)] for name, x in kept.items()}
+        self.calls = {spot: len(self.seen[spot]) for spot, _ in self.spots.values()}
+        for spot in hooks.keys() - self.calls.keys():
+            hooks[spot].remove()
+        self.seen = {}
+
+    def see(self, spot: tuple[str, str], _: nn.Module, *values: Any) -> None:
+        """Keep the first tensor that enters or leaves."""
+        self.seen.setdefault(spot, []).extend(tree_leaves(values[-1])[:1])
+
+    def __call__(self, theta: Theta, inputs: Inputs) -> Theta:
+        """The results by name. Raises SymmetryError if the network ran in another way."""
+        self.seen, tape = {}, None if self.spots else Recorder(self.names)
+        with single_steps(), torch.no_grad(), tape or nullcontext():
+            functional_call(self.net, theta, inputs, tie_weights=False)
+        if tape:
+            tape.check()
+            return tape.kept
+        seen, self.seen = self.seen, {}
+        for spot, n in self.calls.items():
+            if len(seen.get(spot, ())) != n:
+                raise SymmetryError(f"tapper: for this input, {spot[0]!r} does not run {n} times")
+        return {name: seen[spot][k] for name, (spot, k) in self.spots.items()}
