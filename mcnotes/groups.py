@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,14 +153,27 @@ def trace(
     given = tuple(Marked(walk, x, (), [Tap()]) for x in twice)
     with plain(net, train), walk:
         # Without writing in place: PyTorch makes it a chain of new tensors.
-        run = functionalize(lambda theta, xs: functional_call(net, theta, xs, tie_weights=False))
-        ends = run(theta, given)
+        ends = functionalize(lambda theta, xs: call(net, theta, xs))(theta, given)
     for x in tree_leaves(ends):
         if isinstance(x, Marked):
             walk.fix(x, range(x.dim()), "reaches the output")
     for x in (x for x in theta.values() if not x.used):
         walk.fix(x, range(x.dim()), "is not used in this mode")
     return walk, [(n, f) for n, x in theta.items() for f in x.factors]
+
+
+def call(net: nn.Module, theta: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Any:
+    """The network's outputs with other tensors, which leave it afterwards.
+
+    A module of two names gets them once: `functional_call` would not take out what it put in twice.
+    """
+    names = {
+        f"{path}.{n}".removeprefix(".")
+        for path, m in net.named_modules()
+        for n in (*m._parameters, *m._buffers)
+    }
+    given = {n: t for n, t in theta.items() if n in names}
+    return functional_call(net, given, inputs, tie_weights=False)
 
 
 @contextmanager

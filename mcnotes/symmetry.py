@@ -21,11 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from mcnotes import perms
-from mcnotes.groups import Group, Pinned, Place, discover, plain
+from mcnotes.groups import Group, Pinned, Place, call, discover, plain
 from mcnotes.marks import SymmetryError
 from mcnotes.rules import RULES
 from mcnotes.taps import Reader, Theta
@@ -144,9 +143,7 @@ class Symmetry:
             try:
                 with plain(net, self.train), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    out = functional_call(
-                        net, values, (*(x.to(device) for x in inputs),), tie_weights=False
-                    )
+                    out = call(net, values, tuple(x.to(device) for x in inputs))
             finally:
                 torch.set_default_dtype(default)
             return [x for x in tree_leaves(out) if isinstance(x, Tensor)]

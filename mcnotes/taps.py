@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from mcnotes.groups import set_mode, single_steps
+from mcnotes.groups import call, set_mode, single_steps
 from mcnotes.marks import SymmetryError, Tape
 
 Theta = dict[str, Tensor]
@@ -84,7 +83,7 @@ class Reader:
         """The results by name. Raises SymmetryError if the network ran in another way."""
         self.seen, tape = {}, None if self.spots else Recorder(self.names)
         with single_steps(), torch.no_grad(), tape or nullcontext():
-            functional_call(self.net, theta, inputs, tie_weights=False)
+            call(self.net, theta, inputs)
         if tape:
             tape.check()
             return tape.kept

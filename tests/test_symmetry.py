@@ -48,6 +48,7 @@ FOUND: dict[str, list[int]] = {
     "concatenation": [4, 6],
     "recurrent": [8],
     "shared_block": [8],
+    "two_names": [8],
     "mixer": [9, 12, 20],
     "norms": [2, 2, 2, 2, 3, 3, 3, 3, 4, 6, 10],
     "unet": [2, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6, 8, 8, 12],
