@@ -1,5 +1,6 @@
 """Sort the units of a network into groups of interchangeable ones (chapter 3)."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -140,6 +141,7 @@ def trace(
 
     Its outputs, and parameters that it leaves, are pinned.
     """
+    net = apart(net, train)
     names = {id(m): f"{n or 'the network'} ({type(m).__name__})" for n, m in net.named_modules()}
     walk, state = Walk(RULES, PASSING, names, merged), net.state_dict(keep_vars=True)
     convs = (m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd))
@@ -151,7 +153,7 @@ def trace(
     theta = {n: marked[id(t)] for n, t in state.items() if id(t) in marked}
     twice = (torch.cat([x, x]) if x.dim() and len(x) == 1 else x for x in inputs)
     given = tuple(Marked(walk, x, (), [Tap()]) for x in twice)
-    with plain(net, train), walk:
+    with single_steps(), torch.no_grad(), walk:
         # Without writing in place: PyTorch makes it a chain of new tensors.
         ends = functionalize(lambda theta, xs: call(net, theta, xs))(theta, given)
     for x in tree_leaves(ends):
@@ -176,24 +178,19 @@ def call(net: nn.Module, theta: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
     return functional_call(net, given, inputs, tie_weights=False)
 
 
-@contextmanager
-def plain(net: nn.Module, train: bool) -> Iterator[None]:
-    """The mode of `set_mode`, and attention in single steps; undone at the end. No gradients."""
-    flags = {m: m.training for m in net.modules()}
-    try:
-        set_mode(net, train)
-        with single_steps(), torch.no_grad():
-            yield
-    finally:
-        for m, flag in flags.items():
-            m.training = flag
+def apart(net: nn.Module, train: bool) -> nn.Module:
+    """A copy of the same tensors, so that nothing that a network remembers of a run stays in it.
 
-
-def set_mode(net: nn.Module, train: bool) -> None:
-    """Layers act as in evaluation; if `train`, auxiliary heads run."""
+    Its layers act as in evaluation; if `train`, auxiliary heads run.
+    """
+    attributes = (
+        x for m in net.modules() for d in (m._parameters, m._buffers, vars(m)) for x in d.values()
+    )
+    net = copy.deepcopy(net, {id(x): x for x in attributes if isinstance(x, Tensor)})
     for m in net.modules():
         own = any(m.children()) and not type(m).__module__.startswith("torch.nn.")
         m.training = train and own
+    return net
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Read activations out of a running network (chapter 4)."""
 
-import copy
 import re
 from collections.abc import Collection
 from contextlib import nullcontext
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mcnotes.groups import call, set_mode, single_steps
+from mcnotes.groups import apart, call, single_steps
 from mcnotes.marks import SymmetryError, Tape
 
 Theta = dict[str, Tensor]
@@ -58,8 +57,7 @@ class Reader:
     def __init__(
         self, net: nn.Module, train: bool, names: Collection[str], theta: Theta, inputs: Inputs
     ) -> None:
-        self.net = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
-        set_mode(self.net, train)
+        self.net = apart(net, train)
         self.names, self.seen = names, dict[Any, list[Any]]()
         self.spots: dict[str, tuple[Any, int]] = {}  # for each name a hook, and its k-th call
         hooks = {}
