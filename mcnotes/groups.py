@@ -1,10 +1,12 @@
 """Sort the units of a network into groups of interchangeable ones (chapter 3)."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,6 +141,7 @@ def trace(
 
     Its outputs, and parameters that it leaves, are pinned.
     """
+    net = apart(net, train)
     names = {id(m): f"{n or 'the network'} ({type(m).__name__})" for n, m in net.named_modules()}
     walk, state = Walk(RULES, PASSING, names, merged), net.state_dict(keep_vars=True)
     convs = (m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd))
@@ -150,10 +153,9 @@ def trace(
     theta = {n: marked[id(t)] for n, t in state.items() if id(t) in marked}
     twice = (torch.cat([x, x]) if x.dim() and len(x) == 1 else x for x in inputs)
     given = tuple(Marked(walk, x, (), [Tap()]) for x in twice)
-    with plain(net, train), walk:
+    with single_steps(), torch.no_grad(), walk:
         # Without writing in place: PyTorch makes it a chain of new tensors.
-        run = functionalize(lambda theta, xs: functional_call(net, theta, xs, tie_weights=False))
-        ends = run(theta, given)
+        ends = functionalize(lambda theta, xs: call(net, theta, xs))(theta, given)
     for x in tree_leaves(ends):
         if isinstance(x, Marked):
             walk.fix(x, range(x.dim()), "reaches the output")
@@ -162,24 +164,33 @@ def trace(
     return walk, [(n, f) for n, x in theta.items() for f in x.factors]
 
 
-@contextmanager
-def plain(net: nn.Module, train: bool) -> Iterator[None]:
-    """The mode of `set_mode`, and attention in single steps; undone at the end. No gradients."""
-    flags = {m: m.training for m in net.modules()}
-    try:
-        set_mode(net, train)
-        with single_steps(), torch.no_grad():
-            yield
-    finally:
-        for m, flag in flags.items():
-            m.training = flag
+def call(net: nn.Module, theta: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Any:
+    """The network's outputs with other tensors, which leave it afterwards.
+
+    A module of two names gets them once: `functional_call` would not take out what it put in twice.
+    """
+    names = {
+        f"{path}.{n}".removeprefix(".")
+        for path, m in net.named_modules()
+        for n in (*m._parameters, *m._buffers)
+    }
+    given = {n: t for n, t in theta.items() if n in names}
+    return functional_call(net, given, inputs, tie_weights=False)
 
 
-def set_mode(net: nn.Module, train: bool) -> None:
-    """Layers act as in evaluation; if `train`, auxiliary heads run."""
+def apart(net: nn.Module, train: bool) -> nn.Module:
+    """A copy of the same tensors, so that nothing that a network remembers of a run stays in it.
+
+    Its layers act as in evaluation; if `train`, auxiliary heads run.
+    """
+    attributes = (
+        x for m in net.modules() for d in (m._parameters, m._buffers, vars(m)) for x in d.values()
+    )
+    net = copy.deepcopy(net, {id(x): x for x in attributes if isinstance(x, Tensor)})
     for m in net.modules():
         own = any(m.children()) and not type(m).__module__.startswith("torch.nn.")
         m.training = train and own
+    return net
 
 
 @contextmanager

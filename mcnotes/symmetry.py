@@ -21,11 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from mcnotes import perms
-from mcnotes.groups import Group, Pinned, Place, discover, plain
+from mcnotes.groups import Group, Pinned, Place, apart, call, discover, single_steps
 from mcnotes.marks import SymmetryError
 from mcnotes.rules import RULES
 from mcnotes.taps import Reader, Theta
@@ -142,11 +141,9 @@ class Symmetry:
             default = torch.get_default_dtype()
             torch.set_default_dtype(torch.float64)
             try:
-                with plain(net, self.train), torch.random.fork_rng(devices=[]):
+                with single_steps(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    out = functional_call(
-                        net, values, (*(x.to(device) for x in inputs),), tie_weights=False
-                    )
+                    out = call(apart(net, self.train), values, tuple(x.to(device) for x in inputs))
             finally:
                 torch.set_default_dtype(default)
             return [x for x in tree_leaves(out) if isinstance(x, Tensor)]

@@ -1,6 +1,5 @@
 """Read activations out of a running network (chapter 4)."""
 
-import copy
 import re
 from collections.abc import Collection
 from contextlib import nullcontext
@@ -9,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from mcnotes.groups import set_mode, single_steps
+from mcnotes.groups import apart, call, single_steps
 from mcnotes.marks import SymmetryError, Tape
 
 Theta = dict[str, Tensor]
@@ -59,8 +57,7 @@ class Reader:
     def __init__(
         self, net: nn.Module, train: bool, names: Collection[str], theta: Theta, inputs: Inputs
     ) -> None:
-        self.net = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
-        set_mode(self.net, train)
+        self.net = apart(net, train)
         self.names, self.seen = names, dict[Any, list[Any]]()
         self.spots: dict[str, tuple[Any, int]] = {}  # for each name a hook, and its k-th call
         hooks = {}
@@ -84,7 +81,7 @@ class Reader:
         """The results by name. Raises SymmetryError if the network ran in another way."""
         self.seen, tape = {}, None if self.spots else Recorder(self.names)
         with single_steps(), torch.no_grad(), tape or nullcontext():
-            functional_call(self.net, theta, inputs, tie_weights=False)
+            call(self.net, theta, inputs)
         if tape:
             tape.check()
             return tape.kept

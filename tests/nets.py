@@ -128,6 +128,13 @@ class SharedBlock(nn.Module):
         return self.last(x)
 
 
+def two_names() -> Case:
+    """A module that stands in two places, under two names."""
+    block = nn.Linear(8, 8)
+    layers = [nn.Linear(4, 8), nn.ReLU(), block, nn.ReLU(), block, nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(8, 3)), (torch.rand(2, 4),)
+
+
 def shared_block() -> Case:
     return SharedBlock(), (torch.rand(2, 5),)
 

@@ -48,6 +48,7 @@ FOUND: dict[str, list[int]] = {
     "concatenation": [4, 6],
     "recurrent": [8],
     "shared_block": [8],
+    "two_names": [8],
     "mixer": [9, 12, 20],
     "norms": [2, 2, 2, 2, 3, 3, 3, 3, 4, 6, 10],
     "unet": [2, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6, 8, 8, 12],
@@ -518,6 +519,24 @@ def test_another_network_cannot_be_tapped() -> None:
 
 
 # Networks and inputs
+
+
+def test_nothing_stays_in_a_network_that_remembers() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.memory: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.memory.setdefault("scale", self.a.bias.exp())
+            return self.b(F.relu(self.a(x)) * scale)
+
+    net = Remembers()
+    sym = symmetry.find(net, torch.rand(2, 4))
+    assert sizes(sym) == {"a": 6}
+    assert sym.verify(net, torch.rand(2, 4)) < 1e-12
+    assert net.memory == {}
 
 
 def test_any_number_of_inputs_and_a_batch_of_one() -> None:
