@@ -130,7 +130,7 @@ def discover(
         for k, n in zip(
             *np.unique(reason[classes.of[unit[~moved[unit]]]], return_counts=True), strict=True
         ):
-            stays[name, min(axes(f)), reasons[k]] += int(n)
+            stays[name, max(axes(f)), reasons[k]] += int(n)
     return groups, tuple(Pinned(n, k, count, why) for (n, k, why), count in stays.items())
 
 
