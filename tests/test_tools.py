@@ -214,13 +214,14 @@ def small_book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class TestRunner:
+    @pytest.mark.parametrize("jobs", [1, 2])
     def test_runs_once_goes_on_after_a_failure_and_keeps_what_ran(
-        self, small_book: Path, capsys: pytest.CaptureFixture[str]
+        self, small_book: Path, capsys: pytest.CaptureFixture[str], jobs: int
     ) -> None:
         paths = chapters.chapters(small_book)
         assert [path.stem for path in paths] == ["01_first", "02_second"]
 
-        failures = chapters.run(paths, "smoke")
+        failures = chapters.run(paths, "smoke", jobs=jobs)
         assert [failure.chapter for failure in failures] == ["01_first"]
         assert "code cell [3]: AssertionError: seed is 2" in failures[0].reason
         assert "assert seed == 1" in failures[0].reason

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import papermill
 import yaml
+from jupyter_core.utils import ensure_event_loop
 
 from tools import notebooks, presets
 
@@ -148,6 +149,8 @@ def _timed(path: Path, preset: str, key: str, force: bool) -> tuple[str, str]:
         ran = run_one(path, preset, key, force)
     except Exception as error:
         return f"FAILED after {time.perf_counter() - start:.0f} s", str(error) or repr(error)
+    finally:
+        ensure_event_loop().close()  # this thread's, which papermill opened
     return f"ran in {time.perf_counter() - start:.0f} s" if ran else "cached", ""
 
 
