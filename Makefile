@@ -41,7 +41,7 @@ test: setup  ## everything that must pass
 
 zoo: setup  ## compute all of data/zoo again, by running the chapters
 	rm -f data/zoo/*.safetensors data/zoo/*.json
-	MCNOTES_STORE=$(CURDIR)/data/zoo $(BOOK) run --force --jobs $(JOBS)
+	MCNOTES_CELL_TIMEOUT=0 MCNOTES_STORE=$(CURDIR)/data/zoo $(BOOK) run --force --jobs $(JOBS)
 
 clean:  ## remove what was built, keep .venv and data
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ from tools import notebooks, presets
 
 ROOT = presets.ROOT
 EXECUTED = ROOT / "_build" / "executed"
-CELL_TIMEOUT = 1800  # seconds
+CELL_TIMEOUT = 1800  # seconds; $MCNOTES_CELL_TIMEOUT says otherwise, 0: no limit
 ENVIRONMENT = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}  # no bars, no times in stored outputs
 
 
@@ -81,7 +81,7 @@ def execute(path: Path, out: Path, values: dict[str, Any]) -> None:
             language="python",
             cwd=path.parent,
             progress_bar=bar,
-            execution_timeout=CELL_TIMEOUT,
+            execution_timeout=int(os.environ.get("MCNOTES_CELL_TIMEOUT", CELL_TIMEOUT)) or None,
             extra_arguments=["--log-level=50"],
         )
     except papermill.PapermillExecutionError as error:
