@@ -132,13 +132,16 @@ def run(paths: list[Path], preset: str, force: bool = False, jobs: int = 1) -> l
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the stored outputs were made
     key = inputs()
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         running = {pool.submit(_timed, path, preset, key, force): path for path in paths}
         for number, done in enumerate(as_completed(running), 1):
             path = running[done]
             how, error = done.result()
             print(f"[{number}/{len(paths)}] {path.stem:<24} {how}", flush=True)
             failures += [Failure(path.stem, error)] if error else []
+    finally:  # an interrupt does not wait for the chapters that run
+        pool.shutdown(wait=False, cancel_futures=True)
     return report(failures, len(paths) - len(failures))
 
 
