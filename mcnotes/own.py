@@ -1,0 +1,299 @@
+"""Your own models: any network, two checkpoints of it, images, checked at the door (chapter 10).
+
+What does not fit is refused before any long work, with what was found, what was expected and the
+cure. Nothing is unpickled that could run code, and no value is changed.
+"""
+
+import copy
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import save as pack
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from mcnotes import data, store
+from mcnotes.curves import Theta
+from mcnotes.data import DataError, Split, Task
+from mcnotes.sources import fair_order
+
+COUNTER = "num_batches_tracked"  # BatchNorm's; nothing here reads it, and some tools leave it out
+SPLITS = ("train", "val", "test")
+
+
+class CheckpointError(ValueError):
+    """A network or a checkpoint cannot be used; the text says why and what to do."""
+
+
+class Loaded(NamedTuple):
+    """A checkpoint that fits its network."""
+
+    theta: Theta  # all of the network's state_dict, and buffers that it leaves out; on the CPU
+    part: str  # what stood in the file before the network's own names
+    outside: list[str]  # tensors that stand elsewhere in the file, and were left there
+    sha256: str  # of the file
+
+
+def resolve(path: str) -> Any:
+    """What "package.module:name" names. Raises ValueError if it cannot be imported."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"own: cannot import {path!r} ({error}), expected 'package.module:name'; "
+                         "put the module's folder on PYTHONPATH") from error  # fmt: skip
+
+
+def build(factory: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """The network that `factory`, "package.module:callable", makes of keyword arguments.
+
+    Raises CheckpointError unless that is an nn.Module with parameters in float32.
+    """
+    who, make = f"own.build: {factory} with {dict(arguments or {})}", resolve(factory)
+    try:
+        net = make(**(arguments or {}))
+    except TypeError as error:
+        raise CheckpointError(f"{who} cannot be called ({error}); name a class or a function, and "
+                              "arguments that it has") from error  # fmt: skip
+    if not isinstance(net, nn.Module):
+        raise CheckpointError(f"{who} gave a {type(net).__name__}, expected an nn.Module")
+    if (kinds := {x.dtype for x in net.parameters()}) != {torch.float32}:
+        raise CheckpointError(f"{who} has parameters of {kinds or 'no kind'}, expected float32 "
+                              "only: return the network before it is cast")  # fmt: skip
+    return net.eval()
+
+
+def normalised(
+    net: nn.Module, mean: Sequence[float] = (0,), std: Sequence[float] = (1,), channels: int = 0
+) -> nn.Module:
+    """A copy of `net` for images in [0, 1]: (x − mean) / std comes first, by channel.
+
+    channels: how many the network wants, if images are grey: they are repeated. All is in a hook,
+    so that the names in the copy's state_dict stay those of `net`.
+    """
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0].expand(-1, channels or -1, -1, -1)
+        full = (list(v) * (x.shape[1] // len(v)) for v in (mean, std))
+        shift, scale = (x.new_tensor(v).view(-1, 1, 1) for v in full)
+        return ((x - shift) / scale, *args[1:])
+
+    net = copy.deepcopy(net)
+    net.register_forward_pre_hook(before)
+    return net
+
+
+def check(net: nn.Module, task: Task) -> None:
+    """Raise CheckpointError unless `net` makes logits [N, classes] of the task's images."""
+    x = task.example
+    expected, who = (len(x), task.num_classes), f"own.check: of images {[*x.shape]} the network"
+    try:
+        with torch.no_grad():
+            z = net.eval()(x)
+    except Exception as error:  # of the user's network
+        raise CheckpointError(f"{who} makes nothing ({error}); is it the number of channels (see "
+                              "own.normalised) or the image_size?") from error  # fmt: skip
+    if (got := getattr(z, "shape", type(z).__name__)) != expected:
+        raise CheckpointError(f"{who} makes {got}, expected logits {expected}: a number for each "
+                              f"class of {task.name}")  # fmt: skip
+
+
+def load(path: str | Path, net: nn.Module, part: str | None = None) -> Loaded:
+    """The checkpoint of `net` in a .safetensors file, or in one that torch.save wrote.
+
+    What stands before the network's names is found, not asked for: dictionaries ("state_dict"),
+    wrappers ("module.", "model.", "_orig_mod."). part: which, if several networks in the file fit.
+    Raises CheckpointError.
+    """
+    path, expected = Path(path), net.state_dict()
+    tensors, who = dict(_flat(_read(path), "")), f"own.load: {path.name}"
+    part = _part(tensors, expected, part, who)
+    found = {n: tensors.get(part + n, x) for n, x in expected.items()}
+    for name, x in found.items():
+        if fault := _fault(x, expected[name].dtype):
+            raise CheckpointError(f"{who}: {part + name!r} {fault}")
+    theta = {n: x.detach().cpu().clone() for n, x in (dict(net.named_buffers()) | found).items()}
+    outside = [n for n in tensors if not n.startswith(part)]
+    return Loaded(theta, part, outside, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def pair(a: str | Path, b: str | Path, net: nn.Module, part: str | None = None) -> list[Loaded]:
+    """Two checkpoints of `net`. Raises CheckpointError, also if both are the same network."""
+    one, two = found = [load(path, net, part) for path in (a, b)]
+    if all(torch.equal(one.theta[n], two.theta[n]) for n, _ in net.named_parameters()):
+        raise CheckpointError(f"own.pair: {Path(a).name} and {Path(b).name} hold the same weights, "
+                              "expected two networks; was one file copied twice?")  # fmt: skip
+    return found
+
+
+def save(path: str | Path, theta: Theta, net: nn.Module, **about: Any) -> None:
+    """Write `theta` as safetensors, under the names that the class of `net` loads.
+
+    about: what it is and where it comes from (JSON values), kept as the file's metadata.
+    """
+    flat = {n: theta[n].detach().cpu().clone().contiguous() for n in net.state_dict()}
+    meta = {n: v if isinstance(v, str) else json.dumps(v) for n, v in about.items()}
+    store.write_atomic(Path(path), pack(flat, meta))
+
+
+def dataset(source: str, image_size: int | None = None, device: str = "auto") -> Task:
+    """Images and labels from the name of a data set of this book, a folder, or a Python path.
+
+    A folder holds a folder of pictures for each class, or train/, val/, test/ with such folders.
+    Without val/, a part of train/ is held out; without test/, it is half of val; the hash of the
+    pictures decides, so that the cut is always the same. "package.module:callable" gives a Task or,
+    for train, val and test each, (images, labels) or a DataLoader: uint8, or floats in [0, 1].
+    image_size: pictures' shorter sides are scaled to it, the middle is cut out. Raises DataError.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if source in data.SOURCES:
+        return data.load(source, image_size=image_size, device=device)
+    if Path(source).is_dir():
+        given, names = _folder(Path(source), image_size)
+    elif ":" not in source:
+        raise DataError(f"own.dataset: {source!r} is no folder here; expected one, or "
+                        f"'package.module:callable', or one of {[*data.SOURCES]}")  # fmt: skip
+    elif isinstance(made := resolve(source)(), Task):
+        return made
+    else:
+        given, names = dict(zip(SPLITS, made, strict=True)), ()
+    splits = {n: _split(one, source, image_size, device) for n, one in given.items()}
+    held_out = ("train", "val", 0.15 if "test" in splits else 0.3), ("val", "test", 0.5)
+    for name, other, share in held_out:
+        if other not in splits:
+            x, y = splits[name].images, splits[name].labels
+            cut = len(y) - round(share * len(y))
+            splits |= {name: Split(x[:cut], y[:cut]), other: Split(x[cut:], y[cut:])}
+    if min(map(len, splits.values())) < 2:
+        raise DataError(f"own.dataset: {source} has too few images to train, validate and test")
+    names = names or range(1 + int(splits["train"].labels.max()))
+    return Task(source, splits["train"], splits["val"], splits["test"], tuple(map(str, names)))
+
+
+def _folder(root: Path, size: int | None) -> tuple[dict[str, Any], Sequence[Any]]:
+    from torchvision.datasets import ImageFolder  # takes a second
+
+    places = {n: root / n for n in SPLITS if (root / n).is_dir()}
+    try:
+        places = places if "train" in places else {"train": root}
+        found = {n: ImageFolder(str(place)) for n, place in places.items()}
+    except FileNotFoundError as error:
+        raise DataError(f"own.dataset: {error}; expected {root}/CLASS/PICTURE") from error
+    if len({tuple(f.classes) for f in found.values()}) > 1:
+        raise DataError(f"own.dataset: the folders of {root} hold different classes, "
+                        f"{({n: f.classes for n, f in found.items()})}")  # fmt: skip
+    pictures = {path: _picture(path, size) for f in found.values() for path, _ in f.samples}
+    if len(sizes := {p.size: path for path, p in pictures.items()}) > 1:
+        raise DataError(f"own.dataset: pictures differ in size, {sizes}; pass an image_size"[:400])
+    mode = max(p.mode for p in pictures.values())  # one in colour makes all RGB
+    pixels = {path: np.asarray(p.convert(mode)) for path, p in pictures.items()}
+    stacks = {n: np.stack([pixels[path] for path, _ in f.samples]) for n, f in found.items()}
+    return {n: (stacks[n], f.targets) for n, f in found.items()}, found["train"].classes
+
+
+def _picture(path: str, size: int | None) -> Image.Image:
+    try:
+        with Image.open(path) as raw:
+            if raw.mode[0] in "IF":
+                raise OSError("more than 8 bits for a pixel")
+            picture = raw.convert("L" if raw.mode in ("1", "L") else "RGB")
+    except OSError as error:
+        raise DataError(f"own.dataset: cannot read {path} ({error}); mend or remove it") from error
+    return ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR) if size else picture
+
+
+def _split(one: Any, source: str, size: int | None, device: str) -> Split:
+    """Two arrays, or a loader of batches, in fair order, channels last in memory."""
+    if not isinstance(one, tuple | list):
+        one = [torch.cat([torch.as_tensor(x) for x in xs]) for xs in zip(*one, strict=True)]
+    x, y = (torch.as_tensor(values).cpu() for values in one)
+    if x.is_floating_point():
+        if (low := x.min()) < 0 or x.max() > 1:
+            raise DataError(f"own.dataset: {source} gives pixels from {low:.2f} to {x.max():.2f}, "
+                            "expected uint8, or floats in [0, 1]; leave Normalize out of it, and "
+                            "pass its mean and std to own.normalised")  # fmt: skip
+        x = (255 * x).round().byte()
+    x = x[..., None] if x.ndim == 3 else x if x.shape[3] in (1, 3) else x.movedim(1, 3)
+    order = torch.from_numpy(fair_order(x.contiguous().numpy(), y.numpy()))
+    x, y = x[order].movedim(3, 1), y[order].long()
+    if size and x.shape[2:] != (size, size):
+        x = interpolate(x, (size, size), mode="bilinear", antialias=True)
+    return Split(x.to(device), y.to(device))
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return store.read_tensors(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise whatever their reader meets first
+        raise CheckpointError(
+            f"own.load: {path} cannot be read ({str(error).splitlines()[0]}); expected safetensors "
+            "or what torch.save wrote of tensors in dictionaries. More would have to be unpickled, "
+            "which can run any code: if you trust the file, torch.load(…, weights_only=False) it "
+            "yourself, and save the network's state_dict()"
+        ) from error
+
+
+def _flat(found: Any, before: str) -> Iterator[tuple[str, Tensor]]:
+    """All tensors, by the names of the dictionaries around them, as "state_dict/fc.weight"."""
+    if isinstance(found, Tensor):
+        yield before.removesuffix("/").replace("_orig_mod.", ""), found
+    elif isinstance(found, Mapping):
+        for name, value in found.items():
+            yield from _flat(value, f"{before}{name}/")
+
+
+def _part(tensors: Theta, expected: Theta, wanted: str | None, who: str) -> str:
+    """What stands before the network's names in the file; CheckpointError if nothing fits."""
+    if odd := [n for n, x in tensors.items() if x.is_quantized or n.endswith("zero_point")]:
+        raise CheckpointError(f"{who} is quantised ({odd[0]!r}): whole numbers can be neither "
+                              "averaged nor trained; take the float32 file they came "
+                              "from")  # fmt: skip
+    need = {n: x.shape for n, x in expected.items() if not n.endswith(COUNTER)}
+    starts = [(n[:i], n[i:]) for n in tensors for i in range(len(n)) if not i or n[i - 1] in "./"]
+    hits = Counter(start for start, name in starts if name in need)
+    held = {s: {n: tensors[s + n] for n in need if s + n in tensors} for s in hits}
+    whole = [s for s in held if {n: x.shape for n, x in held[s].items()} == need]
+    named = [s for s in whole if wanted is None or s.strip("./") == wanted.strip("./")]
+    if (whole and not named) or not all(
+        torch.equal(held[s][n], held[named[0]][n]) for s in named[1:] for n in need
+    ):
+        raise CheckpointError(f"{who} holds networks that fit at {whole}: name one as `part`")
+    start = named[0] if named else min(hits, key=lambda s: (-hits[s], len(s)), default="")
+    own = {n[len(start) :]: x.shape for n, x in tensors.items() if n.startswith(start)}
+    own = {n: s for n, s in own.items() if "/" not in n and not n.endswith(COUNTER)}
+    lists = {"lacks": need.keys() - own.keys(), "has besides": own.keys() - need.keys()}
+    odd = [f"it {k} {len(v)} tensors, as {min(v)!r}" for k, v in lists.items() if v]
+    wrong = [n for n in need if own.get(n, need[n]) != need[n]]
+    if not odd and len({n.rpartition(".")[0] for n in wrong}) == 1:
+        odd, cure = [], "the head differs: give the factory its number of classes"
+    else:
+        cure = "build the architecture it was trained as (factory, factory_arguments)"
+    if odd := odd + [f"{n!r} is {[*own[n]]}, expected {[*need[n]]}" for n in wrong[:2]]:
+        raise CheckpointError(f"{who} does not fit the network: {'; '.join(odd)}; {cure}")
+    return start
+
+
+def _fault(x: Tensor, dtype: torch.dtype) -> str:
+    """What is wrong with a tensor, and the cure; nothing where it is sound."""
+    if x.is_meta or x.layout != torch.strided:
+        return f"holds no plain values ({x.device}, {x.layout}); save it from a loaded network"
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return (f"is {x.dtype}: half precision rounds away the small steps of averaging and "
+                "training; take the float32 file, or save .float() of each tensor")  # fmt: skip
+    if x.dtype != dtype:
+        return f"is {x.dtype}, expected {dtype}; convert it and save it again"
+    return "" if x.isfinite().all() else "holds NaN or infinity; take an earlier checkpoint"
