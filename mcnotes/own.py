@@ -58,17 +58,15 @@ def build(factory: str, arguments: Mapping[str, Any] | None = None) -> nn.Module
 
     Raises CheckpointError unless that is an nn.Module with parameters in float32.
     """
-    who, make = f"own.build: {factory} with {dict(arguments or {})}", resolve(factory)
+    who, make = f"own.build: {factory} with {arguments or {}}", resolve(factory)
     try:
         net = make(**(arguments or {}))
     except TypeError as error:
-        raise CheckpointError(f"{who} cannot be called ({error}); name a class or a function, and "
-                              "arguments that it has") from error  # fmt: skip
+        raise CheckpointError(f"{who} cannot be called ({error}); see its signature") from error
     if not isinstance(net, nn.Module):
         raise CheckpointError(f"{who} gave a {type(net).__name__}, expected an nn.Module")
     if (kinds := {x.dtype for x in net.parameters()}) != {torch.float32}:
-        raise CheckpointError(f"{who} has parameters of {kinds or 'no kind'}, expected float32 "
-                              "only: return the network before it is cast")  # fmt: skip
+        raise CheckpointError(f"{who} has parameters of {kinds or 'no kind'}, expected float32")
     return net.eval()
 
 
@@ -103,8 +101,7 @@ def check(net: nn.Module, task: Task) -> None:
         raise CheckpointError(f"{who} makes nothing ({error}); is it the number of channels (see "
                               "own.normalised) or the image_size?") from error  # fmt: skip
     if (got := getattr(z, "shape", type(z).__name__)) != expected:
-        raise CheckpointError(f"{who} makes {got}, expected logits {expected}: a number for each "
-                              f"class of {task.name}")  # fmt: skip
+        raise CheckpointError(f"{who} makes {got}, expected {expected}, for {task.class_names}")
 
 
 def load(path: str | Path, net: nn.Module, part: str | None = None) -> Loaded:
@@ -130,8 +127,7 @@ def pair(a: str | Path, b: str | Path, net: nn.Module, part: str | None = None) 
     """Two checkpoints of `net`. Raises CheckpointError, also if both are the same network."""
     one, two = found = [load(path, net, part) for path in (a, b)]
     if all(torch.equal(one.theta[n], two.theta[n]) for n, _ in net.named_parameters()):
-        raise CheckpointError(f"own.pair: {Path(a).name} and {Path(b).name} hold the same weights, "
-                              "expected two networks; was one file copied twice?")  # fmt: skip
+        raise CheckpointError(f"own.pair: {a} and {b} hold the same weights, expected two networks")
     return found
 
 
@@ -161,8 +157,8 @@ def dataset(source: str, image_size: int | None = None, device: str = "auto") ->
     if Path(source).is_dir():
         given, names = _folder(Path(source), image_size)
     elif ":" not in source:
-        raise DataError(f"own.dataset: {source!r} is no folder here; expected one, or "
-                        f"'package.module:callable', or one of {[*data.SOURCES]}")  # fmt: skip
+        kinds = ["a folder", "'package.module:callable'", *data.SOURCES]
+        raise DataError(f"own.dataset: {source!r} is not here; expected {', '.join(kinds)}")
     elif isinstance(made := resolve(source)(), Task):
         return made
     else:
@@ -176,7 +172,7 @@ def dataset(source: str, image_size: int | None = None, device: str = "auto") ->
             splits |= {name: Split(x[:cut], y[:cut]), other: Split(x[cut:], y[cut:])}
     if min(map(len, splits.values())) < 2:
         raise DataError(f"own.dataset: {source} has too few images to train, validate and test")
-    names = names or range(1 + int(splits["train"].labels.max()))
+    names = names or range(1 + int(max(split.labels.max() for split in splits.values())))
     return Task(source, splits["train"], splits["val"], splits["test"], tuple(map(str, names)))
 
 
@@ -190,8 +186,8 @@ def _folder(root: Path, size: int | None) -> tuple[dict[str, Any], Sequence[Any]
     except FileNotFoundError as error:
         raise DataError(f"own.dataset: {error}; expected {root}/CLASS/PICTURE") from error
     if len({tuple(f.classes) for f in found.values()}) > 1:
-        raise DataError(f"own.dataset: the folders of {root} hold different classes, "
-                        f"{({n: f.classes for n, f in found.items()})}")  # fmt: skip
+        classes = {n: f.classes for n, f in found.items()}
+        raise DataError(f"own.dataset: {root} must hold the same classes in each, has {classes}")
     pictures = {path: _picture(path, size) for f in found.values() for path, _ in f.samples}
     if len(sizes := {p.size: path for path, p in pictures.items()}) > 1:
         raise DataError(f"own.dataset: pictures differ in size, {sizes}; pass an image_size"[:400])
@@ -219,9 +215,8 @@ def _split(one: Any, source: str, size: int | None, device: str) -> Split:
     x, y = (torch.as_tensor(values).cpu() for values in one)
     if x.is_floating_point():
         if (low := x.min()) < 0 or x.max() > 1:
-            raise DataError(f"own.dataset: {source} gives pixels from {low:.2f} to {x.max():.2f}, "
-                            "expected uint8, or floats in [0, 1]; leave Normalize out of it, and "
-                            "pass its mean and std to own.normalised")  # fmt: skip
+            found = f"pixels from {low:.2f} to {x.max():.2f}, not in [0, 1]"
+            raise DataError(f"own.dataset: {source} has {found}; leave Normalize to own.normalised")
         x = (255 * x).round().byte()
     x = x[..., None] if x.ndim == 3 else x if x.shape[3] in (1, 3) else x.movedim(1, 3)
     order = torch.from_numpy(fair_order(x.contiguous().numpy(), y.numpy()))
@@ -240,10 +235,9 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever their reader meets first
         raise CheckpointError(
-            f"own.load: {path} cannot be read ({str(error).splitlines()[0]}); expected safetensors "
-            "or what torch.save wrote of tensors in dictionaries. More would have to be unpickled, "
-            "which can run any code: if you trust the file, torch.load(…, weights_only=False) it "
-            "yourself, and save the network's state_dict()"
+            f"own.load: {path} cannot be read ({str(error).splitlines()[0]}); expected tensors in "
+            "dictionaries. More would be unpickled, which can run any code: if you trust the file, "
+            "torch.load(…, weights_only=False) it yourself, and save the state_dict()"
         ) from error
 
 
@@ -259,18 +253,15 @@ def _flat(found: Any, before: str) -> Iterator[tuple[str, Tensor]]:
 def _part(tensors: Theta, expected: Theta, wanted: str | None, who: str) -> str:
     """What stands before the network's names in the file; CheckpointError if nothing fits."""
     if odd := [n for n, x in tensors.items() if x.is_quantized or n.endswith("zero_point")]:
-        raise CheckpointError(f"{who} is quantised ({odd[0]!r}): whole numbers can be neither "
-                              "averaged nor trained; take the float32 file they came "
-                              "from")  # fmt: skip
+        raise CheckpointError(f"{who}: {odd[0]!r} is quantised for good; take the float32 file")
     need = {n: x.shape for n, x in expected.items() if not n.endswith(COUNTER)}
     starts = [(n[:i], n[i:]) for n in tensors for i in range(len(n)) if not i or n[i - 1] in "./"]
     hits = Counter(start for start, name in starts if name in need)
     held = {s: {n: tensors[s + n] for n in need if s + n in tensors} for s in hits}
     whole = [s for s in held if {n: x.shape for n, x in held[s].items()} == need]
     named = [s for s in whole if wanted is None or s.strip("./") == wanted.strip("./")]
-    if (whole and not named) or not all(
-        torch.equal(held[s][n], held[named[0]][n]) for s in named[1:] for n in need
-    ):
+    same = (torch.equal(held[s][n], held[named[0]][n]) for s in named[1:] for n in need)
+    if not all(same) or (whole and not named):
         raise CheckpointError(f"{who} holds networks that fit at {whole}: name one as `part`")
     start = named[0] if named else min(hits, key=lambda s: (-hits[s], len(s)), default="")
     own = {n[len(start) :]: x.shape for n, x in tensors.items() if n.startswith(start)}
@@ -278,10 +269,10 @@ def _part(tensors: Theta, expected: Theta, wanted: str | None, who: str) -> str:
     lists = {"lacks": need.keys() - own.keys(), "has besides": own.keys() - need.keys()}
     odd = [f"it {k} {len(v)} tensors, as {min(v)!r}" for k, v in lists.items() if v]
     wrong = [n for n in need if own.get(n, need[n]) != need[n]]
-    if not odd and len({n.rpartition(".")[0] for n in wrong}) == 1:
-        odd, cure = [], "the head differs: give the factory its number of classes"
-    else:
-        cure = "build the architecture it was trained as (factory, factory_arguments)"
+    cure = "build the architecture it was trained as (factory, factory_arguments)"
+    heads = {n.rpartition(".")[0] for n in wrong if own[n][1:] == need[n][1:]}
+    if not odd and len(heads) == 1 and len(wrong) < 3:
+        cure = "the head differs: give the factory its number of classes"
     if odd := odd + [f"{n!r} is {[*own[n]]}, expected {[*need[n]]}" for n in wrong[:2]]:
         raise CheckpointError(f"{who} does not fit the network: {'; '.join(odd)}; {cure}")
     return start
@@ -291,9 +282,7 @@ def _fault(x: Tensor, dtype: torch.dtype) -> str:
     """What is wrong with a tensor, and the cure; nothing where it is sound."""
     if x.is_meta or x.layout != torch.strided:
         return f"holds no plain values ({x.device}, {x.layout}); save it from a loaded network"
-    if x.dtype in (torch.float16, torch.bfloat16):
-        return (f"is {x.dtype}: half precision rounds away the small steps of averaging and "
-                "training; take the float32 file, or save .float() of each tensor")  # fmt: skip
     if x.dtype != dtype:
-        return f"is {x.dtype}, expected {dtype}; convert it and save it again"
+        why = ": half precision is too coarse to average or train" if x.itemsize == 2 else ""
+        return f"is {x.dtype}, expected {dtype}{why}; save it converted"
     return "" if x.isfinite().all() else "holds NaN or infinity; take an earlier checkpoint"

@@ -98,9 +98,13 @@ class TestBuild:
             ("no_such_module:Net", {}, r"No module named 'no_such_module'.*PYTHONPATH"),
             ("users_net:Nut", {}, "has no attribute 'Nut'"),
             ("users_net:LIMIT", {}, "cannot be called .*'int' object is not callable"),
-            ("users_net:Net", {"class": 3}, "unexpected keyword argument 'class'.*arguments that"),
+            (
+                "users_net:Net",
+                {"class": 3},
+                "unexpected keyword argument 'class'.*see its signature",
+            ),
             ("users_net:words", {}, "gave a str, expected an nn.Module"),
-            ("users_net:half", {}, "torch.float16.*expected float32 only"),
+            ("users_net:half", {}, "torch.float16.*expected float32"),
             ("torch.nn:Flatten", {}, "parameters of no kind"),
         ],
     )
@@ -143,7 +147,7 @@ class TestCheck:
 
     def test_the_head_must_fit_the_classes(self) -> None:
         net = nn.Sequential(nn.Flatten(), nn.Linear(144, 1000))
-        with pytest.raises(CheckpointError, match=r"1000.*expected logits \(2, 3\).*stripes"):
+        with pytest.raises(CheckpointError, match=r"1000.*expected \(2, 3\), for .'top'"):
             own.check(net, small.task(6))
 
     def test_what_gives_no_tensor_is_refused(self) -> None:
@@ -151,7 +155,7 @@ class TestCheck:
             def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
                 return x, x
 
-        with pytest.raises(CheckpointError, match="makes tuple, expected logits"):
+        with pytest.raises(CheckpointError, match="makes tuple, expected"):
             own.check(Two(), small.task(6))
 
 
@@ -282,7 +286,10 @@ def with_value(value: float) -> Callable[[State], Any]:
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "nothing there": (lambda p: None, "cannot be read .*No such file"),
     "a folder": (lambda p: p.mkdir(), "cannot be read"),
-    "no checkpoint": (lambda p: p.write_text("words") and None, "cannot be read .*expected safe"),
+    "no checkpoint": (
+        lambda p: p.write_text("words") and None,
+        "cannot be read .*expected tensors",
+    ),
     "a whole module": (lambda p: torch.save(small.normed(), p), "weights_only=False.*state_dict"),
     "other names": (
         broken(lambda s: {f"conv{n}": x for n, x in s.items()}),
@@ -295,26 +302,30 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         broken(other_head(5)),
         r"'6.weight' is \[5, 54\], expected \[3, 54\].*the head differs: .*number of classes",
     ),
+    "other channels": (
+        broken(lambda s: s | {"0.weight": torch.zeros(6, 3, 3, 3)}),
+        r"'0.weight' is \[6, 3, 3, 3\], expected \[6, 1, 3, 3\]; build the architecture",
+    ),
     "another width": (
         broken(lambda s: {n: x.repeat_interleave(2, 0) for n, x in s.items() if x.ndim}),
         r"'0.weight' is \[12, 1, 3, 3\], expected \[6, 1, 3, 3\].*factory_arguments",
     ),
     "float16": (
         broken(lambda s: {n: x.half() if x.ndim else x for n, x in s.items()}),
-        r"'0.weight' is torch.float16: half precision .*\.float\(\)",
+        r"'0.weight' is torch.float16, expected torch.float32: half precision.*converted",
     ),
     "bfloat16": (
         broken(lambda s: {f"module.{n}": x.bfloat16() for n, x in s.items()}),
-        "'module.0.weight' is torch.bfloat16: half",
+        "'module.0.weight' is torch.bfloat16, .*: half",
     ),
     "float64": (
         broken(lambda s: s | {"6.bias": s["6.bias"].double()}),
-        "'6.bias' is torch.float64, expected torch.float32; convert",
+        "'6.bias' is torch.float64, expected torch.float32; save it converted",
     ),
-    "quantised": (broken(quantised), r"is quantised \('6.weight'\).*float32 file"),
+    "quantised": (broken(quantised), "'6.weight' is quantised.*float32 file"),
     "quantised names": (
         broken(lambda s: s | {"6.zero_point": torch.tensor(0)}),
-        r"is quantised \('6.zero_point'\)",
+        "'6.zero_point' is quantised",
     ),
     "NaN": (broken(with_value(torch.nan)), "'0.weight' holds NaN or infinity.*earlier"),
     "infinity": (broken(with_value(torch.inf)), "'0.weight' holds NaN or infinity"),
@@ -365,7 +376,7 @@ class TestRefusals:
         found = own.pair(tmp_path / "a", tmp_path / "b", small.normed())
         assert [equal(x.theta, s) for x, s in zip(found, (one, two), strict=True)] == [True, True]
         assert found[0].sha256 != found[1].sha256
-        with pytest.raises(CheckpointError, match=r"a and c hold the same weights.*copied twice"):
+        with pytest.raises(CheckpointError, match=r"a and .*c hold the same weights"):
             own.pair(tmp_path / "a", tmp_path / "c", small.normed())
 
 
@@ -443,15 +454,15 @@ class TestDataset:
             own.dataset(str(tmp_path))
         bad.unlink()
         (tmp_path / "val" / "top").rename(tmp_path / "val" / "other")
-        with pytest.raises(DataError, match=r"different classes.*'other'.*'top'|'top'.*'other'"):
+        with pytest.raises(DataError, match=r"the same classes.*'top'.*'other'"):
             own.dataset(str(tmp_path))
 
     @pytest.mark.parametrize(
         ("source", "text"),
         [
-            ("no/such/folder", "'no/such/folder' is no folder here.*'fashion-mnist-small'"),
+            ("no/such/folder", "'no/such/folder' is not here.*fashion-mnist-small"),
             ("no_such_module:task", "No module named 'no_such_module'"),
-            ("users_net:normalised", r"pixels from -0.50 to 0.50, expected uint8.*normalised"),
+            ("users_net:normalised", r"pixels from -0.50 to 0.50, not in .*normalised"),
         ],
     )
     def test_what_is_no_data_set_is_refused(self, user: Path, source: str, text: str) -> None:
