@@ -127,7 +127,8 @@ def pair(a: str | Path, b: str | Path, net: nn.Module, part: str | None = None) 
     """Two checkpoints of `net`. Raises CheckpointError, also if both are the same network."""
     one, two = found = [load(path, net, part) for path in (a, b)]
     if all(torch.equal(one.theta[n], two.theta[n]) for n, _ in net.named_parameters()):
-        raise CheckpointError(f"own.pair: {a} and {b} hold the same weights, expected two networks")
+        names = f"{Path(a).name} and {Path(b).name}"
+        raise CheckpointError(f"own.pair: {names} hold the same weights, expected two networks")
     return found
 
 
@@ -235,9 +236,9 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever their reader meets first
         raise CheckpointError(
-            f"own.load: {path} cannot be read ({str(error).splitlines()[0]}); expected tensors in "
-            "dictionaries. More would be unpickled, which can run any code: if you trust the file, "
-            "torch.load(…, weights_only=False) it yourself, and save the state_dict()"
+            f"own.load: {path.name} cannot be read ({str(error).split('. ')[0]}); expected "
+            "tensors in dictionaries. More would be unpickled, which can run any code: if "
+            "you trust it, torch.load(…, weights_only=False) it yourself, and save the state_dict()"
         ) from error
 
 
@@ -253,7 +254,7 @@ def _flat(found: Any, before: str) -> Iterator[tuple[str, Tensor]]:
 def _part(tensors: Theta, expected: Theta, wanted: str | None, who: str) -> str:
     """What stands before the network's names in the file; CheckpointError if nothing fits."""
     if odd := [n for n, x in tensors.items() if x.is_quantized or n.endswith("zero_point")]:
-        raise CheckpointError(f"{who}: {odd[0]!r} is quantised for good; take the float32 file")
+        raise CheckpointError(f"{who}: {odd[0]!r} is quantised, for good: take the float32 file")
     need = {n: x.shape for n, x in expected.items() if not n.endswith(COUNTER)}
     starts = [(n[:i], n[i:]) for n in tensors for i in range(len(n)) if not i or n[i - 1] in "./"]
     hits = Counter(start for start, name in starts if name in need)

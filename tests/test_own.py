@@ -1,5 +1,7 @@
 """Bringing in one's own models: what fits is found, what does not is refused, nothing changes."""
 
+import json
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from mcnotes import curves, own, symmetry, train
 from mcnotes.own import CheckpointError, DataError
 from tests import small
+from tools import chapters, notebooks, presets
 
 ROOT = Path(__file__).resolve().parents[1]
 State = dict[str, Tensor]
@@ -498,3 +502,55 @@ class TestDataset:
         monkeypatch.setattr(own, "resolve", lambda _: lambda: [loader] * 3)
         assert torch.equal(own.dataset("a:b", device="cpu").train.images, last.train.images)
         assert last.example.shape == (2, 3, 9, 9)
+
+
+class TestChapter:
+    """Chapter 10, on a network, files and pictures that it has never seen."""
+
+    def test_runs_on_a_pair_of_the_users(self, user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pictures(user / "photos", {"train": 30, "val": 10, "test": 10})
+        task = own.dataset(str(user / "photos"), device="cpu")
+        net = own.normalised(own.build("users_net:Net", {"classes": 3}), [0.4], [0.2])
+        recipe = train.Recipe(4, 16, lr=0.02, schedule="linear", augment=False)
+        one, two = (train.fit(net, task, recipe, seed=seed).theta for seed in (1, 2))
+        save_file(one, user / "one.safetensors")
+        lightning = {f"net.{n}": x for n, x in two.items()} | {"loss.weight": torch.ones(3)}
+        torch.save({"state_dict": lightning, "epoch": 4}, user / "two.ckpt")
+
+        paths = [str(user), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"PYTHONPATH": os.pathsep.join(paths), "MCNOTES_STORE": str(user / "store")}
+        for name, value in (environment | chapters.ENVIRONMENT).items():
+            monkeypatch.setenv(name, value)
+        values = presets.load("smoke") | {
+            "factory": "users_net:Net",
+            "factory_arguments": {"classes": 3},
+            "checkpoint_a": str(user / "one.safetensors"),
+            "checkpoint_b": str(user / "two.ckpt"),
+            "dataset": str(user / "photos"),
+            "mean": [0.4],
+            "std": [0.2],
+            "channels": None,
+            "lr": 0.02,
+            "batch_size": 16,
+            "output": str(user / "results"),
+        }
+        chapter = ROOT / "book" / "10_your_own_models.ipynb"
+        assert presets.check(values, notebooks.parameters(notebooks.read(chapter))) == []
+        chapters.execute(chapter, user / "run.ipynb", values)
+
+        fresh = own.build("users_net:Net", {"classes": 3})  # the class itself, no hook
+        x = (task.test.images / 255 - 0.4) / 0.2
+        outputs = {}
+        for name in ("aligned_b", "average", "best_point"):
+            path = user / "results" / f"{name}.safetensors"
+            fresh.load_state_dict(load_file(path))
+            outputs[name] = fresh(x)
+            with safe_open(path, framework="pt") as file:
+                made_from = json.loads(file.metadata()["made_from"])
+            assert made_from["a"] == own.load(user / "one.safetensors", net).sha256
+        fresh.load_state_dict(two)
+        assert torch.allclose(outputs["aligned_b"], fresh(x), atol=1e-4)
+        assert not torch.allclose(outputs["average"], fresh(x), atol=1e-2)
+        ran = notebooks.read(user / "run.ipynb")
+        shown = str([cell.outputs for cell in notebooks.code_cells(ran)])
+        assert "`state_dict/net.` | 4 | 1" in shown, "where it stood, and what was left outside"
