@@ -49,15 +49,12 @@ def resolve(path: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"own: cannot import {path!r} ({error}), expected 'package.module:name'; "
-                         "put the module's folder on PYTHONPATH") from error  # fmt: skip
+        cause = f"cannot import {path!r} ({error})"
+        raise ValueError(f"own: {cause}, expected module:name on PYTHONPATH") from error
 
 
 def build(factory: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """The network that `factory`, "package.module:callable", makes of keyword arguments.
-
-    Raises CheckpointError unless that is an nn.Module with parameters in float32.
-    """
+    """The nn.Module that `factory`, "package.module:callable", makes of keyword arguments."""
     who, make = f"own.build: {factory} with {arguments or {}}", resolve(factory)
     try:
         net = make(**(arguments or {}))
@@ -98,8 +95,7 @@ def check(net: nn.Module, task: Task) -> None:
         with torch.no_grad():
             z = net.eval()(x)
     except Exception as error:  # of the user's network
-        raise CheckpointError(f"{who} makes nothing ({error}); is it the number of channels (see "
-                              "own.normalised) or the image_size?") from error  # fmt: skip
+        raise CheckpointError(f"{who} fails ({error}): mind channels and image_size") from error
     if (got := getattr(z, "shape", type(z).__name__)) != expected:
         raise CheckpointError(f"{who} makes {got}, expected {expected}, for {task.class_names}")
 
@@ -108,8 +104,7 @@ def load(path: str | Path, net: nn.Module, part: str | None = None) -> Loaded:
     """The checkpoint of `net` in a .safetensors file, or in one that torch.save wrote.
 
     What stands before the network's names is found, not asked for: dictionaries ("state_dict"),
-    wrappers ("module.", "model.", "_orig_mod."). part: which, if several networks in the file fit.
-    Raises CheckpointError.
+    wrappers ("module.", "_orig_mod."). part: which, if several fit. Raises CheckpointError.
     """
     path, expected = Path(path), net.state_dict()
     tensors, who = dict(_flat(_read(path), "")), f"own.load: {path.name}"
@@ -127,8 +122,7 @@ def pair(a: str | Path, b: str | Path, net: nn.Module, part: str | None = None) 
     """Two checkpoints of `net`. Raises CheckpointError, also if both are the same network."""
     one, two = found = [load(path, net, part) for path in (a, b)]
     if all(torch.equal(one.theta[n], two.theta[n]) for n, _ in net.named_parameters()):
-        names = f"{Path(a).name} and {Path(b).name}"
-        raise CheckpointError(f"own.pair: {names} hold the same weights, expected two networks")
+        raise CheckpointError("own.pair: both files hold the same weights, expected two networks")
     return found
 
 
@@ -158,8 +152,8 @@ def dataset(source: str, image_size: int | None = None, device: str = "auto") ->
     if Path(source).is_dir():
         given, names = _folder(Path(source), image_size)
     elif ":" not in source:
-        kinds = ["a folder", "'package.module:callable'", *data.SOURCES]
-        raise DataError(f"own.dataset: {source!r} is not here; expected {', '.join(kinds)}")
+        kinds = f"a folder, 'package.module:callable', or one of {[*data.SOURCES]}"
+        raise DataError(f"own.dataset: {source!r} is not here; expected {kinds}")
     elif isinstance(made := resolve(source)(), Task):
         return made
     else:
@@ -186,16 +180,15 @@ def _folder(root: Path, size: int | None) -> tuple[dict[str, Any], Sequence[Any]
         found = {n: ImageFolder(str(place)) for n, place in places.items()}
     except FileNotFoundError as error:
         raise DataError(f"own.dataset: {error}; expected {root}/CLASS/PICTURE") from error
-    if len({tuple(f.classes) for f in found.values()}) > 1:
-        classes = {n: f.classes for n, f in found.items()}
+    if len(classes := {str(f.classes): n for n, f in found.items()}) > 1:
         raise DataError(f"own.dataset: {root} must hold the same classes in each, has {classes}")
     pictures = {path: _picture(path, size) for f in found.values() for path, _ in f.samples}
     if len(sizes := {p.size: path for path, p in pictures.items()}) > 1:
         raise DataError(f"own.dataset: pictures differ in size, {sizes}; pass an image_size"[:400])
     mode = max(p.mode for p in pictures.values())  # one in colour makes all RGB
     pixels = {path: np.asarray(p.convert(mode)) for path, p in pictures.items()}
-    stacks = {n: np.stack([pixels[path] for path, _ in f.samples]) for n, f in found.items()}
-    return {n: (stacks[n], f.targets) for n, f in found.items()}, found["train"].classes
+    pair = {n: (np.stack([pixels[x] for x, _ in f.samples]), f.targets) for n, f in found.items()}
+    return pair, found["train"].classes
 
 
 def _picture(path: str, size: int | None) -> Image.Image:
@@ -235,11 +228,10 @@ def _read(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever their reader meets first
-        raise CheckpointError(
-            f"own.load: {path.name} cannot be read ({str(error).split('. ')[0]}); expected "
-            "tensors in dictionaries. More would be unpickled, which can run any code: if "
-            "you trust it, torch.load(…, weights_only=False) it yourself, and save the state_dict()"
-        ) from error
+        cause = f"{path.name} cannot be read ({str(error).split('. ')[0]})"
+        cure = "if you trust it, torch.load(…, weights_only=False), and save the state_dict()"
+        why = "expected tensors in dictionaries, as to unpickle more can run any code"
+        raise CheckpointError(f"own.load: {cause}, {why}; {cure}") from error
 
 
 def _flat(found: Any, before: str) -> Iterator[tuple[str, Tensor]]:
@@ -270,8 +262,8 @@ def _part(tensors: Theta, expected: Theta, wanted: str | None, who: str) -> str:
     lists = {"lacks": need.keys() - own.keys(), "has besides": own.keys() - need.keys()}
     odd = [f"it {k} {len(v)} tensors, as {min(v)!r}" for k, v in lists.items() if v]
     wrong = [n for n in need if own.get(n, need[n]) != need[n]]
-    cure = "build the architecture it was trained as (factory, factory_arguments)"
     heads = {n.rpartition(".")[0] for n in wrong if own[n][1:] == need[n][1:]}
+    cure = "build the architecture it was trained as (factory, factory_arguments)"
     if not odd and len(heads) == 1 and len(wrong) < 3:
         cure = "the head differs: give the factory its number of classes"
     if odd := odd + [f"{n!r} is {[*own[n]]}, expected {[*need[n]]}" for n in wrong[:2]]:
