@@ -529,7 +529,6 @@ class TestChapter:
             "dataset": str(user / "photos"),
             "mean": [0.4],
             "std": [0.2],
-            "channels": None,
             "lr": 0.02,
             "batch_size": 16,
             "output": str(user / "results"),
