@@ -146,7 +146,9 @@ class TestCheck:
     def test_the_network_must_fit_the_images(self) -> None:
         task = small.task(6)
         own.check(small.normed(), task)
-        with pytest.raises(CheckpointError, match=r"of images \[2, 1, 12, 12\].*mind channels and image_size"):
+        with pytest.raises(
+            CheckpointError, match=r"of images \[2, 1, 12, 12\].*mind channels and image_size"
+        ):
             own.check(nn.Linear(3, 3), task)
 
     def test_the_head_must_fit_the_classes(self) -> None:
@@ -537,6 +539,8 @@ class TestChapter:
         assert presets.check(values, notebooks.parameters(notebooks.read(chapter))) == []
         chapters.execute(chapter, user / "run.ipynb", values)
 
+        names = {"aligned_b.safetensors", "average.safetensors", "best_point.safetensors"}
+        assert {path.name for path in (user / "results").iterdir()} == names
         fresh = own.build("users_net:Net", {"classes": 3})  # the class itself, no hook
         x = (task.test.images / 255 - 0.4) / 0.2
         outputs = {}
