@@ -147,7 +147,7 @@ class TestCheck:
         task = small.task(6)
         own.check(small.normed(), task)
         with pytest.raises(
-            CheckpointError, match=r"of images \[2, 1, 12, 12\].*mind channels and image_size"
+            CheckpointError, match=r"\[2, 1, 12, 12\].*mind channels and image_size"
         ):
             own.check(nn.Linear(3, 3), task)
 
