@@ -7,7 +7,7 @@ units' activations; the permutation that maximises the summed similarity is a li
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Literal
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mcnotes import evaluate, perms
+from mcnotes import evaluate, matchers
+from mcnotes.bundles import Blocks, bundles, solve, tiles
 from mcnotes.curves import Theta, check_same_space
 from mcnotes.data import Split
 from mcnotes.symmetry import Perm, Symmetry
@@ -26,7 +27,6 @@ At = Literal["post", "pre"]
 PIECE = 2**14  # samples that stay in the cache
 Streams = dict[str, list["Moments"]]  # by group, one for each tap
 Tap = Callable[[Theta, Tensor], dict[str, list[Tensor]]]
-Blocks = tuple[tuple[str, ...], ...]  # for each block, the groups within
 
 
 class AlignmentError(ValueError):
@@ -112,69 +112,76 @@ class Matching:
 
 def match(
     net: nn.Module, theta_a: Theta, theta_b: Theta, images: Split, sym: Symmetry, *,
-    at: At = "post", cost: Cost = "correlation", batch_size: int | None = None
+    method: str = "activations", at: At = "post", cost: Cost = "correlation",
+    batch_size: int | None = None, seed: int = 0
 ) -> Matching:  # fmt: skip
-    """The permutation of B's units that makes them most similar to A's (paper, algorithm 1).
+    """A permutation of B's units; by default that which makes them most similar to A's.
 
     images: what to correlate on, some thousands of training images. at: activations after ("post")
-    or before ("pre") the nonlinearity. cost: "correlation"; "covariance"; or "l2", which minimises
-    E‖a − Pb‖², the discrete 2-Wasserstein matching. Groups that several layers share (residual
-    streams) sum the evidence of all their taps. Blocks and the units within them are solved jointly
-    and exactly. Memory does not grow with the number of images. Raises AlignmentError when the
-    networks differ in shape, or there is nothing to correlate.
+    or before ("pre") the nonlinearity. cost: "correlation" (paper, algorithm 1); "covariance"; or
+    "l2", which minimises E‖a − Pb‖², the discrete 2-Wasserstein matching. Groups that several
+    layers share (residual streams) sum the evidence of all their taps. Blocks and the units within
+    them are solved jointly and exactly. Memory does not grow with the number of images.
+    method: "activations", or one of `matchers.METHODS` ("weights", "straight-through", "sinkhorn",
+    "random", "identity"; chapter 9), drawing from `seed`; `at` and `cost` have no say in these, and
+    `seconds` leaves out the correlations, which are measured for the report. Raises AlignmentError
+    when the networks differ in shape, or there is nothing to correlate; ValueError for a method
+    that is not known.
     """
-    start = time.perf_counter()
+    if method != "activations" and method not in matchers.METHODS:
+        known = ["activations", *matchers.METHODS]
+        raise ValueError(f"match: got method {method!r}, expected one of {known}")
+    _check(theta_a, theta_b, images)
+    start, perm = time.perf_counter(), sym.identity()
+    if method in matchers.METHODS:
+        perm |= matchers.METHODS[method](net, theta_a, theta_b, images, sym, seed)
+    seconds = time.perf_counter() - start
     moments = stream(net, theta_a, theta_b, images, sym, at=at, batch_size=batch_size)
-    found = Matching(sym.identity(), {}, {}, {}, {}, 0.0)
+    if method == "activations":
+        for name, blocks in bundles(sym).items():
+            kinds = [similarity(moments[names[0]], cost) for names in zip(*blocks, strict=True)]
+            perm |= solve(name, blocks, [tiles(kind, len(blocks)) for kind in kinds])
+        seconds = time.perf_counter() - start
+    found = Matching(perm, {}, {}, {}, {}, seconds)
     for name, blocks in bundles(sym).items():
-        _solve(name, blocks, moments, cost, found)
-    return replace(found, seconds=time.perf_counter() - start)
+        _report(name, blocks, moments, found)
+    return found
 
 
-def bundles(sym: Symmetry) -> dict[str, Blocks]:
-    """What is matched at once: group → for each of its blocks, the groups within.
-
-    An ordinary group is one block that holds itself; those within blocks come with their blocks.
-    """
-    nested = {name: g.inner for name, g in sym.groups.items() if g.inner and g.inner[0]}
-    inside = {name for blocks in nested.values() for block in blocks for name in block}
-    alone = sym.groups.keys() - nested.keys() - inside
-    return {n: nested.get(n, ((n,),)) for n in sym.groups if n in alone or n in nested}
+def _check(theta_a: Theta, theta_b: Theta, images: Split) -> None:
+    try:
+        check_same_space(theta_a, theta_b, "match")
+    except ValueError as error:
+        raise AlignmentError(str(error)) from error
+    if len(images) < 2:
+        raise AlignmentError(f"match: got {len(images)} images, expected 2 or more (thousands)")
 
 
-def _solve(name: str, blocks: Blocks, moments: Streams, cost: Cost, found: Matching) -> None:
-    """Match the units for every pair of blocks, then the blocks by what their units achieve."""
-    score = torch.zeros(len(blocks), len(blocks), dtype=torch.float64)
-    best: list[list[list[Tensor]]] = []  # for each kind of group, block of A and block of B
+def similarity(taps: list[Moments], cost: Cost) -> Tensor:
+    """What the assignment maximises, summed over the taps: [U, U] on the CPU."""
+    return torch.stack([m.similarity(cost) for m in taps]).sum(0).cpu()
+
+
+def _report(name: str, blocks: Blocks, moments: Streams, found: Matching) -> None:
+    """How well the units agree that `found.perm` brings together: fills in the rest of `found`."""
+    nested = blocks != ((name,),)
+    order = found.perm[name].tolist() if nested else [0]
     for names in zip(*blocks, strict=True):
-        similar = _tiles([m.similarity(cost) for m in moments[names[0]]], len(blocks))
-        best.append([[perms.assign(tile) for tile in row] for row in similar])
-        chosen = torch.stack([torch.stack(row) for row in best[-1]])  # [blocks, blocks, n]
-        score += similar.gather(3, chosen[..., None]).sum((2, 3))
-    order = perms.assign(score)
-    for names, solved in zip(zip(*blocks, strict=True), best, strict=True):
         taps = moments[names[0]]
-        tiles = _tiles([m.correlation() / len(taps) for m in taps], len(blocks))
+        correlation = torch.stack([m.correlation() / len(taps) for m in taps]).sum(0)
+        similar = tiles(correlation, len(blocks))
         still = torch.stack([m.variances()[0] == 0 for m in taps]).all(0).cpu()
-        for i, (j, dead) in enumerate(zip(order.tolist(), still.chunk(len(blocks)), strict=True)):
-            mine, p = names[i], solved[i][j]
-            after = tiles[i, j].gather(1, p[:, None])
-            rivals = (tiles[i, j] > after - 0.01).sum(1) > 1
-            found.perm[names[j]] = p  # B's units, in the block that goes where A has block i
-            found.before[mine], found.after[mine] = tiles[i, i].diagonal().clone(), after.squeeze(1)
+        for i, (j, dead) in enumerate(zip(order, still.chunk(len(blocks)), strict=True)):
+            mine, p = names[i], found.perm[names[j]]
+            after = similar[i, j].gather(1, p[:, None])
+            rivals = (similar[i, j] > after - 0.01).sum(1) > 1
+            found.before[mine], found.after[mine] = similar[i, i].diagonal().clone(), after[:, 0]
             found.dead[mine] = dead.nonzero().flatten()
             found.ambiguous[mine] = (rivals & ~dead).nonzero().flatten()
-    if blocks != ((name,),):
-        found.perm[name] = order
+    if nested:
         for values in (found.before, found.after):
             means = [torch.cat([values[group] for group in block]).mean() for block in blocks]
             values[name] = torch.stack(means)
-
-
-def _tiles(matrices: list[Tensor], count: int) -> Tensor:
-    """[blocks of A, blocks of B, n, n] on the CPU: the sum of matrices over the blocks' units."""
-    total = torch.stack(matrices).sum(0).cpu()
-    return total.view(count, len(total) // count, count, -1).transpose(1, 2)
 
 
 def stream(
@@ -187,12 +194,7 @@ def stream(
     units of all blocks. batch_size: images at a time; default 512 on a GPU. On a CPU the cores
     divide them, each follows its own share; default 64 a core, so that they stay in its cache.
     """
-    try:
-        check_same_space(theta_a, theta_b, "match")
-    except ValueError as error:
-        raise AlignmentError(str(error)) from error
-    if len(images) < 2:
-        raise AlignmentError(f"match: got {len(images)} images, expected 2 or more (thousands)")
+    _check(theta_a, theta_b, images)
     device = images.images.device
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     size = -(-batch_size // cores) if batch_size else 64 if device.type == "cpu" else 512

@@ -11,6 +11,7 @@ from torch import nn
 
 from mcnotes import align, curves, evaluate, models, symmetry, train
 from mcnotes.align import AlignmentError, Moments
+from mcnotes.bundles import bundles
 from mcnotes.curves import Theta
 from mcnotes.data import Split, Task
 
@@ -220,9 +221,9 @@ def test_heads_are_matched_with_the_units_within() -> None:
     a, b = (train.initialise(net, s) for s in (1, 2))
     sym = symmetry.find(net, next(images.batches(2))[0])
     found, moments = (f(net, a, b, images, sym) for f in (align.match, align.stream))
-    bundles = {name: blocks for name, blocks in align.bundles(sym).items() if len(blocks) > 1}
-    assert len(bundles) == 2
-    for name, blocks in bundles.items():
+    parts = {name: blocks for name, blocks in bundles(sym).items() if len(blocks) > 1}
+    assert len(parts) == 2
+    for name, blocks in parts.items():
         best = -float("inf"), ()
         for order in permutations(range(2)):
             gain, plan = 0.0, {name: order}

@@ -1,0 +1,106 @@
+"""Many networks in one order of units (chapter 9).
+
+Permutations found pair by pair contradict each other: from A to B to C and back to A, units do not
+return to their places. Here each network gets one permutation into an order that all share.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from mcnotes import align, matchers
+from mcnotes.bundles import Blocks, bundles, solve, tiles
+from mcnotes.curves import Theta, combine
+from mcnotes.data import Split
+from mcnotes.symmetry import Perm, Symmetry
+
+Improve = Callable[[int, list[int], list[Perm]], Perm]
+
+
+def match_many(
+    net: nn.Module, thetas: Sequence[Theta], images: Split, sym: Symmetry, *,
+    method: str = "activations", at: align.At = "post", cost: align.Cost = "correlation",
+    batch_size: int | None = None, sweeps: int = 100
+) -> list[Perm]:  # fmt: skip
+    """For each network a permutation into one common order: that of the first, which stays.
+
+    They maximise the similarity summed over all pairs by coordinate ascent: one network at a time
+    is matched to all others as they lie, until nothing gains. No cycle contradicts itself then
+    (Crisostomi et al. 2024 ask for the same, by Frank–Wolfe over weights). Arguments as in
+    `align.match`; method "weights" uses no images. Raises ValueError for fewer than two networks
+    and for other methods, AlignmentError as `align.match`.
+    """
+    if len(thetas) < 2:
+        raise ValueError(f"match_many: got {len(thetas)} network, expected two or more")
+    if method not in ("activations", "weights"):
+        raise ValueError(f"match_many: method {method!r}, expected 'activations' or 'weights'")
+    improve: Improve
+    if method == "weights":
+        improve = _ByWeights(net, thetas, sym)
+    else:
+        parts, seen = bundles(sym), {}
+        for i, j in combinations(range(len(thetas)), 2):
+            moments = align.stream(net, thetas[i], thetas[j], images, sym, at=at,
+                                   batch_size=batch_size)  # fmt: skip
+            for name in moments:
+                seen[i, j, name] = align.similarity(moments[name], cost)
+                seen[j, i, name] = seen[i, j, name].T
+        improve = _ByActivations(parts, seen)
+    perms, everyone = [sym.identity() for _ in thetas], range(len(thetas))
+    for sweep in range(sweeps):
+        before = list(perms)
+        for k in everyone if sweep else everyone[1:]:  # at first one after the other
+            others = [i for i in everyone if i != k and (sweep or i < k)]
+            perms[k] = improve(k, others, perms)
+        moved = (torch.equal(p[n], q[n]) for p, q in zip(before, perms, strict=True) for n in p)
+        if sweep and all(moved):
+            break
+    home = sym.inverse(perms[0])
+    return [sym.compose(p, home) for p in perms]
+
+
+class _ByWeights:
+    """One network matched by its weights to the mean of others."""
+
+    def __init__(self, net: nn.Module, thetas: Sequence[Theta], sym: Symmetry) -> None:
+        self.net, self.thetas, self.sym = net, thetas, sym
+
+    def __call__(self, k: int, others: list[int], perms: list[Perm]) -> Perm:
+        placed = [self.sym.permute(self.thetas[i], perms[i]) for i in others]
+        mean = combine(placed, [1 / len(placed)] * len(placed))
+        return matchers.by_weights(self.net, mean, self.thetas[k], self.sym, start=perms[k])
+
+
+class _ByActivations:
+    """One network matched to others by similarities [units of i, units of k], which are summed."""
+
+    def __init__(self, parts: dict[str, Blocks], seen: dict[tuple[int, int, str], Tensor]) -> None:
+        self.parts, self.seen = parts, seen
+
+    def __call__(self, k: int, others: list[int], perms: list[Perm]) -> Perm:
+        perm = dict(perms[k])
+        for name, blocks in self.parts.items():
+            similar: dict[tuple[str, ...], Tensor] = {}
+            for names in zip(*blocks, strict=True):
+                rows = [self.seen[i, k, names[0]][_flat(name, names, perms[i])] for i in others]
+                similar[names] = torch.stack(rows).sum(0)
+            better = perm | solve(name, blocks, [tiles(s, len(blocks)) for s in similar.values()])
+
+            gain = _value(name, better, similar) - (now := _value(name, perm, similar))
+            if gain > 1e-9 * abs(now):
+                perm = better
+        return perm
+
+
+def _value(name: str, perm: Perm, similar: dict[tuple[str, ...], Tensor]) -> float:
+    """The similarity of units that `perm` brings together, in one bundle."""
+    pairs = ((s, _flat(name, names, perm)) for names, s in similar.items())
+    return sum(float(s[range(len(s)), flat].sum()) for s, flat in pairs)
+
+
+def _flat(name: str, names: tuple[str, ...], perm: Perm) -> Tensor:
+    """The order of the units of all blocks, one after the other; names: one group of each block."""
+    order = perm[name].tolist() if names != (name,) else [0]
+    return torch.cat([j * len(perm[names[j]]) + perm[names[j]] for j in order])
