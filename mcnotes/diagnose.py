@@ -25,7 +25,7 @@ RULES = {  # fault: from where on it is one (-x: below x); what was measured; wh
         "put the head's outputs into the data set's order of classes"),
     "statistics": (0.15, "{}'s loss is {:.2f}, with fresh BatchNorm statistics {:.2f}",
         "recompute the statistics: evaluate.batchnorm"),
-    "broken": (-2.0, "{} is right on {:.0%} of the images, a constant answer on {:.0%}",
+    "broken": (-0.2, "{} is right on {:.0%} of the images, a constant answer on {:.0%}",
         "load this network again, or train it again"),
     "under-trained": (0.02, "{}'s loss is {:.2f}, after a little more training {:.2f}",
         "train it to the end before you align"),
@@ -116,8 +116,9 @@ def _end(net: nn.Module, name: str, theta: Theta, task: Task) -> Found:
     fresh = evaluate.batchnorm(net, theta, task.train)
     reset, constant = evaluate.score(net, fresh, val), float(val.labels.bincount().max()) / len(val)
     yield _say("statistics", now.loss - reset.loss, name, now.loss, reset.loss)
-    yield _say("broken", reset.accuracy / constant, name, reset.accuracy, constant)
-    if reset.accuracy > 2 * constant:
+    skill = (reset.accuracy - constant) / (1 - constant)
+    yield _say("broken", skill, name, reset.accuracy, constant)
+    if skill > 0.2:
         more = train.Recipe(3, lr=0.05, schedule="linear", augment=False)
         after = evaluate.score(net, train.fit(net, task, more, seed=0, init=fresh).theta, val).loss
         yield _say("under-trained", 1 - after / reset.loss, name, reset.loss, after)
