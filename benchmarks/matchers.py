@@ -1,19 +1,46 @@
-"""Every way to match, on the same pairs of networks.
+"""Every way to match, on the same pairs of networks (chapter 9).
 
-Compares `mcnotes.align.match` by its methods.
+Compares the methods of `mcnotes.align.match`: the identity, a random order, activations, weights,
+the loss at the middle (straight through, and by Sinkhorn's scaling). Networks: TinyTen, ResNet20
+and GoogLeNet with BatchNorm, a transformer with LayerNorm, multilayer perceptrons of seven widths
+and a deep one without normalisation, three pairs of seeds each, on the embedded data set.
+
+For every cell: the barrier and the lowest accuracy on the straight line (test images, BatchNorm
+recomputed on training images at every point), the mean correlation of matched units (training
+images), the seconds of the matching alone, the loss at the middle with the normalisation's
+statistics as they are mixed and mended (BatchNorm recomputed; REPAIR where there is none), and for
+TinyTen a short trained curve. No choice is made on test images: `--choose` tries settings of the
+two methods that descend, on one pair and by the validation loss at the middle, and ends.
+
+One line of JSON for each cell, loaded from the store if it is there (so a run that was stopped goes
+on); the last line is JSON: the mean barriers. `--save` writes all to data/results/matchers.json.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import datetime
+import json
+import statistics
+import time
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mcnotes import models
+from mcnotes import align, curves, evaluate, matchers, models, repair, store, train
+from mcnotes.curves import Theta
 from mcnotes.zoo import Experiment
+
+METHODS = ("identity", "random", "activations", "weights", "straight-through", "sinkhorn")
+WIDTHS = (8, 16, 32, 64, 128, 256, 512)  # of two hidden layers
+PAIRS = ((1, 2), (3, 4), (5, 6))
+POINTS, TESTED, KNOWN = 9, 2_000, 1_000  # of a path; test images; those for statistics
+RATE = {"straight-through": 3.0, "sinkhorn": 0.3}  # step sizes, by --choose
 
 
 class Block(nn.Module):
@@ -74,3 +101,139 @@ class Lab(Experiment):
             return models.MLP(classes, channels * size**2, [width] * depth)
         return models.build(self.network, num_classes=classes, in_channels=channels,
                             width=self.width, image_size=size)  # fmt: skip
+
+
+MLP = Lab(network="mlp-2", epochs=12, lr=0.05)
+CASES: dict[str, tuple[Lab, str]] = {  # an experiment, and how it normalises
+    "TinyTen": (Lab(), "BatchNorm"),
+    "ResNet20": (Lab(network="resnet20"), "BatchNorm"),
+    "GoogLeNet": (Lab(network="googlenet", width=0.125, epochs=6), "BatchNorm"),
+    "transformer": (Lab(network="transformer", width=32, epochs=20), "LayerNorm"),
+    **{
+        f"MLP {w}": (dataclasses.replace(MLP, width=w), "none")
+        for w in (8, 16, 32, 64, 128, 256, 512)
+    },
+    "deep MLP": (dataclasses.replace(MLP, network="mlp-5", width=64), "none"),
+}
+
+
+def middle(lab: Lab, normalisation: str, ends: tuple[Theta, Theta]) -> dict[str, float]:
+    """Test loss: the mean of the ends; half-way as it comes; half-way with statistics mended."""
+    net, known = lab.net, lab.task.train.first(KNOWN)
+    test = lab.task.test.first(TESTED)
+    half = curves.line(*ends)(0.5)
+    found = {"ends": statistics.mean(evaluate.score(net, x, test).loss for x in ends)}
+    found["as it comes"] = evaluate.score(net, half, test).loss
+    if normalisation == "BatchNorm":
+        mended = evaluate.batchnorm(net, half, known)
+    elif normalisation == "none":
+        mended = repair.repair(net, half, ends, known)
+    else:
+        return found
+    return found | {"mended": evaluate.score(net, mended, test).loss}
+
+
+def walk(lab: Lab, curve: curves.Curve) -> dict[str, Any]:
+    known = lab.task.train.first(KNOWN)
+    test = lab.task.test.first(TESTED)
+    path = evaluate.along(lab.net, curve, test, statistics=known, points=POINTS)
+    return {"barrier": path.barrier, "min_accuracy": path.min_accuracy,
+            "loss": path.loss.tolist(), "accuracy": path.accuracy.tolist()}  # fmt: skip
+
+
+def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> tuple[align.Matching, float]:
+    """As `align.match`, with the step sizes of `RATE`; and the seconds of the matching alone."""
+    args = lab.net, a, b, lab.task.train.first(lab.match_images), lab.sym
+    if method not in RATE:
+        found = align.match(*args, method=method, seed=seed)
+        return found, found.seconds
+    start = time.perf_counter()
+    perm = matchers.by_loss(*args, action=method, lr=RATE[method], seed=seed)
+    seconds = time.perf_counter() - start
+    moved = lab.sym.permute(b, perm)
+    found = align.match(lab.net, a, moved, *args[3:], method="identity")
+    return dataclasses.replace(found, perm=perm), seconds
+
+
+def measure(name: str, pair: tuple[int, int], method: str, curve_epochs: int) -> dict[str, Any]:
+    """One cell: loaded, or computed and kept."""
+    lab, normalisation = CASES[name]
+    a, b = pair
+    config: dict[str, Any] = {"what": "matching", "ends": [lab.endpoint_config(s) for s in pair],
+                              "method": method, "match_images": lab.match_images,
+                              "statistics": KNOWN, "points": POINTS, "tested": TESTED}  # fmt: skip
+    config |= {"curve_epochs": curve_epochs} if curve_epochs else {}
+    config |= {"lr": RATE[method]} if method in RATE else {}
+
+    def compute() -> dict[str, Any]:
+        one, two = lab.endpoint(a), lab.endpoint(b)
+        found, seconds = match(lab, one, two, method, seed=a * 1000 + b)
+        ends = one, lab.sym.permute(two, found.perm)
+        row: dict[str, Any] = {"network": name, "normalisation": normalisation, "pair": [a, b]}
+        row |= {"method": method, "seconds": round(seconds, 3)}
+        row["correlation"] = float(torch.cat([*found.after.values()]).mean())
+        row |= {"line": walk(lab, curves.line(*ends)), "middle": middle(lab, normalisation, ends)}
+        if curve_epochs:
+            recipe, start = lab.recipe(curve_epochs), curves.bezier(*ends)
+            curve = train.fit_curve(lab.net, start, lab.task, recipe, seed=a * 1000 + b).curve
+            row["curve"] = {"epochs": curve_epochs} | walk(lab, curve)
+        return row
+
+    row: dict[str, Any] = store.values(config, compute)
+    return row | {"provenance": store.origin(config)}
+
+
+def choose(rates: list[float], pairs: tuple[tuple[int, int], ...]) -> None:
+    """Step sizes of the methods that descend, by the validation loss at the middle of TinyTen."""
+    lab = CASES["TinyTen"][0]
+    known, matched = lab.task.train.first(KNOWN), lab.task.train.first(lab.match_images)
+    for action in matchers.ACTIONS:
+        for lr in rates:
+            losses = []
+            for a, b in pairs:
+                one, two = lab.endpoint(a), lab.endpoint(b)
+                perm = matchers.by_loss(lab.net, one, two, matched, lab.sym, action=action, lr=lr)
+                half = curves.line(one, lab.sym.permute(two, perm))(0.5)
+                fresh = evaluate.batchnorm(lab.net, half, known)
+                losses.append(round(evaluate.score(lab.net, fresh, lab.task.val).loss, 4))
+            print(json.dumps({"method": action, "lr": lr, "losses": losses}), flush=True)
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--networks", nargs="+", default=[*CASES], choices=[*CASES], metavar="NAME")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD")
+    parser.add_argument("--pairs", type=int, default=len(PAIRS), help="of seeds, at most three")
+    parser.add_argument("--curve-epochs", type=int, default=3, help="of TinyTen's curves; 0: none")
+    parser.add_argument("--choose", nargs="+", type=float, metavar="LR", help="only try step sizes")
+    parser.add_argument("--save", action="store_true", help="write data/results/matchers.json")
+    args = parser.parse_args()
+    if args.choose:
+        choose(args.choose, PAIRS[: args.pairs])
+        return
+    rows = []
+    for name in args.networks:
+        for pair in PAIRS[: args.pairs]:
+            for method in args.methods:
+                epochs = args.curve_epochs if name == "TinyTen" else 0
+                rows.append(measure(name, pair, method, epochs))
+                shown = {n: rows[-1][n] for n in ("network", "pair", "method", "seconds")}
+                barrier = round(rows[-1]["line"]["barrier"], 4)
+                print(json.dumps(shown | {"barrier": barrier}), flush=True)
+    if args.save:
+        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        record = {"kind": "matchers", "rows": rows, "collected": today}
+        text = json.dumps(record | {"provenance": store.provenance(0.0)}, indent=1) + "\n"
+        store.write_atomic(store.ROOT / "data" / "results" / "matchers.json", text.encode())
+    means: dict[str, dict[str, float]] = {}
+    for name in args.networks:
+        for method in args.methods:
+            found = [r["line"]["barrier"] for r in rows
+                     if (r["network"], r["method"]) == (name, method)]  # fmt: skip
+            means.setdefault(name, {})[method] = round(statistics.mean(found), 4)
+    print(json.dumps({"mean_barrier": means, "pairs": args.pairs}))
+
+
+if __name__ == "__main__":
+    main()
