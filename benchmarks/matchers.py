@@ -7,7 +7,7 @@ and a deep one without normalisation, three pairs of seeds each, on the embedded
 
 For every cell: the barrier and the lowest accuracy on the straight line (test images, BatchNorm
 recomputed on training images at every point), the mean correlation of matched units (training
-images), the seconds of the matching alone, the loss at the middle with the normalisation's
+images), the CPU seconds of the matching alone, the loss at the middle with the normalisation's
 statistics as they are mixed and mended (BatchNorm recomputed; REPAIR where there is none), and for
 TinyTen a short trained curve. No choice is made on test images: `--choose` tries settings of the
 two methods that descend, on one pair and by the validation loss at the middle, and ends.
@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -34,12 +35,15 @@ from torch.nn import functional as F
 
 from mcnotes import align, curves, evaluate, matchers, models, repair, store, train
 from mcnotes.curves import Theta
+from mcnotes.data import Split
 from mcnotes.zoo import Experiment
 
 METHODS = ("identity", "random", "activations", "weights", "straight-through", "sinkhorn")
 WIDTHS = (8, 16, 32, 64, 128, 256, 512)  # of two hidden layers
 PAIRS = ((1, 2), (3, 4), (5, 6))
+FEW = ((1, 2), (3, 4), (1, 4))  # of GoogLeNet, of which there are four
 POINTS, TESTED, KNOWN = 9, 2_000, 1_000  # of a path; test images; those for statistics
+LARGE = {"ResNet20", "GoogLeNet"}  # measured on half as many images of either kind
 RATE = {"straight-through": 3.0, "sinkhorn": 0.3}  # step sizes, by --choose
 
 
@@ -117,10 +121,16 @@ CASES: dict[str, tuple[Lab, str]] = {  # an experiment, and how it normalises
 }
 
 
-def middle(lab: Lab, normalisation: str, ends: tuple[Theta, Theta]) -> dict[str, float]:
+def splits(name: str) -> tuple[Split, Split]:
+    """Training images for statistics, and test images."""
+    task, part = CASES[name][0].task, 2 if name in LARGE else 1
+    return task.train.first(KNOWN // part), task.test.first(TESTED // part)
+
+
+def middle(name: str, ends: tuple[Theta, Theta]) -> dict[str, float]:
     """Test loss: the mean of the ends; half-way as it comes; half-way with statistics mended."""
-    net, known = lab.net, lab.task.train.first(KNOWN)
-    test = lab.task.test.first(TESTED)
+    (lab, normalisation), (known, test) = CASES[name], splits(name)
+    net = lab.net
     half = curves.line(*ends)(0.5)
     found = {"ends": statistics.mean(evaluate.score(net, x, test).loss for x in ends)}
     found["as it comes"] = evaluate.score(net, half, test).loss
@@ -133,25 +143,27 @@ def middle(lab: Lab, normalisation: str, ends: tuple[Theta, Theta]) -> dict[str,
     return found | {"mended": evaluate.score(net, mended, test).loss}
 
 
-def walk(lab: Lab, curve: curves.Curve) -> dict[str, Any]:
-    known = lab.task.train.first(KNOWN)
-    test = lab.task.test.first(TESTED)
-    path = evaluate.along(lab.net, curve, test, statistics=known, points=POINTS)
+def walk(name: str, curve: curves.Curve) -> dict[str, Any]:
+    """Along a path."""
+    known, test = splits(name)
+    path = evaluate.along(CASES[name][0].net, curve, test, statistics=known, points=POINTS)
     return {"barrier": path.barrier, "min_accuracy": path.min_accuracy,
             "loss": path.loss.tolist(), "accuracy": path.accuracy.tolist()}  # fmt: skip
 
 
 def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> tuple[align.Matching, float]:
-    """As `align.match`, with the step sizes of `RATE`; and the seconds of the matching alone."""
+    """As `align.match`, with the step sizes of `RATE`; and the CPU seconds it takes."""
     args = lab.net, a, b, lab.task.train.first(lab.match_images), lab.sym
-    if method not in RATE:
-        found = align.match(*args, method=method, seed=seed)
-        return found, found.seconds
-    start = time.perf_counter()
-    perm = matchers.by_loss(*args, action=method, lr=RATE[method], seed=seed)
-    seconds = time.perf_counter() - start
-    moved = lab.sym.permute(b, perm)
-    found = align.match(lab.net, a, moved, *args[3:], method="identity")
+    start = time.process_time()  # what runs beside it does not count
+    if method == "activations":
+        found = align.match(*args)
+        return found, time.process_time() - start
+    if method in RATE:
+        perm = matchers.by_loss(*args, action=method, lr=RATE[method], seed=seed)
+    else:
+        perm = matchers.METHODS[method](*args, seed)
+    seconds = time.process_time() - start
+    found = align.match(lab.net, a, lab.sym.permute(b, perm), *args[3:], method="identity")
     return dataclasses.replace(found, perm=perm), seconds
 
 
@@ -160,10 +172,11 @@ def measure(name: str, pair: tuple[int, int], method: str, curve_epochs: int) ->
     lab, normalisation = CASES[name]
     a, b = pair
     config: dict[str, Any] = {"what": "matching", "ends": [lab.endpoint_config(s) for s in pair],
-                              "method": method, "match_images": lab.match_images,
+                              "method": method, "match_images": lab.match_images, "clock": "CPU",
                               "statistics": KNOWN, "points": POINTS, "tested": TESTED}  # fmt: skip
     config |= {"curve_epochs": curve_epochs} if curve_epochs else {}
     config |= {"lr": RATE[method]} if method in RATE else {}
+    config |= {"half": True} if name in LARGE else {}
 
     def compute() -> dict[str, Any]:
         one, two = lab.endpoint(a), lab.endpoint(b)
@@ -172,20 +185,20 @@ def measure(name: str, pair: tuple[int, int], method: str, curve_epochs: int) ->
         row: dict[str, Any] = {"network": name, "normalisation": normalisation, "pair": [a, b]}
         row |= {"method": method, "seconds": round(seconds, 3)}
         row["correlation"] = float(torch.cat([*found.after.values()]).mean())
-        row |= {"line": walk(lab, curves.line(*ends)), "middle": middle(lab, normalisation, ends)}
+        row |= {"line": walk(name, curves.line(*ends)), "middle": middle(name, ends)}
         if curve_epochs:
             recipe, start = lab.recipe(curve_epochs), curves.bezier(*ends)
             curve = train.fit_curve(lab.net, start, lab.task, recipe, seed=a * 1000 + b).curve
-            row["curve"] = {"epochs": curve_epochs} | walk(lab, curve)
+            row["curve"] = {"epochs": curve_epochs} | walk(name, curve)
         return row
 
     row: dict[str, Any] = store.values(config, compute)
-    return row | {"provenance": store.origin(config)}
+    return row | {"width": lab.width, "provenance": store.origin(config)}
 
 
-def choose(rates: list[float], pairs: tuple[tuple[int, int], ...]) -> None:
-    """Step sizes of the methods that descend, by the validation loss at the middle of TinyTen."""
-    lab = CASES["TinyTen"][0]
+def choose(name: str, rates: list[float], pairs: tuple[tuple[int, int], ...]) -> None:
+    """Step sizes of the methods that descend, by the validation loss at the middle."""
+    lab = CASES[name][0]
     known, matched = lab.task.train.first(KNOWN), lab.task.train.first(lab.match_images)
     for action in matchers.ACTIONS:
         for lr in rates:
@@ -196,7 +209,23 @@ def choose(rates: list[float], pairs: tuple[tuple[int, int], ...]) -> None:
                 half = curves.line(one, lab.sym.permute(two, perm))(0.5)
                 fresh = evaluate.batchnorm(lab.net, half, known)
                 losses.append(round(evaluate.score(lab.net, fresh, lab.task.val).loss, 4))
-            print(json.dumps({"method": action, "lr": lr, "losses": losses}), flush=True)
+            found = {"network": name, "method": action, "lr": lr, "losses": losses}
+            print(json.dumps(found), flush=True)
+
+
+def save(rows: list[dict[str, Any]]) -> None:
+    """Write the record that chapter 9 reads: one line for each cell, and where it was computed."""
+    origins = [row.pop("provenance") for row in rows]
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    record = {"methods": METHODS, "tested": TESTED, "points": POINTS, "statistics": KNOWN,
+              "rates": RATE, "collected": today}  # fmt: skip
+    for name in ("hardware", "torch", "commit"):
+        record[name] = sorted({origin[name] for origin in origins})
+    head = json.dumps(record | {"provenance": store.provenance(0.0)}, indent=1)
+    text = ",\n".join(json.dumps(row) for row in rows)
+    lines = re.sub(r"\d+\.\d{6,}", lambda number: f"{float(number[0]):.5f}", text)
+    text = head.removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
+    store.write_atomic(store.ROOT / "data" / "results" / "matchers.json", text.encode())
 
 
 def main() -> None:
@@ -210,11 +239,12 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write data/results/matchers.json")
     args = parser.parse_args()
     if args.choose:
-        choose(args.choose, PAIRS[: args.pairs])
+        for name in args.networks:
+            choose(name, args.choose, PAIRS[: args.pairs])
         return
     rows = []
     for name in args.networks:
-        for pair in PAIRS[: args.pairs]:
+        for pair in (FEW if name == "GoogLeNet" else PAIRS)[: args.pairs]:
             for method in args.methods:
                 epochs = args.curve_epochs if name == "TinyTen" else 0
                 rows.append(measure(name, pair, method, epochs))
@@ -222,10 +252,7 @@ def main() -> None:
                 barrier = round(rows[-1]["line"]["barrier"], 4)
                 print(json.dumps(shown | {"barrier": barrier}), flush=True)
     if args.save:
-        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        record = {"kind": "matchers", "rows": rows, "collected": today}
-        text = json.dumps(record | {"provenance": store.provenance(0.0)}, indent=1) + "\n"
-        store.write_atomic(store.ROOT / "data" / "results" / "matchers.json", text.encode())
+        save(rows)
     means: dict[str, dict[str, float]] = {}
     for name in args.networks:
         for method in args.methods:

@@ -27,7 +27,7 @@ RULES = {  # fault: from where on it is one (-x: below x); what was measured; wh
         "recompute the statistics: evaluate.batchnorm"),
     "broken": (-0.2, "{} is right on {:.0%} of the images, a constant answer on {:.0%}",
         "load this network again, or train it again"),
-    "under-trained": (0.02, "{}'s loss is {:.2f}, after a little more training {:.2f}",
+    "under-trained": (0.005, "{}'s loss is {:.2f}, after a little more training {:.2f}",
         "train it to the end before you align"),
     "same": (-1e-3, "the two networks' probabilities differ by {:.4f} on average",
         "take two networks of different seeds"),
