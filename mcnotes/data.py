@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mcnotes.augment import Augment
 from mcnotes.sources import Arrays, DataError, fair_order, read
 
-__all__ = ["SOURCES", "Augment", "DataError", "Split", "Task", "default_folder", "load"]
+__all__ = ["HOME", "SOURCES", "Augment", "DataError", "Split", "Task", "default_folder", "load"]
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,14 @@ SOURCES = {
 }
 
 
+HOME = Path(__file__).resolve().parents[1] / "data"
+"""The repository's own data folder, where the paper's table and the results are, too."""
+
+
 def default_folder() -> Path:
     """The data folder: $MCNOTES_DATA, or the repository's `data/`. Raises DataError without it."""
     named = os.environ.get("MCNOTES_DATA")
-    path = Path(named or Path(__file__).resolve().parents[1] / "data")
+    path = Path(named or HOME)
     if not path.is_dir():
         origin = "MCNOTES_DATA is" if named else "the package is not in its repository: no"
         raise DataError(f"data: {origin} {path}, expected a folder; set MCNOTES_DATA to the "

@@ -222,12 +222,17 @@ def curvature(
 
 @contextlib.contextmanager
 def mode(net: nn.Module, *, training: bool) -> Iterator[None]:
-    """Train or evaluation mode for a while; every module's own flag comes back."""
+    """Train or evaluation mode for a while; every module's own flag comes back.
+
+    By way of training mode, in which modules forget what they computed from other parameters (as
+    the attention biases that LeViT keeps).
+    """
     before = {m: m.training for m in net.modules()}
-    net.train(training)
+    net.train().train(training)
     try:
         yield
     finally:
+        net.train()
         for module, flag in before.items():
             module.training = flag
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Lock, get_ident
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from mcnotes.taps import Reader, Theta
 __all__ = ["RULES", "Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "find"]
 Perm = dict[str, Tensor]  # index vectors by group
 Example = Tensor | tuple[Tensor, ...]
+KNOWN: WeakKeyDictionary[nn.Module, dict[Any, Mapping[str, Group]]] = WeakKeyDictionary()
+"""Groups that `tapper` found, by network, and by mode and layout of the inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,14 +118,9 @@ class Symmetry:
         return out
 
     def verify(
-        self,
-        net: nn.Module,
-        example: Example,
-        theta: Theta | None = None,
-        *,
-        tolerance: float = 1e-6,
-        seed: int = 0,
-    ) -> float:
+        self, net: nn.Module, example: Example, theta: Theta | None = None, *,
+        tolerance: float = 1e-6, seed: int = 0
+    ) -> float:  # fmt: skip
         """The relative difference of the outputs when a random cycle permutes every group.
 
         In float64, dropout left out; a cycle moves every unit. theta: default the network's own
@@ -172,23 +170,21 @@ class Symmetry:
         at: "post", what the next contraction sees, after the nonlinearity; "pre", before it. All
         positions but those of the units are samples. Evaluation mode, any batch size, no gradients.
         """
-        found: dict[Any, dict[str, tuple[Place, ...]]] = {}
         readers: dict[Any, Reader] = {}  # one for each thread
-        lock = Lock()
+        lock, still = Lock(), self.identity()
 
         def run(theta: Theta, *inputs: Tensor) -> dict[str, list[Tensor]]:
             # How inputs lie in memory decides which operators PyTorch runs.
             layout = tuple((x.shape[1:], x.stride()[1:], x.device) for x in inputs)
             few = tuple(x[:2] if x.dim() > 1 else x for x in inputs)
             with lock:
-                if layout not in found:
-                    groups = find(net, few, self.train).groups
-                    if groups.keys() != self.groups.keys():
-                        raise SymmetryError(
-                            "tapper: this network has other groups; find its symmetry anew"
-                        )
-                    found[layout] = {n: getattr(g, at) for n, g in groups.items()}
-                taps = found[layout]
+                known = KNOWN.setdefault(net, {})
+                if (self.train, layout) not in known:
+                    known[self.train, layout] = find(net, few, self.train).groups
+                groups = known[self.train, layout]
+                if {n: g.size for n, g in groups.items()} != {n: len(p) for n, p in still.items()}:
+                    raise SymmetryError("tapper: other groups than here; find this network's own")
+                taps = {n: getattr(g, at) for n, g in groups.items()}
                 if (key := (get_ident(), layout)) not in readers:
                     names = {t.name for places in taps.values() for t in places}
                     readers[key] = Reader(net, self.train, names, theta, few)

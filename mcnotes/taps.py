@@ -58,6 +58,7 @@ class Reader:
         self, net: nn.Module, train: bool, names: Collection[str], theta: Theta, inputs: Inputs
     ) -> None:
         self.net = apart(net, train)
+        self.flags = {m: m.training for m in self.net.modules()}
         self.names, self.seen = names, dict[Any, list[Any]]()
         self.spots: dict[str, tuple[Any, int]] = {}  # for each name a hook, and its k-th call
         hooks = {}
@@ -80,6 +81,9 @@ class Reader:
     def __call__(self, theta: Theta, inputs: Inputs) -> Theta:
         """The results by name. Raises SymmetryError if the network ran in another way."""
         self.seen, tape = {}, None if self.spots else Recorder(self.names)
+        self.net.train()  # to make it forget what it keeps for evaluation
+        for m, flag in self.flags.items():
+            m.training = flag
         with single_steps(), torch.no_grad(), tape or nullcontext():
             call(self.net, theta, inputs)
         if tape:

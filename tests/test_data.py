@@ -398,7 +398,7 @@ class TestLoad:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("MCNOTES_DATA", raising=False)
-        monkeypatch.setattr(data, "__file__", str(tmp_path / "site-packages/mcnotes/data.py"))
+        monkeypatch.setattr(data, "HOME", tmp_path / "site-packages/data")
         with pytest.raises(DataError, match=r"not in its repository.*set MCNOTES_DATA"):
             data.default_folder()
 

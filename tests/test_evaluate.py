@@ -9,7 +9,7 @@ from torch.autograd.functional import hessian
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from mcnotes import curves, evaluate, train
+from mcnotes import curves, evaluate, symmetry, train
 from mcnotes.curves import Theta
 from mcnotes.data import Split
 
@@ -130,3 +130,47 @@ def test_curvature_agrees_with_the_full_hessian() -> None:
     exact = torch.linalg.eigvalsh(hessian(loss, flat)).flip(0)[:2].numpy()
     got = evaluate.curvature(net, theta, split, top=2, tolerance=1e-4)
     np.testing.assert_allclose(got, exact, rtol=1e-3)
+
+
+class Keeps(nn.Module):
+    """Remembers, in evaluation mode, what it computed from its parameters, as timm's LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bias, self.last = (
+            nn.Linear(144, 6),
+            nn.Parameter(torch.ones(6)),
+            nn.Linear(6, 3),
+        )
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.bias)
+
+    def train(self, mode: bool = True) -> "Keeps":
+        super().train(mode)
+        if mode:
+            self.kept = {}
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias.exp()
+        if not self.training:
+            bias = self.kept.setdefault("bias", bias)
+        z: torch.Tensor = self.last((self.first(x.flatten(1)) + bias).relu())
+        return z
+
+
+def test_a_network_that_remembers_is_measured_by_the_parameters_given() -> None:
+    net, split = Keeps(), task().test
+    a, b = (train.initialise(net, seed) for seed in (1, 2))
+    fresh = [evaluate.score(Keeps(), theta, split) for theta in (a, b)]
+    assert [evaluate.score(net, theta, split) for theta in (a, b)] == fresh
+    assert not net.kept
+    sym = symmetry.find(net, task().example)
+    tap = sym.tapper(net)
+    seen = [tap(theta, task().example) for theta in (a, b)]
+    alone = [sym.tapper(Keeps())(theta, task().example) for theta in (a, b)]
+    for got, expected in zip(seen, alone, strict=True):
+        for name in got:
+            assert torch.equal(got[name][0], expected[name][0])
