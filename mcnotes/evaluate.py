@@ -224,8 +224,7 @@ def curvature(
 def mode(net: nn.Module, *, training: bool) -> Iterator[None]:
     """Train or evaluation mode for a while; every module's own flag comes back.
 
-    By way of training mode, in which modules forget what they computed from other parameters (as
-    the attention biases that LeViT keeps).
+    By way of training mode, in which modules (LeViT's) forget what they kept of other parameters.
     """
     before = {m: m.training for m in net.modules()}
     net.train().train(training)

@@ -1,13 +1,14 @@
 """Read activations out of a running network (chapter 4)."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functionalize
 from torch.utils._pytree import tree_leaves
 
 from mcnotes.groups import apart, call, single_steps
@@ -65,7 +66,12 @@ class Reader:
         for spot, m in self.net.named_modules():
             hooks[spot, "in"] = m.register_forward_pre_hook(partial(self.see, (spot, "in")))
             hooks[spot, "out"] = m.register_forward_hook(partial(self.see, (spot, "out")))
-        kept = self(theta, inputs)
+        self.run: Callable[..., Any] = partial(call, self.net)
+        try:
+            kept = self(theta, inputs)
+        except SymmetryError:  # then by the same operators as when units were followed
+            self.run = functionalize(self.run)
+            kept = self(theta, inputs)
         where = {id(x): (spot, k) for spot, xs in self.seen.items() for k, x in enumerate(xs)}
         if all(id(x) in where for x in kept.values()):
             self.spots = {name: where[id(x)] for name, x in kept.items()}
@@ -85,7 +91,7 @@ class Reader:
         for m, flag in self.flags.items():
             m.training = flag
         with single_steps(), torch.no_grad(), tape or nullcontext():
-            call(self.net, theta, inputs)
+            self.run(theta, inputs)
         if tape:
             tape.check()
             return tape.kept

@@ -124,6 +124,18 @@ class Experiment:
         images = self.task.train.first(self.match_images)
         return align.match(self.net, *self.ends(a, b), images, self.sym)
 
+    def aligned(self, a: int, b: int) -> Perm:
+        """The permutation that `matching` found first: where two are as good, it does not change.
+
+        So a curve fits its end point on every machine, and in every step of a run.
+        """
+        config = self.curve_config(a, b, "aligned", "line") | {"what": "matching"}
+
+        def compute() -> dict[str, Any]:
+            return {name: p.tolist() for name, p in self.matching(a, b).perm.items()}
+
+        return {name: torch.tensor(p) for name, p in store.values(config, compute).items()}
+
     def pair(self, a: int, b: int, method: str) -> tuple[Theta, Theta]:
         """Both ends: network a, and network b in the order of units that `method` gives.
 
@@ -134,7 +146,7 @@ class Experiment:
         start = method.removeprefix("pam-")
         theta_a, theta_b = self.ends(a, b)
         if start == "aligned":
-            theta_b = self.sym.permute(theta_b, self.matching(a, b).perm)
+            theta_b = self.sym.permute(theta_b, self.aligned(a, b))
         if start != method:
             theta_b = self.sym.permute(theta_b, self.proximal(a, b, method).perm)
         return theta_a, theta_b

@@ -100,6 +100,21 @@ class Patches(nn.Module):
         return self.head(self.blocks(x).mean(1))
 
 
+class Rows(nn.Module):
+    """Linear layers on [N, H, W, C], as in Swin: PyTorch has several ways to run them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(1, 16, 4, 4), nn.LayerNorm(16)
+        self.wide, self.narrow, self.head = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).permute(0, 2, 3, 1)
+        x = x + self.narrow(nn.functional.gelu(self.wide(self.norm(x))))
+        logits: torch.Tensor = self.head(x.mean((1, 2)))
+        return logits
+
+
 def separable(groups: int) -> nn.Module:
     """A convolution of so many groups (24: depthwise) between others; no unit is ever silent."""
     layers = [nn.Conv2d(1, 24, 3), nn.BatchNorm2d(24), nn.LeakyReLU()]
@@ -117,6 +132,7 @@ NETWORKS = {
     "grouped": lambda: separable(4),
     "attention": Patches,
     "attention, post-norm": lambda: Patches(norm_first=False),
+    "tokens in rows": lambda: Rows(),
 }
 
 

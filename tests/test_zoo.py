@@ -20,6 +20,23 @@ def test_parameters_by_name() -> None:
         Experiment.of({"epoch": 3})
 
 
+def test_the_permutation_that_was_found_first_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
+    first = TINY.aligned(1, 2)
+    found = TINY.matching(1, 2)
+    other = replace(found, perm=TINY.sym.identity())
+    monkeypatch.setattr(Experiment, "matching", lambda *_: other)
+    again = replace(TINY)
+    for name, p in first.items():
+        assert torch.equal(p, found.perm[name])
+        assert torch.equal(again.aligned(1, 2)[name], p)
+    expected = TINY.sym.permute(TINY.endpoint(2), first)
+    for name, x in again.pair(1, 2, "aligned")[1].items():
+        assert torch.equal(x, expected[name])
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="got method 'best', expected one of"):
         TINY.pair(1, 2, "best")
