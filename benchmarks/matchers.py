@@ -10,10 +10,11 @@ recomputed on training images at every point), the mean correlation of matched u
 images), the CPU seconds of the matching alone, the loss at the middle with the normalisation's
 statistics as they are mixed and mended (BatchNorm recomputed; REPAIR where there is none), and for
 TinyTen a short trained curve. No choice is made on test images: `--choose` tries settings of the
-two methods that descend, on one pair and by the validation loss at the middle, and ends.
+two methods that descend by the validation loss at the middle, and ends.
 
 One line of JSON for each cell, loaded from the store if it is there (so a run that was stopped goes
-on); the last line is JSON: the mean barriers. `--save` writes all to data/results/matchers.json.
+on); the last line is JSON: the mean barriers. `--save` computes nothing: it writes the cells that
+the store has to data/results/matchers.json.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ METHODS = ("identity", "random", "activations", "weights", "straight-through", "
 WIDTHS = (8, 16, 32, 64, 128, 256, 512)  # of two hidden layers
 PAIRS = ((1, 2), (3, 4), (5, 6))
 FEW = ((1, 2), (3, 4), (1, 4))  # of GoogLeNet, of which there are four
+Cell = tuple[str, tuple[int, int], str, int]
 POINTS, TESTED, KNOWN = 9, 2_000, 1_000  # of a path; test images; those for statistics
 LARGE = {"ResNet20", "GoogLeNet"}  # measured on half as many images of either kind
 RATE = {"straight-through": 3.0, "sinkhorn": 0.3}  # step sizes, by --choose
@@ -167,16 +169,32 @@ def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> tuple[align.M
     return dataclasses.replace(found, perm=perm), seconds
 
 
-def measure(name: str, pair: tuple[int, int], method: str, curve_epochs: int) -> dict[str, Any]:
-    """One cell: loaded, or computed and kept."""
-    lab, normalisation = CASES[name]
-    a, b = pair
+def cells(networks: list[str], pairs: int, methods: list[str], epochs: int) -> list[Cell]:
+    """What is to be measured: network, pair of seeds, method, epochs of the curve."""
+    return [
+        (name, pair, method, epochs if name == "TinyTen" else 0)
+        for name in networks
+        for pair in (FEW if name == "GoogLeNet" else PAIRS)[:pairs]
+        for method in methods
+    ]
+
+
+def configuration(cell: Cell) -> dict[str, Any]:
+    """All that a cell depends on."""
+    name, pair, method, curve_epochs = cell
+    lab = CASES[name][0]
     config: dict[str, Any] = {"what": "matching", "ends": [lab.endpoint_config(s) for s in pair],
                               "method": method, "match_images": lab.match_images, "clock": "CPU",
                               "statistics": KNOWN, "points": POINTS, "tested": TESTED}  # fmt: skip
     config |= {"curve_epochs": curve_epochs} if curve_epochs else {}
     config |= {"lr": RATE[method]} if method in RATE else {}
-    config |= {"half": True} if name in LARGE else {}
+    return config | ({"half": True} if name in LARGE else {})
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """One cell: loaded, or computed and kept."""
+    (name, (a, b), method, curve_epochs), config = cell, configuration(cell)
+    lab, normalisation = CASES[name]
 
     def compute() -> dict[str, Any]:
         one, two = lab.endpoint(a), lab.endpoint(b)
@@ -236,21 +254,20 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=len(PAIRS), help="of seeds, at most three")
     parser.add_argument("--curve-epochs", type=int, default=3, help="of TinyTen's curves; 0: none")
     parser.add_argument("--choose", nargs="+", type=float, metavar="LR", help="only try step sizes")
-    parser.add_argument("--save", action="store_true", help="write data/results/matchers.json")
+    parser.add_argument("--save", action="store_true", help="write what the store has")
     args = parser.parse_args()
     if args.choose:
         for name in args.networks:
             choose(name, args.choose, PAIRS[: args.pairs])
         return
     rows = []
-    for name in args.networks:
-        for pair in (FEW if name == "GoogLeNet" else PAIRS)[: args.pairs]:
-            for method in args.methods:
-                epochs = args.curve_epochs if name == "TinyTen" else 0
-                rows.append(measure(name, pair, method, epochs))
-                shown = {n: rows[-1][n] for n in ("network", "pair", "method", "seconds")}
-                barrier = round(rows[-1]["line"]["barrier"], 4)
-                print(json.dumps(shown | {"barrier": barrier}), flush=True)
+    for cell in cells(args.networks, args.pairs, args.methods, args.curve_epochs):
+        if args.save and not store.origin(configuration(cell)):
+            continue
+        rows.append(measure(cell))
+        shown = {n: rows[-1][n] for n in ("network", "pair", "method", "seconds")}
+        barrier = round(rows[-1]["line"]["barrier"], 4)
+        print(json.dumps(shown | {"barrier": barrier}), flush=True)
     if args.save:
         save(rows)
     means: dict[str, dict[str, float]] = {}
@@ -258,7 +275,8 @@ def main() -> None:
         for method in args.methods:
             found = [r["line"]["barrier"] for r in rows
                      if (r["network"], r["method"]) == (name, method)]  # fmt: skip
-            means.setdefault(name, {})[method] = round(statistics.mean(found), 4)
+            if found:
+                means.setdefault(name, {})[method] = round(statistics.mean(found), 4)
     print(json.dumps({"mean_barrier": means, "pairs": args.pairs}))
 
 
