@@ -121,7 +121,8 @@ def match(
     or before ("pre") the nonlinearity. cost: "correlation" (paper, algorithm 1); "covariance"; or
     "l2", which minimises E‖a − Pb‖², the discrete 2-Wasserstein matching. Groups that several
     layers share (residual streams) sum the evidence of all their taps. Blocks and the units within
-    them are solved jointly and exactly. Memory does not grow with the number of images.
+    them are solved jointly and exactly. Units that no image reaches (such as those which compute
+    position biases) are matched by their weights. Memory does not grow with the number of images.
     method: "activations", or one of `matchers.METHODS` ("weights", "straight-through", "sinkhorn",
     "random", "identity"; chapter 9), drawing from `seed`; `at` and `cost` have no say in these, and
     `seconds` leaves out the correlations, which are measured for the report. Raises AlignmentError
@@ -137,13 +138,19 @@ def match(
         perm |= matchers.METHODS[method](net, theta_a, theta_b, images, sym, seed)
     seconds = time.perf_counter() - start
     moments = stream(net, theta_a, theta_b, images, sym, at=at, batch_size=batch_size)
+    parts = bundles(sym)
+    seen = {
+        n: b for n, b in parts.items() if all(moments[kind[0]] for kind in zip(*b, strict=True))
+    }
     if method == "activations":
-        for name, blocks in bundles(sym).items():
+        for name, blocks in seen.items():
             kinds = [similarity(moments[names[0]], cost) for names in zip(*blocks, strict=True)]
             perm |= solve(name, blocks, [tiles(kind, len(blocks)) for kind in kinds])
+        if unseen := parts.keys() - seen.keys():
+            perm = matchers.by_weights(net, theta_a, theta_b, sym, start=perm, only=unseen)
         seconds = time.perf_counter() - start
     found = Matching(perm, {}, {}, {}, {}, seconds)
-    for name, blocks in bundles(sym).items():
+    for name, blocks in seen.items():
         _report(name, blocks, moments, found)
     return found
 

@@ -151,6 +151,8 @@ def trace(
         if t.is_floating_point() and id(t) not in marked:
             marked[id(t)] = walk.parameter(t, groups.get(id(t), 1))
     theta = {n: marked[id(t)] for n, t in state.items() if id(t) in marked}
+    # Nothing is known of the values: what an example repeats may differ in other inputs.
+    inputs = [x.contiguous() if 0 in x.stride() else x for x in inputs]
     twice = (torch.cat([x, x]) if x.dim() and len(x) == 1 else x for x in inputs)
     given = tuple(Marked(walk, x, (), [Tap()]) for x in twice)
     with single_steps(), torch.no_grad(), walk:

@@ -4,7 +4,7 @@
 a `Perm` of B's units, as alignment does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from mcnotes.train import Recipe, run
 
 def by_weights(
     net: nn.Module, theta_a: Theta, theta_b: Theta, sym: Symmetry, *, start: Perm | None = None,
-    seed: int = 0, sweeps: int = 100
+    only: Collection[str] | None = None, seed: int = 0, sweeps: int = 100
 ) -> Perm:  # fmt: skip
     """Weight matching: a permutation P that makes ⟨θ_A, Pθ_B⟩ large (Ainsworth et al. 2023, 3.2).
 
@@ -27,6 +27,7 @@ def by_weights(
     linear assignment (blocks come with the units within, as in alignment); in random order, until
     a sweep gains nothing. It begins at `start` (default: the identity) and ends in a local optimum.
     Where a group stands on both axes of a tensor, the assignment is that of the linear part.
+    only: the names (of `bundles`) that may change.
     """
     check_same_space(theta_a, theta_b, "by_weights")
     names = [name for name, _ in net.named_parameters()]
@@ -36,7 +37,8 @@ def by_weights(
     def agreement(theta: Theta) -> Tensor:
         return torch.stack([(fixed[name] * theta[name]).sum() for name in names]).sum()
 
-    parts, perm = bundles(sym), start or sym.identity()
+    parts = {n: blocks for n, blocks in bundles(sym).items() if only is None or n in only}
+    perm = start or sym.identity()
     generator = torch.Generator().manual_seed(seed)
     best = float(agreement(sym.permute(exact, perm)))
     for _ in range(sweeps):

@@ -29,8 +29,8 @@ def match_many(
     They maximise the similarity summed over all pairs by coordinate ascent: one network at a time
     is matched to all others as they lie, until nothing gains. No cycle contradicts itself then
     (Crisostomi et al. 2024 ask for the same, by Frank–Wolfe over weights). Arguments as in
-    `align.match`; method "weights" uses no images. Raises ValueError for fewer than two networks
-    and for other methods, AlignmentError as `align.match`.
+    `align.match`; method "weights" uses no images, and without it units that no image reaches stay.
+    Raises ValueError for fewer than two networks and for other methods, AlignmentError as there.
     """
     if len(thetas) < 2:
         raise ValueError(f"match_many: got {len(thetas)} network, expected two or more")
@@ -40,13 +40,16 @@ def match_many(
     if method == "weights":
         improve = _ByWeights(net, thetas, sym)
     else:
-        parts, seen = bundles(sym), {}
+        seen: dict[tuple[int, int, str], Tensor] = {}
         for i, j in combinations(range(len(thetas)), 2):
             moments = align.stream(net, thetas[i], thetas[j], images, sym, at=at,
                                    batch_size=batch_size)  # fmt: skip
-            for name in moments:
+            for name in (n for n, taps in moments.items() if taps):
                 seen[i, j, name] = align.similarity(moments[name], cost)
                 seen[j, i, name] = seen[i, j, name].T
+        parts = {
+            n: b for n, b in bundles(sym).items() if all((0, 1, kind) in seen for kind in b[0])
+        }
         improve = _ByActivations(parts, seen)
     perms, everyone = [sym.identity() for _ in thetas], range(len(thetas))
     for sweep in range(sweeps):

@@ -1,6 +1,7 @@
 """Alignment: exact moments, planted permutations, no growth with the data, errors."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -115,6 +116,23 @@ class Rows(nn.Module):
         return logits
 
 
+class Placed(nn.Module):
+    """What is added to each pixel comes from its place, through units that no image reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.down = nn.Conv2d(1, 8, 3), nn.Linear(2, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 10)
+        side = torch.linspace(-1, 1, 26)
+        self.register_buffer("places", torch.cartesian_prod(side, side))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.down(nn.functional.relu(self.up(self.places)))
+        x = nn.functional.leaky_relu(self.first(x) + bias.T.view(8, 26, 26))
+        logits: torch.Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
 def separable(groups: int) -> nn.Module:
     """A convolution of so many groups (24: depthwise) between others; no unit is ever silent."""
     layers = [nn.Conv2d(1, 24, 3), nn.BatchNorm2d(24), nn.LeakyReLU()]
@@ -123,7 +141,7 @@ def separable(groups: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(16, 10))
 
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: models.build("mlp", num_classes=10, in_channels=1, image_size=28, width=32),
     "tinyten": lambda: models.build("tinyten", num_classes=10, in_channels=1, width=8),
     "resnet20": lambda: models.build("resnet20", num_classes=10, in_channels=1, width=8),
@@ -132,7 +150,8 @@ NETWORKS = {
     "grouped": lambda: separable(4),
     "attention": Patches,
     "attention, post-norm": lambda: Patches(norm_first=False),
-    "tokens in rows": lambda: Rows(),
+    "tokens in rows": Rows,
+    "units of places": Placed,
 }
 
 

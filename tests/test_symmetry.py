@@ -467,6 +467,16 @@ def test_hooks_keep_what_a_recorder_keeps(
         assert all(torch.equal(a, b) for a, b in zip(acts, recorded[group], strict=True))
 
 
+def test_an_example_that_repeats_a_channel_says_nothing_of_other_inputs() -> None:
+    net, grey = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)),
+        torch.rand(2, 1, 9, 9),
+    )
+    sym = symmetry.find(net, grey.expand(-1, 3, -1, -1))
+    assert sym == symmetry.find(net, torch.rand(2, 3, 9, 9))
+    assert sym.tapper(net)(weights(net), grey.expand(-1, 3, -1, -1)).keys() == sym.groups.keys()
+
+
 def test_residual_streams_are_tapped_after_every_block() -> None:
     net = models.ResNet(20, width=4)
     sym = symmetry.find(net, torch.rand(2, 3, 32, 32))
