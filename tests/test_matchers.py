@@ -102,6 +102,26 @@ def test_the_loss_at_the_middle_falls(action: str, lr: float) -> None:
     assert reached == pytest.approx(evaluate.score(net, half, data.train).loss)
 
 
+@pytest.mark.parametrize("action", matchers.ACTIONS)
+def test_hardly_a_permutation_has_a_lower_loss_at_the_middle(action: str) -> None:
+    """All 120 orders of five units, for two networks that were trained apart."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 5), nn.ReLU(), nn.Linear(5, 3))
+    data = task()
+    a, b = (train.fit(net, data, RECIPE, seed=seed).theta for seed in (1, 2))
+    sym = symmetry.find(net, data.example)
+    (group,) = sym.groups
+
+    def middle(p: Tensor) -> float:
+        end = sym.permute(b, {group: p})
+        return pam.objective(net, matchers.Midpoint((a, end)), data.train, nodes=1)
+
+    every = sorted(middle(torch.tensor(q)) for q in permutations(range(5)))
+    found = matchers.by_loss(
+        net, a, b, data.train, sym, action=action, epochs=20, lr=0.1, batch_size=16
+    )
+    assert every.index(middle(found[group])) < 12  # a tenth of them
+
+
 def test_sinkhorn_scales_to_doubly_stochastic_and_slopes_pass() -> None:
     x = torch.rand(6, 6, dtype=torch.float64, requires_grad=True)
     y = matchers.soft(x, temperature=0.5, rounds=200)
