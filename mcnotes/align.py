@@ -121,8 +121,8 @@ def match(
     or before ("pre") the nonlinearity. cost: "correlation" (paper, algorithm 1); "covariance"; or
     "l2", which minimises E‖a − Pb‖², the discrete 2-Wasserstein matching. Groups that several
     layers share (residual streams) sum the evidence of all their taps. Blocks and the units within
-    them are solved jointly and exactly. Units that no image reaches (such as those which compute
-    position biases) are matched by their weights. Memory does not grow with the number of images.
+    them are solved jointly and exactly. Units that are not seen (the axes of a table of
+    coordinates) are matched by their weights. Memory does not grow with the number of images.
     method: "activations", or one of `matchers.METHODS` ("weights", "straight-through", "sinkhorn",
     "random", "identity"; chapter 9), drawing from `seed`; `at` and `cost` have no say in these, and
     `seconds` leaves out the correlations, which are measured for the report. Raises AlignmentError

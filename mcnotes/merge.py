@@ -29,7 +29,7 @@ def match_many(
     They maximise the similarity summed over all pairs by coordinate ascent: one network at a time
     is matched to all others as they lie, until nothing gains. No cycle contradicts itself then
     (Crisostomi et al. 2024 ask for the same, by Frank–Wolfe over weights). Arguments as in
-    `align.match`; method "weights" uses no images, and without it units that no image reaches stay.
+    `align.match`; method "weights" uses no images; without it, units that are not seen stay.
     Raises ValueError for fewer than two networks and for other methods, AlignmentError as there.
     """
     if len(thetas) < 2:

@@ -117,7 +117,7 @@ class Rows(nn.Module):
 
 
 class Placed(nn.Module):
-    """What is added to each pixel comes from its place, through units that no image reaches."""
+    """What is added to each pixel comes from its place; of its two coordinates nothing is seen."""
 
     def __init__(self) -> None:
         super().__init__()
