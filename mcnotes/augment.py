@@ -58,10 +58,9 @@ class Augment:
         """Fetch output pixel p, counted from the centre, from mirror * (R p / scale) + offset."""
         height, width = images.shape[-2:]
         angle = (draws[0] - 0.5) * math.radians(2 * self.rotation)
-        cos, sin = angle.cos(), angle.sin()
         low, high = self.scale
         magnification = draws[1] * (high - low) + low
-        cos, sin = cos / magnification, sin / magnification
+        cos, sin = angle.cos() / magnification, angle.sin() / magnification
         mirror = 1 - 2 * draws[2].round() if self.flip else 1
         dx, dy = (draws[3:5] * (2 * self.padding + 1)).floor() - self.padding
         y, x = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in (height, width))

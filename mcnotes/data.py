@@ -88,6 +88,12 @@ class Task:
         return len(self.class_names)
 
     @property
+    def held_out(self) -> Split:
+        """Images to choose by, never those of test: `val`; if it is empty, train's last tenth."""
+        x, cut = self.train, len(self.train) * 9 // 10
+        return self.val if len(self.val) else Split(x.images[cut:], x.labels[cut:])
+
+    @property
     def device(self) -> torch.device:
         return self.train.images.device
 
@@ -161,11 +167,9 @@ def load(
         raise ValueError(f"data.load: got validation={held_out}, expected at least 0 and fewer "
                          f"than the {len(train)} training images of {name}")  # fmt: skip
     val = Split(train.images[cut:], train.labels[cut:])
-    augment, old = source.augment, arrays["train_images"].shape[1]
-    if image_size is not None:
-        augment = replace(augment, padding=round(augment.padding * image_size / old))
-    class_names = tuple(map(str, arrays["class_names"]))
-    return Task(name, train.first(cut), val, test, class_names, augment)
+    larger = train.images.shape[2] / arrays["train_images"].shape[1]
+    augment = replace(source.augment, padding=round(source.augment.padding * larger))
+    return Task(name, train.first(cut), val, test, tuple(map(str, arrays["class_names"])), augment)
 
 
 def _split(arrays: Arrays, which: str, image_size: int | None, device: str | torch.device) -> Split:

@@ -43,8 +43,7 @@ def score(
             z = functional_call(net, theta, (x,))
             hits = (z.argmax(1) == y).sum()
             total += torch.stack([cross_entropy(z, y, reduction="sum"), hits]).double()
-    loss, accuracy = (total / len(split)).tolist()
-    return Score(loss, accuracy)
+    return Score(*(total / len(split)).tolist())
 
 
 def attacked(
@@ -139,8 +138,7 @@ def along(
         raise ValueError(f"along: got points={points}, expected at least 2 (both ends)")
     ts = torch.linspace(0, 1, points, dtype=torch.float64)
     bar = tqdm(ts.tolist(), desc="along the curve", leave=False)
-    attacks = perturb, perturb_statistics
-    loss, accuracy = _scores(net, map(curve, bar), split, statistics, *attacks).T
+    loss, accuracy = _scores(net, map(curve, bar), split, statistics, perturb, perturb_statistics).T
     arc = curve.lengths(ts, names=dict(net.named_parameters()))
     return Path(ts.numpy(), arc.numpy(), loss, accuracy)
 
@@ -166,9 +164,8 @@ def plane(
     `perturb` as in `along`, in each cell. Raises ValueError when the three lie on one line.
     """
     at = coordinates(net, corners)
-    low, high = at.min(0), at.max(0)
-    pad = margin * (high - low).max()
-    x, y = np.linspace(low - pad, high + pad, resolution).T
+    pad = margin * np.ptp(at, axis=0).max()
+    x, y = np.linspace(at.min(0) - pad, at.max(0) + pad, resolution).T
     # Barycentric weights of every cell: the affine map that sends the corners to themselves.
     solve = np.linalg.inv(np.vstack([at.T, np.ones(3)]))
     cells = tqdm([(solve @ [u, v, 1.0]).tolist() for v in y for u in x], desc="plane", leave=False)

@@ -146,8 +146,8 @@ def read_config(path: Path, part: str = "config") -> dict[str, Any]:
 
 def origin(config: Config) -> dict[str, Any]:
     """The provenance of the entry that `config` describes; empty where none is kept."""
-    names = [file_name(config, suffix) for suffix in (".safetensors", ".json")]
-    paths = [place / name for place in (zoo(), folder()) for name in names]
+    kinds = (".safetensors", ".json")
+    paths = [place / file_name(config, kind) for place in (zoo(), folder()) for kind in kinds]
     return next((read_config(path, "provenance") for path in paths if path.exists()), {})
 
 

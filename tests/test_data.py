@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +342,21 @@ class TestLoad:
         task = data.load("cifar10", device="cpu", folder=tmp_path, validation=0)
         assert (len(task.train), len(task.val)) == (60, 0)
         assert list(task.val.batches(8)) == []
+
+    @pytest.mark.parametrize("validation", [20, 0])
+    def test_there_are_always_images_to_choose_by(self, tmp_path: Path, validation: int) -> None:
+        """Where all images train: the last of them, balanced, and none of the test set."""
+        self.write(tmp_path, toy_arrays())
+        task = data.load("cifar10", device="cpu", folder=tmp_path, validation=validation)
+        if validation:
+            assert task.held_out is task.val
+        else:
+            assert pixels(task.held_out) == pixels(task.train)[-6:]
+            assert task.held_out.labels.tolist() == task.train.labels.tolist()[-6:]
+            assert len(task.held_out.labels.unique()) == 4
+        assert not set(pixels(task.held_out)) & set(pixels(task.test))
+        one = replace(task, train=task.train.first(1))
+        assert len(one.held_out) == (20 if validation else 1)
 
     def test_the_order_in_the_file_does_not_matter(self, tmp_path: Path) -> None:
         arrays = toy_arrays()
