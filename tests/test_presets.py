@@ -1,18 +1,31 @@
-"""The paper's presets: each one trains, is aligned and joined, at its full width."""
+"""The paper's presets: each trains, is aligned and joined; the chapters run through at them."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from mcnotes import pam
 from mcnotes.zoo import Experiment
-from tools import presets
+from tools import notebooks, presets
 
 SLOW = {"paper-googlenet-cifar100", "paper-googlenet-tiny-imagenet"}  # by hand: half a minute each
 PAPER = [name for name in presets.names() if name.startswith("paper-") and name not in SLOW]
 CLASSES = {"cifar10": (10, 32), "cifar100": (100, 32), "tiny-imagenet": (200, 64)}
+
+
+def noise(folder: Path, dataset: str, train: int, test: int) -> None:
+    """Random pictures of the data set's form, where `data.load` finds them."""
+    classes, size = CLASSES[dataset]
+    draw = np.random.default_rng(0)
+    arrays = {"class_names": np.array([f"class {i}" for i in range(classes)])}
+    for split, n in (("train", train), ("test", test)):
+        arrays[f"{split}_images"] = draw.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = draw.integers(0, classes, n)
+    np.savez(folder / f"{dataset}.npz", **arrays)
 
 
 @pytest.fixture
@@ -21,13 +34,7 @@ def lab(
 ) -> Experiment:
     """The preset's experiment on eight random pictures of the data set's form, one epoch."""
     given = Experiment.of(presets.load(request.param), also=["pairs"])
-    classes, size = CLASSES[given.dataset]
-    draw = np.random.default_rng(0)
-    arrays = {"class_names": np.array([f"class {i}" for i in range(classes)])}
-    for split in ("train", "test"):
-        arrays[f"{split}_images"] = draw.integers(0, 256, (8, size, size, 3), dtype=np.uint8)
-        arrays[f"{split}_labels"] = draw.integers(0, classes, 8)
-    np.savez(tmp_path / f"{given.dataset}.npz", **arrays)
+    noise(tmp_path, given.dataset, 8, 8)
     monkeypatch.setenv("MCNOTES_DATA", str(tmp_path))
     monkeypatch.setenv("MCNOTES_STORE", str(tmp_path / "store"))
     brief = {"epochs": 1, "curve_epochs": 1, "batch_size": 4, "points": 2, "device": "cpu"}
@@ -48,3 +55,50 @@ def test_runs_through_pam(lab: Experiment) -> None:
     assert lab.pam_settings() == pam.Settings(epochs=(1,), p_epochs=1)
     (step,) = lab.proximal(1, 2, "pam-aligned").history
     assert step.before >= step.rounded >= step.after
+
+
+# What is made smaller, so that a chapter takes seconds; the width too, as 16 takes far longer. The
+# data set, its hundred classes and coloured pictures, the schedule, the augmentation and that no
+# image is held out (but in chapter 8) stay the preset's. A chapter takes what it has.
+BRIEF = {
+    "width": 4, "epochs": 1, "curve_epochs": 1, "batch_size": 32, "points": 3, "statistics": 64,
+    "match_images": 64, "device": "cpu", "pairs": [[1, 2]], "budgets": [1], "plane_points": 2,
+    "plane_images": 16, "candidates": 3,
+}  # fmt: skip
+
+
+def run_through(chapter: Path, values: dict[str, Any]) -> None:
+    """A chapter's cells, with these parameters; here, since a kernel takes ten seconds to start."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(notebooks.own_cells(notebooks.read(chapter)), 1):
+        exec(compile(cell.source, f"{chapter.name}, code cell {number}", "exec"), names)
+        if "parameters" in notebooks.tags(cell):
+            names |= values
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in (scalar )?divide")  # 0 by 0
+@pytest.mark.parametrize(
+    ("chapter", "preset", "further"),
+    [
+        ("04_neuron_alignment", "paper-tinyten-cifar100", {}),
+        ("06_aligned_curves", "paper-tinyten-cifar100", {}),
+        ("07_pam", "paper-tinyten-cifar100", {}),
+        ("08_robust_barrier", "robust/paper-tinyten-cifar100", {"validation": 32}),
+    ],
+)
+def test_a_chapter_runs_through(
+    chapter: str, preset: str, further: dict[str, int], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """With a hundred classes, all images trained on, dead units, the data in the user's folder."""
+    noise(tmp_path, "cifar100", train=128, test=32)
+    monkeypatch.setenv("MCNOTES_DATA", str(tmp_path))
+    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path / "store"))
+    path = presets.ROOT / "book" / f"{chapter}.ipynb"
+    known, given = notebooks.parameters(notebooks.read(path)), presets.load(preset)
+    assert given["schedule"] in ("paper", "robust")
+    small = {name: value for name, value in BRIEF.items() if name in known}
+    plt.switch_backend("agg")
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    with plt.rc_context():
+        run_through(path, given | small | further)
