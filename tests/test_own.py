@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -506,38 +509,44 @@ class TestDataset:
         assert last.example.shape == (2, 3, 9, 9)
 
 
+def readme_command() -> list[str]:
+    """The words of the command by which the README runs chapter 10."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text("utf8"), re.DOTALL)
+    (block,) = (block for block in blocks if "book/10_" in block)
+    return shlex.split(block.replace("\\\n", " "))
+
+
 class TestChapter:
     """Chapter 10, on a network, files and pictures that it has never seen."""
 
-    def test_runs_on_a_pair_of_the_users(self, user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_runs_on_a_pair_of_the_users(self, user: Path) -> None:
+        """By the README's command, from the user's folder; only the training is made shorter."""
         pictures(user / "photos", {"train": 30, "val": 10, "test": 10})
         task = own.dataset(str(user / "photos"), device="cpu")
         net = own.normalised(own.build("users_net:Net", {"classes": 3}), [0.4], [0.2])
         recipe = train.Recipe(4, 16, lr=0.02, schedule="linear", augment=False)
         one, two = (train.fit(net, task, recipe, seed=seed).theta for seed in (1, 2))
-        save_file(one, user / "one.safetensors")
-        lightning = {f"net.{n}": x for n, x in two.items()} | {"loss.weight": torch.ones(3)}
-        torch.save({"state_dict": lightning, "epoch": 4}, user / "two.ckpt")
+        lightning = {f"net.{n}": x for n, x in one.items()} | {"loss.weight": torch.ones(3)}
+        torch.save({"state_dict": lightning, "epoch": 4}, user / "a.ckpt")
+        save_file(two, user / "b.safetensors")
 
-        paths = [str(user), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        (user / "mynets.py").write_text("from users_net import Net\n")
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # as if installed
         environment = {"PYTHONPATH": os.pathsep.join(paths), "MCNOTES_STORE": str(user / "store")}
-        for name, value in (environment | chapters.ENVIRONMENT).items():
-            monkeypatch.setenv(name, value)
         values = presets.load("smoke") | {
-            "factory": "users_net:Net",
             "factory_arguments": {"classes": 3},
-            "checkpoint_a": str(user / "one.safetensors"),
-            "checkpoint_b": str(user / "two.ckpt"),
-            "dataset": str(user / "photos"),
             "mean": [0.4],
             "std": [0.2],
             "lr": 0.02,
             "batch_size": 16,
-            "output": str(user / "results"),
         }
-        chapter = ROOT / "book" / "10_your_own_models.ipynb"
-        assert presets.check(values, notebooks.parameters(notebooks.read(chapter))) == []
-        chapters.execute(chapter, user / "run.ipynb", values)
+        environment |= chapters.ENVIRONMENT
+        tool, chapter, *arguments = readme_command()
+        assert tool == "papermill"
+        command = [sys.executable, "-m", tool, str(ROOT / chapter), *arguments]
+        command += ["-y", json.dumps(values), "--no-progress-bar"]
+        run = subprocess.run(command, cwd=user, env=os.environ | environment, capture_output=True)
+        assert run.returncode == 0, run.stderr.decode()[-2000:]
 
         names = {"aligned_b.safetensors", "average.safetensors", "best_point.safetensors"}
         assert {path.name for path in (user / "results").iterdir()} == names
@@ -550,7 +559,7 @@ class TestChapter:
             outputs[name] = fresh(x)
             with safe_open(path, framework="pt") as file:
                 made_from = json.loads(file.metadata()["made_from"])
-            assert made_from["a"] == own.load(user / "one.safetensors", net).sha256
+            assert made_from["a"] == own.load(user / "a.ckpt", net).sha256
         fresh.load_state_dict(two)
         assert torch.allclose(outputs["aligned_b"], fresh(x), atol=1e-4)
         assert not torch.allclose(outputs["average"], fresh(x), atol=1e-2)
