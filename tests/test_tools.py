@@ -13,6 +13,7 @@ from typing import Any
 import nbformat
 import pytest
 import torch
+from docutils import nodes
 from docutils.core import publish_doctree
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
@@ -315,6 +316,17 @@ class TestExtensions:
             in (context["metatags"])
         )
         assert "a &lt; b" in context["metatags"]
+
+    def test_a_formula_keeps_its_full_stop_and_a_number_its_spread(self) -> None:
+        tree = self.page("So :math:`x = y`. And :math:`z` is 1 ± 2.\n\n===== =\n1 ± 2 b\n===== =\n")
+        before = tree.astext()
+        pages.keep_together(None, tree, "a")
+        (whole,) = tree.findall(nodes.inline)
+        assert whole["classes"] == ["together"]
+        assert whole.astext() == "x = y."
+        entry, _ = tree.findall(nodes.entry)
+        assert entry.astext() == "1\xa0±\xa02"
+        assert tree.astext().replace("\xa0", " ") == before
 
     def test_a_list_of_modules_becomes_sections(self) -> None:
         source = ["Before.\n\n```{modules}\ncurves\nperms\n```\n"]

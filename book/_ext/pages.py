@@ -1,4 +1,4 @@
-"""What search engines and link previews read: a description of each page, taken from its text."""
+"""What a page says of itself to search engines and link previews, and corrections to its text."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ def drop_repeated_ids(app: Any, doctree: nodes.document, docname: str) -> None:
     for section in doctree.findall(nodes.section):
         if section["ids"] in (["exercise-content"], ["solution-content"]):
             section["ids"] = []
+
+
+def keep_together(app: Any, doctree: nodes.document, docname: str) -> None:
+    """No line ends before the sign that follows a formula, or in a table within "0.20 ± 0.02"."""
+    for formula in list(doctree.findall(nodes.math)):
+        parent, i = formula.parent, formula.parent.index(formula)
+        after = "".join(x for x in parent[i + 1 : i + 2] if isinstance(x, nodes.Text))
+        rest = after.lstrip(".,;:!?)’")
+        if rest != after:
+            parent[i] = whole = nodes.inline(classes=["together"])
+            whole += [formula, nodes.Text(after[: len(after) - len(rest)])]
+            parent[i + 1] = nodes.Text(rest)
+    for entry in doctree.findall(nodes.entry):
+        for text in [text for text in entry.findall(nodes.Text) if " ± " in text]:
+            text.parent.replace(text, nodes.Text(text.replace(" ± ", "\xa0±\xa0")))
 
 
 def list_modules(app: Any, docname: str, source: list[str]) -> None:
@@ -80,5 +95,6 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", mark_code)
     app.connect("autodoc-skip-member", skip_foreign)
     app.connect("doctree-resolved", drop_repeated_ids)
+    app.connect("doctree-resolved", keep_together)
     app.connect("html-page-context", add_tags)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
