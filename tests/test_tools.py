@@ -318,12 +318,14 @@ class TestExtensions:
         assert "a &lt; b" in context["metatags"]
 
     def test_a_formula_keeps_its_full_stop_and_a_number_its_spread(self) -> None:
-        tree = self.page("So :math:`x = y`. And :math:`z` is 1 ± 2.\n\n===== =\n1 ± 2 b\n===== =\n")
+        long = " + ".join("abcdefghijk")
+        table = "===== =\n1 ± 2 b\n===== =\n"
+        tree = self.page(f"Of :math:`x = y`. And :math:`z`, not :math:`{long}`, 1 ± 2.\n\n{table}")
         before = tree.astext()
         pages.keep_together(None, tree, "a")
-        (whole,) = tree.findall(nodes.inline)
-        assert whole["classes"] == ["together"]
-        assert whole.astext() == "x = y."
+        whole = list(tree.findall(nodes.inline))
+        assert [node.astext() for node in whole] == ["x = y.", "z,"]
+        assert all(node["classes"] == ["together"] for node in whole)
         entry, _ = tree.findall(nodes.entry)
         assert entry.astext() == "1\xa0±\xa02"
         assert tree.astext().replace("\xa0", " ") == before

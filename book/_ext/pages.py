@@ -9,6 +9,7 @@ from typing import Any
 from docutils import nodes
 
 LENGTH = 155  # what search engines show
+SHORT = 30  # letters of LaTeX in a formula that need not be broken on a phone
 
 
 def description(doctree: nodes.document) -> str:
@@ -40,12 +41,12 @@ def drop_repeated_ids(app: Any, doctree: nodes.document, docname: str) -> None:
 
 
 def keep_together(app: Any, doctree: nodes.document, docname: str) -> None:
-    """No line ends before the sign that follows a formula, or in a table within "0.20 ± 0.02"."""
+    """A short formula and the sign after it stand on one line, as does 0.20 ± 0.02 in tables."""
     for formula in list(doctree.findall(nodes.math)):
         parent, i = formula.parent, formula.parent.index(formula)
         after = "".join(x for x in parent[i + 1 : i + 2] if isinstance(x, nodes.Text))
         rest = after.lstrip(".,;:!?)’")
-        if rest != after:
+        if rest != after and len(formula.astext()) <= SHORT:
             parent[i] = whole = nodes.inline(classes=["together"])
             whole += [formula, nodes.Text(after[: len(after) - len(rest)])]
             parent[i + 1] = nodes.Text(rest)
