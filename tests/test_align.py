@@ -31,12 +31,19 @@ def pictures(n: int, channels: int = 1, size: int = 28) -> Split:
     return Split(images, torch.zeros(n, dtype=torch.long))
 
 
+def about_first(a: torch.Tensor, b: torch.Tensor) -> Moments:
+    return Moments.about(torch.stack([a[0], b[0]]))
+
+
+@pytest.mark.parametrize("begin", [about_first, Moments.like])
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_moments_agree_with_a_direct_computation(scale: float) -> None:
+def test_moments_agree_with_a_direct_computation(
+    scale: float, begin: Callable[[torch.Tensor, torch.Tensor], Moments]
+) -> None:
     g = torch.Generator().manual_seed(0)
     a = torch.randn(3000, 7, generator=g) * 2 + scale
     b = (a.flip(1) + torch.randn(3000, 7, generator=g)).relu()
-    moments = Moments.about(torch.stack([a[0], b[0]]))
+    moments = begin(a[:64], b[:64])
     parts = [Moments.about(moments.origin) for _ in range(3)]
     for i in range(0, 3000, 64):
         parts[i % 3].add(a[i : i + 64], b[i : i + 64])
@@ -72,13 +79,25 @@ def test_every_image_is_followed_once_whatever_the_number_of_cores(size: int, im
         torch.testing.assert_close(moments.covariance(), first.covariance(), rtol=1e-5, atol=1e-7)
 
 
-def test_dead_units_have_no_correlation() -> None:
+@pytest.mark.parametrize("begin", [about_first, Moments.like])
+def test_dead_units_have_no_correlation(
+    begin: Callable[[torch.Tensor, torch.Tensor], Moments],
+) -> None:
     a, b = torch.rand(100, 3), torch.rand(100, 3)
     a[:, 1] = 0.3
-    moments = Moments.about(torch.stack([a[0], b[0]]))
+    moments = begin(a, b)
     moments.add(a, b)
     assert moments.variances()[0][1] == 0
     assert (moments.correlation()[1] == 0).all()
+
+
+def test_only_what_would_cancel_is_subtracted() -> None:
+    a, b = torch.randn(100, 3).relu(), torch.randn(100, 3)
+    assert not Moments.like(a, b).shifted
+    a[:, 1] += 100
+    moments = Moments.like(a, b)
+    assert moments.shifted
+    assert moments.origin.nonzero().tolist() == [[0, 1]]
 
 
 class Patches(nn.Module):
