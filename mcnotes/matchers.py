@@ -111,6 +111,8 @@ def soft(x: Tensor, temperature: float = 0.1, rounds: int = 20) -> Tensor:
 
 ACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"straight-through": through, "sinkhorn": soft}
 """How a free matrix acts while its loss is minimised."""
+RATES = {"straight-through": 3.0, "sinkhorn": 0.3}
+"""Step sizes, chosen by validation loss (benchmarks/matchers.py --choose, chapter 9)."""
 
 
 class Descent(pam.PermutationStep):
@@ -142,7 +144,7 @@ class Descent(pam.PermutationStep):
 def by_loss(
     net: nn.Module, theta_a: Theta, theta_b: Theta, images: Split, sym: Symmetry, *,
     action: str = "straight-through", start: Perm | None = None, epochs: int = 10,
-    lr: float = 0.1, samples: int = 16, batch_size: int = 100, seed: int = 0
+    lr: float | None = None, samples: int = 16, batch_size: int = 100, seed: int = 0
 ) -> Perm:  # fmt: skip
     """A permutation P that makes the loss at the middle of θ_A and Pθ_B small, on `images`.
 
@@ -152,12 +154,14 @@ def by_loss(
     (Peña et al. 2023 differentiate implicitly). Starts at the weight matching unless there is a
     `start`. Of the start, the nearest permutation and `samples` Birkhoff–von Neumann terms, the one
     with the lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images).
+    lr: Adam's largest step size; default `RATES[action]`.
     """
     check_same_space(theta_a, theta_b, "by_loss")
     old = start or by_weights(net, theta_a, theta_b, sym, seed=seed)
     task = Task("matching", images, images, images, ())
     curve = Midpoint((theta_a, sym.permute(theta_b, old)))
-    recipe = Recipe(epochs, batch_size, lr, weight_decay=0.0, schedule="linear", augment=False)
+    rate = RATES[action] if lr is None else lr
+    recipe = Recipe(epochs, batch_size, rate, weight_decay=0.0, schedule="linear", augment=False)
     settings = pam.Settings(p_epochs=epochs)
     step = Descent(net, curve, theta_b, recipe, task.device, sym, old, settings, action=action)
     run(step, curve, task, seed, None)
