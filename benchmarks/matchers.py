@@ -104,8 +104,7 @@ class Lab(Experiment):
         if self.network.startswith("mlp-"):
             depth = int(self.network.removeprefix("mlp-"))
             return models.MLP(classes, channels * size**2, [width] * depth)
-        return models.build(self.network, num_classes=classes, in_channels=channels,
-                            width=self.width, image_size=size)  # fmt: skip
+        return super().net
 
 
 MLP = Lab(network="mlp-2", epochs=12, lr=0.05)
@@ -114,10 +113,7 @@ CASES: dict[str, tuple[Lab, str]] = {  # an experiment, and how it normalises
     "ResNet20": (Lab(network="resnet20"), "BatchNorm"),
     "GoogLeNet": (Lab(network="googlenet", width=0.125, epochs=6), "BatchNorm"),
     "transformer": (Lab(network="transformer", width=32, epochs=20), "LayerNorm"),
-    **{
-        f"MLP {w}": (dataclasses.replace(MLP, width=w), "none")
-        for w in (8, 16, 32, 64, 128, 256, 512)
-    },
+    **{f"MLP {w}": (dataclasses.replace(MLP, width=w), "none") for w in WIDTHS},
     "deep MLP": (dataclasses.replace(MLP, network="mlp-5", width=64), "none"),
 }
 
@@ -178,7 +174,7 @@ def configuration(cell: Cell) -> dict[str, Any]:
     """All that a cell depends on."""
     name, pair, method, curve_epochs = cell
     lab = CASES[name][0]
-    config: dict[str, Any] = {"what": "matching", "ends": [lab.endpoint_config(s) for s in pair],
+    config: dict[str, Any] = {"what": "bench", "ends": [lab.endpoint_config(s) for s in pair],
                               "method": method, "match_images": lab.match_images, "clock": "CPU",
                               "statistics": KNOWN, "points": POINTS, "tested": TESTED}  # fmt: skip
     config |= {"curve_epochs": curve_epochs} if curve_epochs else {}
