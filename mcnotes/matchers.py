@@ -5,6 +5,7 @@ a `Perm` of B's units, as alignment does.
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -160,8 +161,8 @@ def by_loss(
     old = start or by_weights(net, theta_a, theta_b, sym, seed=seed)
     task = Task("matching", images, images, images, ())
     curve = Midpoint((theta_a, sym.permute(theta_b, old)))
-    rate = RATES[action] if lr is None else lr
-    recipe = Recipe(epochs, batch_size, rate, weight_decay=0.0, schedule="linear", augment=False)
+    lr = RATES[action] if lr is None else lr
+    recipe = Recipe(epochs, batch_size, lr, weight_decay=0.0, schedule="linear", augment=False)
     settings = pam.Settings(p_epochs=epochs)
     step = Descent(net, curve, theta_b, recipe, task.device, sym, old, settings, action=action)
     run(step, curve, task, seed, None)
@@ -182,18 +183,15 @@ def by_loss(
 Method = Callable[[nn.Module, Theta, Theta, Split, Symmetry, int], Perm]
 
 
-def _loss(action: str) -> Method:
-    def method(
-        net: nn.Module, a: Theta, b: Theta, images: Split, sym: Symmetry, seed: int
-    ) -> Perm:  # fmt: skip
-        return by_loss(net, a, b, images, sym, action=action, seed=seed)
-
-    return method
+def _by_action(
+    action: str, net: nn.Module, a: Theta, b: Theta, images: Split, sym: Symmetry, seed: int
+) -> Perm:
+    return by_loss(net, a, b, images, sym, action=action, seed=seed)
 
 
 METHODS: dict[str, Method] = {
     "weights": lambda net, a, b, _, sym, seed: by_weights(net, a, b, sym, seed=seed),
-    **{action: _loss(action) for action in ACTIONS},
+    **{action: partial(_by_action, action) for action in ACTIONS},
     "random": lambda net, a, b, _, sym, seed: sym.random(torch.Generator().manual_seed(seed)),
     "identity": lambda net, a, b, _, sym, seed: sym.identity(),
 }
