@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -24,9 +23,8 @@ from mcnotes.symmetry import Perm, Symmetry
 
 Cost = Literal["correlation", "covariance", "l2"]
 At = Literal["post", "pre"]
-PIECE = 2**14  # samples that stay in the cache
+PIECE = 2**18  # numbers that stay in the cache
 Streams = dict[str, list["Moments"]]  # by group, one for each tap
-Tap = Callable[[Theta, Tensor], dict[str, list[Tensor]]]
 
 
 class AlignmentError(ValueError):
@@ -37,10 +35,11 @@ class AlignmentError(ValueError):
 class Moments:
     """Moments, in float64, of units of A and B over `samples`.
 
-    They are taken about `origin`, one sample: no cancellation, and a constant unit gives 0.
+    They are taken about `origin`: 0, or a value of the unit itself where numbers would cancel.
     """
 
     origin: Tensor  # [2, U], of A and of B
+    shifted: bool  # whether any of it is not 0
     samples: int
     sums: Tensor  # [2, U]
     squares: Tensor  # [2, U]
@@ -50,18 +49,27 @@ class Moments:
     def about(cls, origin: Tensor) -> "Moments":
         """Nothing seen yet. origin: [2, U]."""
         origin, units = origin.double(), origin.shape[1]
-        return cls(origin, 0, *(origin.new_zeros(rows, units) for rows in (2, 2, units)))
+        zeros = (origin.new_zeros(rows, units) for rows in (2, 2, units))
+        return cls(origin, bool(origin.any()), 0, *zeros)
+
+    @classmethod
+    def like(cls, *both: Tensor) -> "Moments":
+        """Nothing seen yet of units of A and B that vary like these: [samples, U] each."""
+        few = (x[:: -(-len(x) // 1000)].double() for x in both)
+        still = torch.stack([x.mean(0) ** 2 > 10 * x.var(0, correction=0) for x in few])
+        return cls.about(torch.where(still, torch.stack([x[0] for x in both]), 0.0))
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Take in activations a, b: [samples, U] each."""
         self.samples += len(a)
         start = self.origin.to(a.dtype)
         # In pieces that stay in the cache, each short enough for sums in float32 to be accurate.
-        for pieces in zip(torch.split(a, PIECE), torch.split(b, PIECE), strict=True):
-            u, v = (x - c for x, c in zip(pieces, start, strict=True))
+        rows = min(max(PIECE // a.shape[1], 2**10), 2**14)
+        for pair in zip(torch.split(a, rows), torch.split(b, rows), strict=True):
+            u, v = (x - c for x, c in zip(pair, start, strict=True)) if self.shifted else pair
             self.cross += u.T @ v
             self.sums += torch.stack([u.sum(0), v.sum(0)])
-            self.squares += torch.stack([u.square_().sum(0), v.square_().sum(0)])
+            self.squares += torch.stack([torch.linalg.vecdot(x, x, dim=0) for x in (u, v)])
 
     def merge(self, other: "Moments") -> None:
         """Take in what `other`, about the same origin, has seen."""
@@ -86,10 +94,8 @@ class Moments:
 
     def similarity(self, cost: Cost) -> Tensor:
         """What the assignment maximises: [U, U]."""
-        if cost == "correlation":
-            return self.correlation()
-        if cost == "covariance":
-            return self.covariance()
+        if cost != "l2":
+            return self.correlation() if cost == "correlation" else self.covariance()
         (va, vb), (ma, mb) = self.variances(), self.origin + self.sums / self.samples
         distance: Tensor = va[:, None] + vb + (ma[:, None] - mb) ** 2 - 2 * self.covariance()
         return -distance  # E(aᵢ − bⱼ)²
@@ -121,47 +127,32 @@ def match(
     or before ("pre") the nonlinearity. cost: "correlation" (paper, algorithm 1); "covariance"; or
     "l2", which minimises E‖a − Pb‖², the discrete 2-Wasserstein matching. Groups that several
     layers share (residual streams) sum the evidence of all their taps. Blocks and the units within
-    them are solved jointly and exactly. Units that are not seen (the axes of a table of
-    coordinates) are matched by their weights. Memory does not grow with the number of images.
-    method: "activations", or one of `matchers.METHODS` ("weights", "straight-through", "sinkhorn",
-    "random", "identity"; chapter 9), drawing from `seed`; `at` and `cost` have no say in these, and
-    `seconds` leaves out the correlations, which are measured for the report. Raises AlignmentError
-    when the networks differ in shape, or there is nothing to correlate; ValueError for a method
-    that is not known.
+    are solved jointly and exactly; units that are not seen (axes of a table of coordinates), by
+    their weights. method: "activations" or one of `matchers.METHODS` (chapter 9), which draw from
+    `seed`, ignore `at` and `cost`, and whose `seconds` leave out the correlations of the report.
+    Raises AlignmentError when the networks differ in shape, or there is nothing to correlate;
+    ValueError for a method that is not known.
     """
-    if method != "activations" and method not in matchers.METHODS:
-        known = ["activations", *matchers.METHODS]
+    if method not in (known := ["activations", *matchers.METHODS]):
         raise ValueError(f"match: got method {method!r}, expected one of {known}")
-    _check(theta_a, theta_b, images)
-    start, perm = time.perf_counter(), sym.identity()
-    if method in matchers.METHODS:
-        perm |= matchers.METHODS[method](net, theta_a, theta_b, images, sym, seed)
-    seconds = time.perf_counter() - start
+    start = time.perf_counter()
     moments = stream(net, theta_a, theta_b, images, sym, at=at, batch_size=batch_size)
     parts = bundles(sym)
-    seen = {
-        n: b for n, b in parts.items() if all(moments[kind[0]] for kind in zip(*b, strict=True))
-    }
+    seen = {n: b for n, b in parts.items() if all(moments[kind] for kind in b[0])}
     if method == "activations":
+        perm = sym.identity()
         for name, blocks in seen.items():
-            kinds = [similarity(moments[names[0]], cost) for names in zip(*blocks, strict=True)]
+            kinds = [similarity(moments[kind], cost) for kind in blocks[0]]
             perm |= solve(name, blocks, [tiles(kind, len(blocks)) for kind in kinds])
         if unseen := parts.keys() - seen.keys():
             perm = matchers.by_weights(net, theta_a, theta_b, sym, start=perm, only=unseen)
-        seconds = time.perf_counter() - start
-    found = Matching(perm, {}, {}, {}, {}, seconds)
+    else:
+        start = time.perf_counter()
+        perm = matchers.METHODS[method](net, theta_a, theta_b, images, sym, seed)
+    found = Matching(perm, {}, {}, {}, {}, time.perf_counter() - start)
     for name, blocks in seen.items():
         _report(name, blocks, moments, found)
     return found
-
-
-def _check(theta_a: Theta, theta_b: Theta, images: Split) -> None:
-    try:
-        check_same_space(theta_a, theta_b, "match")
-    except ValueError as error:
-        raise AlignmentError(str(error)) from error
-    if len(images) < 2:
-        raise AlignmentError(f"match: got {len(images)} images, expected 2 or more (thousands)")
 
 
 def similarity(taps: list[Moments], cost: Cost) -> Tensor:
@@ -187,8 +178,7 @@ def _report(name: str, blocks: Blocks, moments: Streams, found: Matching) -> Non
             found.ambiguous[mine] = (rivals & ~dead).nonzero().flatten()
     if nested:
         for values in (found.before, found.after):
-            means = [torch.cat([values[group] for group in block]).mean() for block in blocks]
-            values[name] = torch.stack(means)
+            values[name] = torch.stack([torch.cat([values[g] for g in b]).mean() for b in blocks])
 
 
 def stream(
@@ -197,33 +187,38 @@ def stream(
 ) -> Streams:  # fmt: skip
     """The moments of every tap of every group, in one pass over `images`, evaluation mode.
 
-    Those of groups within blocks stand under the name of the first block's group, and are over the
-    units of all blocks. batch_size: images at a time; default 512 on a GPU. On a CPU the cores
-    divide them, each follows its own share; default 64 a core, so that they stay in its cache.
+    Groups within blocks stand under the first block's, over the units of all blocks. batch_size:
+    images at a time; default 512 on a GPU, 64 a core on a CPU, where each core takes its share.
     """
-    _check(theta_a, theta_b, images)
+    try:
+        check_same_space(theta_a, theta_b, "match")
+    except ValueError as error:
+        raise AlignmentError(str(error)) from error
+    if len(images) < 2:
+        raise AlignmentError(f"match: got {len(images)} images, expected 2 or more (thousands)")
     device = images.images.device
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     size = -(-batch_size // cores) if batch_size else 64 if device.type == "cpu" else 512
     kinds = [names for blocks in bundles(sym).values() for names in zip(*blocks, strict=True)]
-    tap: Tap = sym.tapper(net, at=at)
+    tap = sym.tapper(net, at=at)
     a, b = ({n: x.to(device) for n, x in theta.items()} for theta in (theta_a, theta_b))
     bar = tqdm(total=len(images), desc="correlating", leave=False)
 
+    def take_in(x: Tensor, found: Streams) -> None:  # activations live no longer than this
+        seen = tap(a, x), tap(b, x)
+        for names in kinds:
+            pairs = list(zip(*(_side_by_side([s[n] for n in names]) for s in seen), strict=True))
+            if names[0] not in found:
+                found[names[0]] = [Moments.like(u, v) for u, v in pairs]
+            for m, (u, v) in zip(found[names[0]], pairs, strict=True):
+                m.add(u, v)
+        bar.update(len(x))
+
+    @torch.no_grad()
     def follow(share: Split, start: Streams) -> Streams:
         found = {name: [Moments.about(m.origin) for m in taps] for name, taps in start.items()}
-        with torch.no_grad():  # in each thread
-            for x, _ in share.batches(size):
-                seen = tap(a, x), tap(b, x)
-                for names in kinds:
-                    both = (_side_by_side([s[n] for n in names]) for s in seen)
-                    pairs = list(zip(*both, strict=True))
-                    if names[0] not in found:
-                        about = [torch.stack([u[0], v[0]]) for u, v in pairs]
-                        found[names[0]] = [Moments.about(origin) for origin in about]
-                    for m, (u, v) in zip(found[names[0]], pairs, strict=True):
-                        m.add(u, v)
-                bar.update(len(x))
+        for x, _ in share.batches(size):
+            take_in(x, found)
         return found
 
     with evaluate.mode(net, training=False), bar:
@@ -246,18 +241,16 @@ def _side_by_side(seen: list[list[Tensor]]) -> list[Tensor]:
 
 def _shares(images: Split, size: int, cores: int) -> list[Split]:
     """All but the first `size` images, in `cores` parts of whole batches (fewer, if too few)."""
-    batches = torch.arange(min(size, len(images)), len(images), size).tensor_split(cores)
-    cuts = [*(int(part[0]) for part in batches if len(part)), len(images)]
-    return [Split(images.images[i:j], images.labels[i:j]) for i, j in pairwise(cuts)]
+    n = max(1, -(-(len(images) - size) // (size * cores))) * size
+    cuts = range(size, len(images), n)
+    return [Split(images.images[i : i + n], images.labels[i : i + n]) for i in cuts]
 
 
 def _side_jobs(work: Callable[[Split], Streams], shares: list[Split]) -> list[Streams]:
     """What `work` gives for each share: one thread each, which PyTorch splits no further."""
-    if len(shares) < 2:
-        return [work(share) for share in shares]
-    threads = torch.get_num_threads()
+    threads, count = torch.get_num_threads(), max(1, len(shares))
     try:
-        with ThreadPoolExecutor(len(shares), initializer=torch.set_num_threads, initargs=(1,)) as p:
-            return list(p.map(work, shares))
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, shares))
     finally:
         torch.set_num_threads(threads)

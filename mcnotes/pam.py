@@ -7,6 +7,7 @@ permutations to doubly stochastic matrices and rounded again, and the inner cont
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -105,8 +106,8 @@ class _Run:
             self.perm = {n: state[f"perm.{n}"] for n in self.perm}
             inner = [{n: state[f"inner.{i}.{n}"].to(task.device) for n in self.end}
                      for i in range(1, curve.degree)]  # fmt: skip
-            end = sym.permute(self.end, self.perm)
-            self.curve = curve.with_points([curve.points[0], *inner, end])
+            inner.append(sym.permute(self.end, self.perm))
+            self.curve = curve.with_points([curve.points[0], *inner])
 
     @property
     def halfway(self) -> bool:
@@ -131,8 +132,7 @@ class _Run:
         matrices = relax(self.net, self.curve, self.end, self.task, self.recipe, self.sym, old,
                          settings, seed=seed, checkpoint=self.part())  # fmt: skip
 
-        def moved(end: Theta) -> Curve:
-            return move_end(self.curve, end, settings.follow)
+        moved = partial(move_end, self.curve, follow=settings.follow)
 
         def score(perm: Perm) -> float:
             prox = distance(perm, old) ** 2 / (2 * settings.nu)
@@ -269,8 +269,7 @@ def candidates(
 ) -> Iterator[Perm]:
     """Permutations near doubly stochastic matrices: the old one, the nearest, then samples.
 
-    The nearest is an assignment. A sample draws a Birkhoff–von Neumann term for each group, with
-    the term's weight as its probability.
+    The nearest is an assignment; a sample draws for each group a term of `birkhoff.decompose`.
     """
     yield old
     yield {n: perms.assign(m) for n, m in matrices.items()}
@@ -286,15 +285,9 @@ def choose(offers: Iterable[Perm], score: Callable[[Perm], float]) -> tuple[int,
     Each is compared with the best so far, whichever that was (the authors' code compares samples
     with the assignment even where the old permutation was better). An offer is scored once.
     """
-    best: tuple[int, Perm, float] | None = None
-    seen: set[tuple[tuple[int, ...], ...]] = set()
+    first: dict[tuple[tuple[int, ...], ...], tuple[int, Perm]] = {}
     for i, offer in enumerate(offers):
-        name = tuple(tuple(p.tolist()) for p in offer.values())
-        if name not in seen:
-            seen.add(name)
-            value = score(offer)
-            if best is None or value < best[2]:
-                best = (i, offer, value)
-    if best is None:
+        first.setdefault(tuple(tuple(p.tolist()) for p in offer.values()), (i, offer))
+    if not first:
         raise ValueError("choose: got no permutation, expected at least one")
-    return best
+    return min(((i, p, score(p)) for i, p in first.values()), key=lambda scored: scored[2])

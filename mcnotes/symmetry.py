@@ -169,6 +169,7 @@ class Symmetry:
 
         at: "post", what the next contraction sees, after the nonlinearity; "pre", before it. All
         positions but those of the units are samples. Evaluation mode, any batch size, no gradients.
+        A network is followed once for each layout of its inputs: do not rebuild it in place.
         """
         readers: dict[Any, Reader] = {}  # one for each thread
         lock, still = Lock(), self.identity()

@@ -19,23 +19,8 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mcnotes.marks import (
-    CONSTANT,
-    SLOT,
-    UNIT,
-    Marked,
-    SymmetryError,
-    Tap,
-    Tape,
-    as_one,
-    axes,
-    bare,
-    functional,
-    independent,
-    op_name,
-    padded,
-    positions,
-)
+from mcnotes import marks
+from mcnotes.marks import CONSTANT, UNIT, Marked, Tap, Tape, axes, functional, padded, positions
 
 ALIASES = {"unsqueeze", "squeeze", "expand", "clone", "_to_copy", "detach", "alias"}
 
@@ -48,12 +33,9 @@ class Walk(Tape):
     """
 
     def __init__(
-        self,
-        rules: Mapping[str, Callable[..., Any]],
-        passing: Collection[str],
-        names: Mapping[int, str],
-        merged: Tensor | None = None,
-    ) -> None:
+        self, rules: Mapping[str, Callable[..., Any]], passing: Collection[str],
+        names: Mapping[int, str], merged: Tensor | None = None
+    ) -> None:  # fmt: skip
         super().__init__(self.label)
         self.rules, self.passing = rules, passing
         self.facts: list[Tensor] = []  # rows: event, code, other code, tag
@@ -126,17 +108,17 @@ class Walk(Tape):
         tensors: list[list[Tensor]] = []
         none = torch.zeros([1] * rank, dtype=torch.long)
         for x in given:
-            marks = x.factors if isinstance(x, Marked) else []
+            codes = x.factors if isinstance(x, Marked) else []
             varies = isinstance(x, Marked) or bool((x != x.flatten()[:1].squeeze()).any())
             wide = {k for k, n in enumerate(x.shape) if varies and n > 1 and x.stride(k)}
-            fixed |= {k + rank - x.dim() for k in wide.difference(*map(axes, marks))}
-            tensors.append([padded(f, rank) for f in marks])
+            fixed |= {k + rank - x.dim() for k in wide.difference(*map(axes, codes))}
+            tensors.append([padded(f, rank) for f in codes])
         for own in (*tensors, [positions(shape, {k}) * 0 for k in fixed]):
             for i, j in combinations(range(len(own)), 2):  # both act on x
                 shared = axes(own[i]) & axes(own[j])
                 if axes(own[i]) == axes(own[j]) and functional(own[i], own[j]):
                     own[i], own[j] = none, self.join(own[i], own[j])
-                elif shared and not independent(own[i], own[j]):
+                elif shared and not marks.independent(own[i], own[j]):
                     own[i], own[j] = self.stay(own[i], shared), self.stay(own[j], shared)
             pairs = [(i, j) for i in range(len(own)) for j in range(len(done))]
             like = {i: j for i, j in pairs if functional(own[i], done[j])}
@@ -164,7 +146,7 @@ class Walk(Tape):
         """The factor, if any, of these codes: only the axes that it needs, and distinct slots."""
         codes = codes[tuple(slice(None) if s else slice(1) for s in codes.stride())]
         for k in axes(codes):  # one along which all units move as one is not needed
-            if as_one(codes.narrow(k, 0, 2), k) and as_one(codes, k):
+            if marks.as_one(codes.narrow(k, 0, 2), k) and marks.as_one(codes, k):
                 codes = codes.narrow(k, 0, 1)
         held = codes >= UNIT
         if codes.numel() == 1 or not bool(held.any()):
@@ -173,7 +155,7 @@ class Walk(Tape):
         order = codes[held].sort().values
         if bool((order[1:] > order[:-1]).all()):
             return [codes]
-        slot = (codes & SLOT).unique(return_inverse=True)[1].where(held, 0)
+        slot = (codes & marks.SLOT).unique(return_inverse=True)[1].where(held, 0)
         sorted_, order = (codes >> 32 << 32 | slot).flatten().sort(stable=True)
         copy = torch.arange(len(order)) - torch.searchsorted(sorted_, sorted_)
         copy = torch.empty_like(copy).scatter(0, order, copy).view(codes.shape).where(held, 0)
@@ -202,7 +184,7 @@ class Walk(Tape):
 
     def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operator on marked tensors: by its rule, by simpler ones, or else all is pinned."""
-        name = op_name(func)
+        name = marks.op_name(func)
         if re.search("^new_|_like$", name):  # a constant
             return func(*tree_map_only(Marked, lambda x: torch.zeros(x.shape), args), **kwargs)
         kind = "pointwise" if torch.Tag.pointwise in func.tags else ""
@@ -229,11 +211,11 @@ class Walk(Tape):
         if name not in self.passing:
             unary = len(taps) == len({id(x) for x in xs}) == 1
             taps = [Tap(found[0], (taps[0].pre or taps[0]) if unary else None)]
-        args, kwargs = tree_map_only(Tensor, bare, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, marks.bare, (args, kwargs))
         try:
             out = func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
-            raise SymmetryError(
+            raise marks.SymmetryError(
                 f"find: {name} needs values{self.where()}; it says: {str(error).splitlines()[0]} "
                 "Cure: control flow must not depend on the data (torch.where instead of if); or "
                 "take the part of the network without it."

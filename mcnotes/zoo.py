@@ -46,6 +46,7 @@ class Experiment:
     schedule: str = "linear"
     augment: bool = False
     precision: str = "float32"
+    compile: bool = False  # torch.compile: fewer launches, for small networks on a GPU
     validation: int | None = None  # training images held out; None: the data set's own number
     points: int = 25  # where a path is measured
     statistics: int = 2000  # training images on which BatchNorm is recomputed
@@ -94,7 +95,7 @@ class Experiment:
 
     def recipe(self, epochs: int) -> train.Recipe:
         """How this experiment trains, for `epochs` epochs."""
-        names = ("batch_size", "lr", "schedule", "augment", "precision")
+        names = ("batch_size", "lr", "schedule", "augment", "precision", "compile")
         return train.Recipe(epochs, **{name: getattr(self, name) for name in names})
 
     @property
@@ -113,9 +114,8 @@ class Experiment:
         """The network trained from `seed`."""
 
         def compute(checkpoint: store.Checkpoint) -> Theta:
-            recipe = self.recipe(self.epochs)
-            return train.fit(self.net, self.task, recipe, seed=seed, perturb=self.perturb,
-                             checkpoint=checkpoint).theta  # fmt: skip
+            return train.fit(self.net, self.task, self.recipe(self.epochs), seed=seed,
+                             perturb=self.perturb, checkpoint=checkpoint).theta  # fmt: skip
 
         return self._tensors(self.endpoint_config(seed), compute)
 
@@ -125,15 +125,12 @@ class Experiment:
         return align.match(self.net, *self.ends(a, b), images, self.sym)
 
     def aligned(self, a: int, b: int) -> Perm:
-        """The permutation that `matching` found first: where two are as good, it does not change.
-
-        So a curve fits its end point on every machine, and in every step of a run.
-        """
-        config = self.curve_config(a, b, "aligned", "line") | {"what": "matching"}
+        """What `matching` found first: so a curve fits its end on every machine, in every step."""
 
         def compute() -> dict[str, Any]:
             return {name: p.tolist() for name, p in self.matching(a, b).perm.items()}
 
+        config = self.curve_config(a, b, "aligned", "line") | {"what": "matching"}
         return {name: torch.tensor(p) for name, p in store.values(config, compute).items()}
 
     def pair(self, a: int, b: int, method: str) -> tuple[Theta, Theta]:
@@ -236,11 +233,12 @@ class Experiment:
         return evaluate.Path(**{name: np.array(found[name]) for name in evaluate.Path._fields})
 
     def config(self) -> dict[str, Any]:
-        """Every parameter but the device: for what a chapter keeps in the store by a name."""
-        special = ("device", "validation", "epsilon", "attack_steps", "attack_step", "between")
+        """All on which values depend: for what a chapter keeps in the store by a name."""
+        special = ("device", "compile", "validation", "epsilon", "attack_steps", "attack_step",
+                   "between")  # fmt: skip
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
-        between = {"between": [e.config() for e in self.between]} if self.between else {}
-        return plain | between | self._special()
+        plain |= {"between": [e.config() for e in self.between]} if self.between else {}
+        return plain | self._special()
 
     def endpoint_config(self, seed: int) -> dict[str, Any]:
         """What a network depends on: its entry's configuration in the store."""
@@ -271,8 +269,7 @@ class Experiment:
 
     def _special(self) -> dict[str, Any]:
         """What is not as usual; usually nothing, so that the entries keep their keys."""
-        held_out = {} if self.validation is None else {"validation": self.validation}
-        return held_out | self._adversary()
+        return ({} if (n := self.validation) is None else {"validation": n}) | self._adversary()
 
     def _adversary(self) -> dict[str, Any]:
         """What adversarial training adds to a configuration: nothing to that of the standard."""

@@ -44,11 +44,11 @@ INTERNAL = {"marks", "walk", "rules", "groups", "taps"}  # what stands behind sy
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
 # The spine (data, networks, curves, training, evaluation, store, figures) and the method, which
-# stands on it, have limits of their own. A ratchet: lower them; what raises one is a capability.
+# stands on it, have limits of their own. A ratchet: lower them, never raise them.
 METHOD = {"align", "attacks", "birkhoff", "pam", "results", "zoo"}
 DISCOVERY = {"marks", "walk", "rules", "groups", "taps", "symmetry", "perms"}
 FURTHER = {"bundles", "matchers", "repair", "merge", "diagnose", "own"}  # chapters 9 and 10
-SPINE_LINES, METHOD_LINES, DISCOVERY_LINES, FURTHER_LINES = 1_725, 1_257, 1_265, 910
+SPINE_LINES, METHOD_LINES, DISCOVERY_LINES, FURTHER_LINES = 1_725, 1_240, 1_248, 904
 MODULE_LINES = 300
 REPOSITORY_BYTES, NOTEBOOK_BYTES = 25_000_000, 1_000_000
 CELL_LINES, WORDS, EXERCISES = 25, 600, range(3, 6)
@@ -105,7 +105,7 @@ class TestPackage:
         spine = {path.stem for path in PACKAGE} - DISCOVERY - METHOD - FURTHER
         parts = (spine, SPINE_LINES), (METHOD, METHOD_LINES), (DISCOVERY, DISCOVERY_LINES)
         for names, limit in (*parts, (FURTHER, FURTHER_LINES)):
-            assert sum(lines.get(f"{name}.py", 0) for name in names) <= limit, lines
+            assert sum(lines[f"{name}.py"] for name in names) <= limit, lines
 
 
 class TestRepository:
