@@ -1,10 +1,10 @@
 """What neuron alignment costs beside the two forward passes that it cannot do without.
 
 Compares, over the same images in the same order, (a) a forward pass of network A and one of network
-B in evaluation mode at `--batch` images, (b) `mcnotes.align.stream` at the same batch, and (c) the
-same in micro-batches of 64, the default on a CPU, whose activations stay in the cache. Rounds of
-all three alternate in one process, in changing order; ratios are medians of the rounds' ratios.
-The assignments themselves, and finding the symmetry, are not part of it: they are timed apart.
+B in evaluation mode at `--batch` images, (b) `mcnotes.align.stream` at the same batch, (c) that in
+micro-batches of 64, the default on a CPU, and (d) nothing but the forward passes of (c). Rounds of
+all alternate in one process, in changing order; ratios are medians of the rounds' ratios. The
+assignments themselves, and finding the symmetry, are not part of it: they are timed apart.
 
 Freed memory stays in the process, so that page faults do not count. `as_it_is` has the same ratios
 from a fresh process that leaves memory to the allocator, as a plain program does: there the forward
@@ -13,16 +13,18 @@ passes at `--batch` pay for their large tensors each time, and micro-batches do 
 Memory: the highest resident size of a fresh process that aligns on 2,000, 10,000 and 50,000 of
 50,000 images; all of the images are in memory each time, so only the use of them differs.
 
-The limit: multiplications and additions of the moments, one U x U product a tap, beside those of
-the forward passes; the output states that ratio as counted from the graph and from the taps.
+The limits of (b) and (c): the forward passes, (a) or (d), and beside them either the operations of
+the moments, one U x U product a tap, at the speed of the forward passes, or one reading of all
+activations at the speed of a sum over as many numbers, whichever takes longer.
 
 The last line is JSON: {"ratio_to_two_forwards": …, "ratio_micro_batches": …, "limit_ratio": …,
-"as_it_is": {…}, "peak_rss_mb": {"2000": …, "10000": …, "50000": …}, …}.
+"limit_micro_batches": …, "as_it_is": {…}, "peak_rss_mb": {"2000": …, "10000": …, "50000": …}, …}.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -77,8 +79,22 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
                 for x, _ in images.batches(args.batch):
                     torch.func.functional_call(net, theta, (x,))
 
+    cpu = images.images.device.type == "cpu"
+    cores, size = (torch.get_num_threads(), 64) if cpu else (1, 512)  # as `align.stream` does
+
+    def share_of_forwards(share: Split) -> align.Streams:
+        own = copy.deepcopy(net)  # which threads cannot share
+        with torch.no_grad():
+            for x, _ in share.batches(size):
+                for theta in thetas:
+                    torch.func.functional_call(own, theta, (x,))
+        return {}
+
     work = {
         "forwards": forwards,
+        "micro forwards": lambda: align._side_jobs(
+            share_of_forwards, [images.first(size), *align._shares(images, size, cores)]
+        ),
         "same batch": lambda: align.stream(net, *thetas, images, sym, batch_size=args.batch),
         "micro-batches": lambda: align.stream(net, *thetas, images, sym),
     }
@@ -93,16 +109,23 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         net(x)
     taps = [t for each in sym.tapper(net)(thetas[0], x).values() for t in each]
     moments = sum(2 * t.shape[0] * t.shape[1] ** 2 for t in taps)
+    numbers = 2 * sum(t.numel() for t in taps) * len(images) / len(x)
+    large = torch.ones(2**26, device=images.images.device)
+    reading = timing.seconds(large.sum, args.device, 10) / large.numel() * numbers
     whole = timing.seconds(lambda: align.match(net, *thetas, images.first(64), sym), args.device)
 
     def ratio(name: str) -> float:
         return round(statistics.median(r[name] / r["forwards"] for r in rounds), 3)
 
+    two = statistics.median(r["forwards"] for r in rounds)
+    least = max(moments / (2 * counter.get_total_flops()), reading / two)
     return {
         "ratio_to_two_forwards": ratio("same batch"),
         "ratio_micro_batches": ratio("micro-batches"),
-        "limit_ratio": round(1 + moments / (2 * counter.get_total_flops()), 3),
-        "two_forwards_s": round(statistics.median(r["forwards"] for r in rounds), 3),
+        "ratio_micro_forwards": ratio("micro forwards"),
+        "limit_ratio": round(1 + least, 3),
+        "limit_micro_batches": round(ratio("micro forwards") + least, 3),
+        "two_forwards_s": round(two, 3),
         "find_and_assign_s": round(whole, 3),
     }
 
@@ -143,8 +166,8 @@ def main() -> None:
           f"{torch.get_num_threads()} threads")  # fmt: skip
     print(f"two forwards {found['two_forwards_s']} s; alignment takes at batch {args.batch} "
           f"{found['ratio_to_two_forwards']} times as long, in micro-batches of 64 "
-          f"{found['ratio_micro_batches']} times; limit {found['limit_ratio']}; with the usual "
-          f"allocator {found['as_it_is']}")  # fmt: skip
+          f"{found['ratio_micro_batches']} times; limits {found['limit_ratio']} and "
+          f"{found['limit_micro_batches']}; usual allocator: {found['as_it_is']}")  # fmt: skip
     print(json.dumps(found | {"network": args.network, "device": args.device}))
 
 

@@ -71,6 +71,14 @@ class TestPlan:
         with pytest.raises(batch.PlanError, match="got 'epochs', expected NAME=VALUE"):
             batch.assignments(["epochs"])
 
+    def test_changes_may_be_given_one_by_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[dict[str, Any]] = []
+        monkeypatch.setattr(
+            batch, "run", lambda config, changes, options: seen.append(changes) or 0
+        )
+        batch.main(["run", "--set", "presets=[smoke]", "out=x", "--set", "results=y"])
+        assert seen == [{"presets": ["smoke"], "out": "x", "results": "y"}]
+
     def test_a_step_refuses_an_unknown_parameter(self, tmp_path: Path) -> None:
         with pytest.raises(batch.PlanError, match="no parameter 'sed'; did you mean 'seed'"):
             batch.step(ROOT / "experiments/endpoint.ipynb", tmp_path / "out.ipynb", {"sed": 1})

@@ -198,7 +198,9 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="check, then run what is missing")
     runs.add_argument("--config", type=Path, default=STEPS / "full-scale.yaml")
-    runs.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="changes")
+    runs.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", dest="changes"
+    )
     one = commands.add_parser("step", help="run one notebook")
     one.add_argument("notebook", type=Path)
     one.add_argument("out", type=Path)
