@@ -46,7 +46,6 @@ FEW = ((1, 2), (3, 4), (1, 4))  # of GoogLeNet, of which there are four
 Cell = tuple[str, tuple[int, int], str, int]
 POINTS, TESTED, KNOWN = 9, 2_000, 1_000  # of a path; test images; those for statistics
 LARGE = {"ResNet20", "GoogLeNet"}  # measured on half as many images of either kind
-RATE = {"straight-through": 3.0, "sinkhorn": 0.3}  # step sizes, by --choose
 
 
 class Block(nn.Module):
@@ -105,8 +104,7 @@ class Lab(Experiment):
         if self.network.startswith("mlp-"):
             depth = int(self.network.removeprefix("mlp-"))
             return models.MLP(classes, channels * size**2, [width] * depth)
-        return models.build(self.network, num_classes=classes, in_channels=channels,
-                            width=self.width, image_size=size)  # fmt: skip
+        return super().net
 
 
 MLP = Lab(network="mlp-2", epochs=12, lr=0.05)
@@ -115,10 +113,7 @@ CASES: dict[str, tuple[Lab, str]] = {  # an experiment, and how it normalises
     "ResNet20": (Lab(network="resnet20"), "BatchNorm"),
     "GoogLeNet": (Lab(network="googlenet", width=0.125, epochs=6), "BatchNorm"),
     "transformer": (Lab(network="transformer", width=32, epochs=20), "LayerNorm"),
-    **{
-        f"MLP {w}": (dataclasses.replace(MLP, width=w), "none")
-        for w in (8, 16, 32, 64, 128, 256, 512)
-    },
+    **{f"MLP {w}": (dataclasses.replace(MLP, width=w), "none") for w in WIDTHS},
     "deep MLP": (dataclasses.replace(MLP, network="mlp-5", width=64), "none"),
 }
 
@@ -154,16 +149,12 @@ def walk(name: str, curve: curves.Curve) -> dict[str, Any]:
 
 
 def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> tuple[align.Matching, float]:
-    """As `align.match`, with the step sizes of `RATE`; and the CPU seconds it takes."""
+    """As `align.match`; and the CPU seconds of the matching alone."""
     args = lab.net, a, b, lab.task.train.first(lab.match_images), lab.sym
     start = time.process_time()  # what runs beside it does not count
     if method == "activations":
-        found = align.match(*args)
-        return found, time.process_time() - start
-    if method in RATE:
-        perm = matchers.by_loss(*args, action=method, lr=RATE[method], seed=seed)
-    else:
-        perm = matchers.METHODS[method](*args, seed)
+        return align.match(*args), time.process_time() - start
+    perm = matchers.METHODS[method](*args, seed)
     seconds = time.process_time() - start
     found = align.match(lab.net, a, lab.sym.permute(b, perm), *args[3:], method="identity")
     return dataclasses.replace(found, perm=perm), seconds
@@ -183,11 +174,11 @@ def configuration(cell: Cell) -> dict[str, Any]:
     """All that a cell depends on."""
     name, pair, method, curve_epochs = cell
     lab = CASES[name][0]
-    config: dict[str, Any] = {"what": "matching", "ends": [lab.endpoint_config(s) for s in pair],
+    config: dict[str, Any] = {"what": "bench", "ends": [lab.endpoint_config(s) for s in pair],
                               "method": method, "match_images": lab.match_images, "clock": "CPU",
                               "statistics": KNOWN, "points": POINTS, "tested": TESTED}  # fmt: skip
     config |= {"curve_epochs": curve_epochs} if curve_epochs else {}
-    config |= {"lr": RATE[method]} if method in RATE else {}
+    config |= {"lr": matchers.RATES[method]} if method in matchers.RATES else {}
     return config | ({"half": True} if name in LARGE else {})
 
 
@@ -236,7 +227,7 @@ def save(rows: list[dict[str, Any]]) -> None:
     origins = [row.pop("provenance") for row in rows]
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     record = {"methods": METHODS, "tested": TESTED, "points": POINTS, "statistics": KNOWN,
-              "rates": RATE, "collected": today}  # fmt: skip
+              "rates": matchers.RATES, "collected": today}  # fmt: skip
     for name in ("hardware", "torch", "commit"):
         record[name] = sorted({origin[name] for origin in origins})
     head = json.dumps(record | {"provenance": store.provenance(0.0)}, indent=1)

@@ -5,6 +5,7 @@ a `Perm` of B's units, as alignment does.
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,8 @@ def soft(x: Tensor, temperature: float = 0.1, rounds: int = 20) -> Tensor:
 
 ACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"straight-through": through, "sinkhorn": soft}
 """How a free matrix acts while its loss is minimised."""
+RATES = {"straight-through": 3.0, "sinkhorn": 0.3}
+"""Step sizes, chosen by validation loss (benchmarks/matchers.py --choose, chapter 9)."""
 
 
 class Descent(pam.PermutationStep):
@@ -142,7 +145,7 @@ class Descent(pam.PermutationStep):
 def by_loss(
     net: nn.Module, theta_a: Theta, theta_b: Theta, images: Split, sym: Symmetry, *,
     action: str = "straight-through", start: Perm | None = None, epochs: int = 10,
-    lr: float = 0.1, samples: int = 16, batch_size: int = 100, seed: int = 0
+    lr: float | None = None, samples: int = 16, batch_size: int = 100, seed: int = 0
 ) -> Perm:  # fmt: skip
     """A permutation P that makes the loss at the middle of θ_A and Pθ_B small, on `images`.
 
@@ -152,11 +155,13 @@ def by_loss(
     (Peña et al. 2023 differentiate implicitly). Starts at the weight matching unless there is a
     `start`. Of the start, the nearest permutation and `samples` Birkhoff–von Neumann terms, the one
     with the lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images).
+    lr: Adam's largest step size; default `RATES[action]`.
     """
     check_same_space(theta_a, theta_b, "by_loss")
     old = start or by_weights(net, theta_a, theta_b, sym, seed=seed)
     task = Task("matching", images, images, images, ())
     curve = Midpoint((theta_a, sym.permute(theta_b, old)))
+    lr = RATES[action] if lr is None else lr
     recipe = Recipe(epochs, batch_size, lr, weight_decay=0.0, schedule="linear", augment=False)
     settings = pam.Settings(p_epochs=epochs)
     step = Descent(net, curve, theta_b, recipe, task.device, sym, old, settings, action=action)
@@ -178,18 +183,15 @@ def by_loss(
 Method = Callable[[nn.Module, Theta, Theta, Split, Symmetry, int], Perm]
 
 
-def _loss(action: str) -> Method:
-    def method(
-        net: nn.Module, a: Theta, b: Theta, images: Split, sym: Symmetry, seed: int
-    ) -> Perm:  # fmt: skip
-        return by_loss(net, a, b, images, sym, action=action, seed=seed)
-
-    return method
+def _by_action(
+    action: str, net: nn.Module, a: Theta, b: Theta, images: Split, sym: Symmetry, seed: int
+) -> Perm:
+    return by_loss(net, a, b, images, sym, action=action, seed=seed)
 
 
 METHODS: dict[str, Method] = {
     "weights": lambda net, a, b, _, sym, seed: by_weights(net, a, b, sym, seed=seed),
-    **{action: _loss(action) for action in ACTIONS},
+    **{action: partial(_by_action, action) for action in ACTIONS},
     "random": lambda net, a, b, _, sym, seed: sym.random(torch.Generator().manual_seed(seed)),
     "identity": lambda net, a, b, _, sym, seed: sym.identity(),
 }

@@ -5,6 +5,7 @@ return to their places. Here each network gets one permutation into an order tha
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -17,6 +18,7 @@ from mcnotes.data import Split
 from mcnotes.symmetry import Perm, Symmetry
 
 Improve = Callable[[int, list[int], list[Perm]], Perm]
+Seen = dict[tuple[int, int, str], Tensor]  # i, j, group: similarities [units of i, units of j]
 
 
 def match_many(
@@ -36,21 +38,18 @@ def match_many(
         raise ValueError(f"match_many: got {len(thetas)} network, expected two or more")
     if method not in ("activations", "weights"):
         raise ValueError(f"match_many: method {method!r}, expected 'activations' or 'weights'")
-    improve: Improve
     if method == "weights":
-        improve = _ByWeights(net, thetas, sym)
+        improve: Improve = partial(_by_weights, net, thetas, sym)
     else:
-        seen: dict[tuple[int, int, str], Tensor] = {}
+        seen: Seen = {}
         for i, j in combinations(range(len(thetas)), 2):
-            moments = align.stream(net, thetas[i], thetas[j], images, sym, at=at,
-                                   batch_size=batch_size)  # fmt: skip
+            ends = thetas[i], thetas[j]
+            moments = align.stream(net, *ends, images, sym, at=at, batch_size=batch_size)
             for name in (n for n, taps in moments.items() if taps):
                 seen[i, j, name] = align.similarity(moments[name], cost)
                 seen[j, i, name] = seen[i, j, name].T
-        parts = {
-            n: b for n, b in bundles(sym).items() if all((0, 1, kind) in seen for kind in b[0])
-        }
-        improve = _ByActivations(parts, seen)
+        parts = {n: b for n, b in bundles(sym).items() if all((0, 1, m) in seen for m in b[0])}
+        improve = partial(_by_activations, parts, seen)
     perms, everyone = [sym.identity() for _ in thetas], range(len(thetas))
     for sweep in range(sweeps):
         before = list(perms)
@@ -64,37 +63,31 @@ def match_many(
     return [sym.compose(p, home) for p in perms]
 
 
-class _ByWeights:
-    """One network matched by its weights to the mean of others."""
-
-    def __init__(self, net: nn.Module, thetas: Sequence[Theta], sym: Symmetry) -> None:
-        self.net, self.thetas, self.sym = net, thetas, sym
-
-    def __call__(self, k: int, others: list[int], perms: list[Perm]) -> Perm:
-        placed = [self.sym.permute(self.thetas[i], perms[i]) for i in others]
-        mean = combine(placed, [1 / len(placed)] * len(placed))
-        return matchers.by_weights(self.net, mean, self.thetas[k], self.sym, start=perms[k])
+def _by_weights(
+    net: nn.Module, thetas: Sequence[Theta], sym: Symmetry,
+    k: int, others: list[int], perms: list[Perm]
+) -> Perm:  # fmt: skip
+    """Network k matched by its weights to the mean of the others."""
+    placed = [sym.permute(thetas[i], perms[i]) for i in others]
+    mean = combine(placed, [1 / len(placed)] * len(placed))
+    return matchers.by_weights(net, mean, thetas[k], sym, start=perms[k])
 
 
-class _ByActivations:
-    """One network matched to others by similarities [units of i, units of k], which are summed."""
-
-    def __init__(self, parts: dict[str, Blocks], seen: dict[tuple[int, int, str], Tensor]) -> None:
-        self.parts, self.seen = parts, seen
-
-    def __call__(self, k: int, others: list[int], perms: list[Perm]) -> Perm:
-        perm = dict(perms[k])
-        for name, blocks in self.parts.items():
-            similar: dict[tuple[str, ...], Tensor] = {}
-            for names in zip(*blocks, strict=True):
-                rows = [self.seen[i, k, names[0]][_flat(name, names, perms[i])] for i in others]
-                similar[names] = torch.stack(rows).sum(0)
-            better = perm | solve(name, blocks, [tiles(s, len(blocks)) for s in similar.values()])
-
-            gain = _value(name, better, similar) - (now := _value(name, perm, similar))
-            if gain > 1e-9 * abs(now):
-                perm = better
-        return perm
+def _by_activations(
+    parts: dict[str, Blocks], seen: Seen, k: int, others: list[int], perms: list[Perm]
+) -> Perm:
+    """Network k matched to the others by their similarities, which are summed."""
+    perm = dict(perms[k])
+    for name, blocks in parts.items():
+        similar: dict[tuple[str, ...], Tensor] = {}
+        for names in zip(*blocks, strict=True):
+            rows = [seen[i, k, names[0]][_flat(name, names, perms[i])] for i in others]
+            similar[names] = torch.stack(rows).sum(0)
+        better = perm | solve(name, blocks, [tiles(s, len(blocks)) for s in similar.values()])
+        gain = _value(name, better, similar) - (now := _value(name, perm, similar))
+        if gain > 1e-9 * abs(now):
+            perm = better
+    return perm
 
 
 def _value(name: str, perm: Perm, similar: dict[tuple[str, ...], Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def statistics(
     layers = layers or _layers(net, theta, images)
     sums: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def take(name: str, module: nn.Module, y: Tensor) -> None:
+    def take(name: str, module: nn.Module, _: object, y: Tensor) -> None:
         x = y.movedim(1 if isinstance(module, CONVOLUTIONS) else -1, -1).flatten(0, -2).double()
         count = x.new_tensor(len(x)).expand(x.shape[1])
         sums[name].append(torch.stack([count, x.sum(0), x.square().sum(0)]))
@@ -87,15 +88,11 @@ def _layers(net: nn.Module, theta: Theta, images: Split) -> list[str]:
 
 @contextmanager
 def _heard(
-    net: nn.Module, layers: list[str], take: Callable[[str, nn.Module, Tensor], None]
+    net: nn.Module, layers: list[str], take: Callable[[str, nn.Module, object, Tensor], None]
 ) -> Iterator[None]:
-    """For a while, `take` gets the name, the layer and its output whenever one of `layers` ran."""
+    """For a while, `take` gets name, layer, inputs and output whenever one of `layers` ran."""
     with ExitStack() as stack:
         for name in layers:
-
-            def hook(m: nn.Module, _: object, y: Tensor, name: str = name) -> None:
-                take(name, m, y)
-
-            handle = net.get_submodule(name).register_forward_hook(hook)
+            handle = net.get_submodule(name).register_forward_hook(partial(take, name))
             stack.callback(handle.remove)
         yield

@@ -199,12 +199,28 @@ def test_no_common_order_of_three_is_better_at_one_model() -> None:
             assert total(orders) <= best + 1e-6
 
 
-def test_three_permutations_agree_around_the_cycle() -> None:
-    net, data, thetas, sym = trained()
-    one, two, three = merge.match_many(net, thetas, data.train, sym)
-    to = lambda p, q: sym.compose(p, sym.inverse(q))  # noqa: E731  # p's model into q's order
-    around = sym.compose(sym.compose(to(one, two), to(two, three)), to(three, one))
-    assert same(around, sym.identity())
+def test_one_order_brings_more_together_than_matching_each_to_the_first() -> None:
+    """Where pairwise matchings contradict each other around a cycle."""
+    net, data = plain(), task()
+    thetas = [train.initialise(net, seed) for seed in range(1, 5)]
+    sym = symmetry.find(net, data.example)
+
+    def to(i: int, j: int) -> Perm:  # brings network j into the order of i
+        return align.match(net, thetas[i], thetas[j], data.train, sym).perm
+
+    around = sym.compose(sym.compose(to(1, 2), to(0, 1)), to(2, 0))
+    assert not same(around, sym.identity())
+
+    def total(perms: list[Perm]) -> float:
+        placed = [sym.permute(x, p) for x, p in zip(thetas, perms, strict=True)]
+        found = (
+            align.match(net, a, b, data.train, sym, method="identity").after
+            for a, b in combinations(placed, 2)
+        )
+        return sum(float(c.sum()) for after in found for c in after.values())
+
+    pairwise = total([sym.identity(), *(to(0, j) for j in (1, 2, 3))])
+    assert total(merge.match_many(net, thetas, data.train, sym)) > pairwise + 1
 
 
 def test_many_errors() -> None:
