@@ -79,10 +79,10 @@ def diagnose(
     """What is wrong with these two networks, or with their alignment; empty where nothing is.
 
     perm: the permutation of B in question (the identity, if B comes permuted); without it only the
-    pair is judged. images: how many of train and of val to use. every: harmless findings, too.
+    pair is judged. images: how many of train, and of those held out. every: harmless ones, too.
     Where a network itself is at fault (one of `ENDS`) nothing is said about the pair.
     """
-    few = replace(task, train=task.train.first(images), val=task.val.first(images))
+    few = replace(task, train=task.train.first(images), val=task.held_out.first(images))
     found = [f for end in (("A", theta_a), ("B", theta_b)) for f in _end(net, *end, few)]
     if not any(f.serious and f.fault in ENDS for f in found):
         found += _pair(net, theta_a, theta_b, few, sym)
