@@ -87,10 +87,10 @@ def batchnorm(
         fresh[name].zero_()
     with mode(net, training=False), torch.no_grad():
         try:
-            for norm in momenta:
-                norm.train().momentum = None  # plain averages
             batches = split.batches(min(batch_size, len(split)), drop_last=True)
-            for x, _ in attacked(net, theta, batches, perturb):
+            for k, (x, _) in enumerate(attacked(net, theta, batches, perturb), 1):
+                for norm in momenta:
+                    norm.train().momentum = 1 / k  # plain averages; for None, PyTorch would wait
                 functional_call(net, fresh, (x,))
         finally:
             for norm, momentum in momenta.items():

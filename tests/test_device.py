@@ -1,7 +1,7 @@
 """A GPU's work without a GPU: fake tensors have a device and shapes, and no values.
 
-Work that mixes devices raises, and so does work that looks at a value: on a GPU that would empty its
-queue in every step. Transfers as such are not seen. Backward passes are left out, since PyTorch
+Work that mixes devices raises, and so does work that looks at a value: on a GPU that would empty
+its queue in every step. Transfers as such are not seen. Backward passes are left out, since PyTorch
 asks a real GPU for them.
 """
 
@@ -88,9 +88,11 @@ def of_moments() -> Tensor:
 
 
 def of_evaluation() -> Tensor:
+    """BatchNorm recomputed, then predictions."""
     images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, device=GPU)
     split = Split(images, torch.randint(0, 10, (20,), device=GPU))
-    return evaluate.probabilities(NET, there(1).points[0], split, batch_size=8)
+    theta = evaluate.batchnorm(NET, there(1).points[0], split, batch_size=8)
+    return evaluate.probabilities(NET, theta, split, batch_size=8)
 
 
 @pytest.mark.parametrize(
