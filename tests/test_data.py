@@ -610,7 +610,7 @@ class TestTinyImageNet:
 
 
 def test_the_input_pipeline_benchmark_runs() -> None:
-    command = [sys.executable, ROOT / "benchmarks/input_pipeline.py", "--images", "256"]
-    run = subprocess.run([*command, "--rounds", "1"], check=True, capture_output=True, text=True)
+    command = [sys.executable, ROOT / "benchmarks/input_pipeline.py", "--images", "2048"]
+    run = subprocess.run([*command, "--rounds", "3"], check=True, capture_output=True, text=True)
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["ratio"] > 1
