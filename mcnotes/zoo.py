@@ -211,7 +211,7 @@ class Experiment:
     ) -> evaluate.Path:  # fmt: skip
         """Loss and accuracy along the curve, robust ones if there is an `attack`.
 
-        split: "train", "val" or "test", of which the first `images` (default all).
+        split: "train", "val", "held_out" or "test"; of it the first `images` (default all).
         statistics_attack: that on the images for BatchNorm.
         """
         config = self.path_config(a, b, method, shape)
