@@ -1,9 +1,9 @@
 """What neuron alignment costs beside the two forward passes that it cannot do without.
 
 Compares, over the same images in the same order, (a) a forward pass of network A and one of network
-B in evaluation mode at `--batch` images, (b) `mcnotes.align.stream` at the same batch, (c) that in
-micro-batches of 64, the default on a CPU, and (d) nothing but the forward passes of (c). Rounds of
-all alternate in one process, in changing order; ratios are medians of the rounds' ratios. The
+B in evaluation mode at `--batch` images, (b) `mcnotes.matching.stream` at the same batch, (c) that
+in micro-batches of 64, the default on a CPU, and (d) nothing but the forward passes of (c). Rounds
+of all alternate in one process, in changing order; ratios are medians of the rounds' ratios. The
 assignments themselves, and finding the symmetry, are not part of it: they are timed apart.
 
 Freed memory stays in the process, so that page faults do not count. `as_it_is` has the same ratios
@@ -36,8 +36,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from mcnotes import align, models, symmetry, train
+from mcnotes import matching, models, symmetry, train
 from mcnotes.data import Split
+from mcnotes.matching import activations
 
 STORED = 50_000
 RATIOS = ("ratio_to_two_forwards", "ratio_micro_batches", "two_forwards_s")
@@ -80,9 +81,9 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
                     torch.func.functional_call(net, theta, (x,))
 
     cpu = images.images.device.type == "cpu"
-    cores, size = (torch.get_num_threads(), 64) if cpu else (1, 512)  # as `align.stream` does
+    cores, size = (torch.get_num_threads(), 64) if cpu else (1, 512)  # as `matching.stream` does
 
-    def share_of_forwards(share: Split) -> align.Streams:
+    def share_of_forwards(share: Split) -> activations.Streams:
         own = copy.deepcopy(net)  # which threads cannot share
         with torch.no_grad():
             for x, _ in share.batches(size):
@@ -92,11 +93,11 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 
     work = {
         "forwards": forwards,
-        "micro forwards": lambda: align._side_jobs(
-            share_of_forwards, [images.first(size), *align._shares(images, size, cores)]
+        "micro forwards": lambda: activations._side_jobs(
+            share_of_forwards, [images.first(size), *activations._shares(images, size, cores)]
         ),
-        "same batch": lambda: align.stream(net, *thetas, images, sym, batch_size=args.batch),
-        "micro-batches": lambda: align.stream(net, *thetas, images, sym),
+        "same batch": lambda: activations.stream(net, *thetas, images, sym, batch_size=args.batch),
+        "micro-batches": lambda: activations.stream(net, *thetas, images, sym),
     }
     for each in work.values():
         each()
@@ -112,7 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     numbers = 2 * sum(t.numel() for t in taps) * len(images) / len(x)
     large = torch.ones(2**26, device=images.images.device)
     reading = timing.seconds(large.sum, args.device, 10) / large.numel() * numbers
-    whole = timing.seconds(lambda: align.match(net, *thetas, images.first(64), sym), args.device)
+    whole = timing.seconds(lambda: matching.match(net, *thetas, images.first(64), sym), args.device)
 
     def ratio(name: str) -> float:
         return round(statistics.median(r[name] / r["forwards"] for r in rounds), 3)
@@ -152,7 +153,7 @@ def main() -> None:
         import resource
 
         net, thetas, images, sym = set_up(args, args.stored)
-        align.match(net, *thetas, images.first(args.memory_of), sym, batch_size=args.batch)
+        matching.match(net, *thetas, images.first(args.memory_of), sym, batch_size=args.batch)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     found = measure(args)

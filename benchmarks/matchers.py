@@ -1,9 +1,9 @@
 """Every way to match, on the same pairs of networks (chapter 9).
 
-Compares the methods of `mcnotes.align.match`: the identity, a random order, activations, weights,
-the loss at the middle (straight through, and by Sinkhorn's scaling). Networks: TinyTen, ResNet20
-and GoogLeNet with BatchNorm, a transformer with LayerNorm, multilayer perceptrons of seven widths
-and a deep one without normalisation, three pairs of seeds each, on the embedded data set.
+Compares the methods of `mcnotes.matching.match`: the identity, a random order, activations,
+weights, the loss at the middle (straight through, and by Sinkhorn's scaling). Networks: TinyTen,
+ResNet20 and GoogLeNet with BatchNorm, a transformer with LayerNorm, multilayer perceptrons of seven
+widths and a deep one without normalisation, three pairs of seeds each, on the embedded data set.
 
 For every cell: the barrier and the lowest accuracy on the straight line (test images, BatchNorm
 recomputed on training images at every point), the mean correlation of matched units (training
@@ -34,10 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mcnotes import align, curves, evaluate, matchers, models, repair, store, train
+from mcnotes import cache, curves, evaluate, matching, models, train
 from mcnotes.curves import Theta
 from mcnotes.data import Split
-from mcnotes.zoo import Experiment
+from mcnotes.lab import Experiment
+from mcnotes.matching import loss, methods
 
 METHODS = ("identity", "random", "activations", "weights", "straight-through", "sinkhorn")
 WIDTHS = (8, 16, 32, 64, 128, 256, 512)  # of two hidden layers
@@ -134,7 +135,7 @@ def middle(name: str, ends: tuple[Theta, Theta]) -> dict[str, float]:
     if normalisation == "BatchNorm":
         mended = evaluate.batchnorm(net, half, known)
     elif normalisation == "none":
-        mended = repair.repair(net, half, ends, known)
+        mended = matching.repair(net, half, ends, known)
     else:
         return found
     return found | {"mended": evaluate.score(net, mended, test).loss}
@@ -143,20 +144,20 @@ def middle(name: str, ends: tuple[Theta, Theta]) -> dict[str, float]:
 def walk(name: str, curve: curves.Curve) -> dict[str, Any]:
     """Along a path."""
     known, test = splits(name)
-    path = evaluate.along(CASES[name][0].net, curve, test, statistics=known, points=POINTS)
+    path = evaluate.profile(CASES[name][0].net, curve, test, statistics=known, points=POINTS)
     return {"barrier": path.barrier, "min_accuracy": path.min_accuracy,
             "loss": path.loss.tolist(), "accuracy": path.accuracy.tolist()}  # fmt: skip
 
 
-def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> tuple[align.Matching, float]:
-    """As `align.match`; and the CPU seconds of the matching alone."""
+def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> tuple[matching.Matching, float]:
+    """As `matching.match`; and the CPU seconds of the matching alone."""
     args = lab.net, a, b, lab.task.train.first(lab.match_images), lab.sym
     start = time.process_time()  # what runs beside it does not count
     if method == "activations":
-        return align.match(*args), time.process_time() - start
-    perm = matchers.METHODS[method](*args, seed)
+        return matching.match(*args), time.process_time() - start
+    perm = methods.METHODS[method](*args, seed)
     seconds = time.process_time() - start
-    found = align.match(lab.net, a, lab.sym.permute(b, perm), *args[3:], method="identity")
+    found = matching.match(lab.net, a, lab.sym.permute(b, perm), *args[3:], method="identity")
     return dataclasses.replace(found, perm=perm), seconds
 
 
@@ -178,7 +179,7 @@ def configuration(cell: Cell) -> dict[str, Any]:
                               "method": method, "match_images": lab.match_images, "clock": "CPU",
                               "statistics": KNOWN, "points": POINTS, "tested": TESTED}  # fmt: skip
     config |= {"curve_epochs": curve_epochs} if curve_epochs else {}
-    config |= {"lr": matchers.RATES[method]} if method in matchers.RATES else {}
+    config |= {"lr": loss.RATES[method]} if method in loss.RATES else {}
     return config | ({"half": True} if name in LARGE else {})
 
 
@@ -201,20 +202,22 @@ def measure(cell: Cell) -> dict[str, Any]:
             row["curve"] = {"epochs": curve_epochs} | walk(name, curve)
         return row
 
-    row: dict[str, Any] = store.values(config, compute)
-    return row | {"width": lab.width, "provenance": store.origin(config)}
+    row: dict[str, Any] = cache.values(config, compute)
+    return row | {"width": lab.width, "provenance": cache.origin(config)}
 
 
 def choose(name: str, rates: list[float], pairs: tuple[tuple[int, int], ...]) -> None:
     """Step sizes of the methods that descend, by the validation loss at the middle."""
     lab = CASES[name][0]
     known, matched = lab.task.train.first(KNOWN), lab.task.train.first(lab.match_images)
-    for action in matchers.ACTIONS:
+    for action in loss.ACTIONS:
         for lr in rates:
             losses = []
             for a, b in pairs:
                 one, two = lab.endpoint(a), lab.endpoint(b)
-                perm = matchers.by_loss(lab.net, one, two, matched, lab.sym, action=action, lr=lr)
+                perm = matching.loss_matching(
+                    lab.net, one, two, matched, lab.sym, action=action, lr=lr
+                )
                 half = curves.line(one, lab.sym.permute(two, perm))(0.5)
                 fresh = evaluate.batchnorm(lab.net, half, known)
                 losses.append(round(evaluate.score(lab.net, fresh, lab.task.val).loss, 4))
@@ -227,14 +230,14 @@ def save(rows: list[dict[str, Any]]) -> None:
     origins = [row.pop("provenance") for row in rows]
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     record = {"methods": METHODS, "tested": TESTED, "points": POINTS, "statistics": KNOWN,
-              "rates": matchers.RATES, "collected": today}  # fmt: skip
+              "rates": loss.RATES, "collected": today}  # fmt: skip
     for name in ("hardware", "torch", "commit"):
         record[name] = sorted({origin[name] for origin in origins})
-    head = json.dumps(record | {"provenance": store.provenance(0.0)}, indent=1)
+    head = json.dumps(record | {"provenance": cache.provenance(0.0)}, indent=1)
     text = ",\n".join(json.dumps(row) for row in rows)
     lines = re.sub(r"\d+\.\d{6,}", lambda number: f"{float(number[0]):.5f}", text)
     text = head.removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
-    store.write_atomic(store.ROOT / "data" / "results" / "matchers.json", text.encode())
+    cache.write_atomic(cache.ROOT / "data" / "results" / "matchers.json", text.encode())
 
 
 def main() -> None:
@@ -253,7 +256,7 @@ def main() -> None:
         return
     rows = []
     for cell in cells(args.networks, args.pairs, args.methods, args.curve_epochs):
-        if args.save and not store.origin(configuration(cell)):
+        if args.save and not cache.origin(configuration(cell)):
             continue
         rows.append(measure(cell))
         shown = {n: rows[-1][n] for n in ("network", "pair", "method", "seconds")}

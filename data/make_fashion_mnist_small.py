@@ -4,7 +4,7 @@
     python data/make_fashion_mnist_small.py --download    # or let torchvision fetch them
 
 Of each of the ten classes it takes 1,200 training and 300 test images of Fashion-MNIST: the first
-in the order of `mcnotes.sources.fair_order`, that is, by the hash of their pixels. Images that
+in the order of `mcnotes.data.sources.fair_order`, that is, by the hash of their pixels. Images that
 occur more than once, in either set, are left out. The same files give the same bytes.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mcnotes.sources import fair_order
+from mcnotes.data.sources import fair_order
 
 HERE = Path(__file__).resolve().parent
 CLASS_NAMES = (

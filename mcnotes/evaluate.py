@@ -98,7 +98,7 @@ def batchnorm(
     return fresh
 
 
-class Path(NamedTuple):
+class Profile(NamedTuple):
     """What was measured along a curve, all arrays [points]. Accuracies are shares of 1."""
 
     t: Array
@@ -124,10 +124,10 @@ class Path(NamedTuple):
         return float(np.trapezoid(self.accuracy, self.arc) / length if length else self.accuracy[0])
 
 
-def along(
+def profile(
     net: nn.Module, curve: Curve, split: Split, *, statistics: Split | None, points: int = 25,
     perturb: Perturb | None = None, perturb_statistics: Perturb | None = None
-) -> Path:  # fmt: skip
+) -> Profile:  # fmt: skip
     """Loss and accuracy on `split` at `points` equidistant t in [0, 1].
 
     statistics: the (training) images on which BatchNorm is recomputed at every point; None leaves
@@ -135,12 +135,12 @@ def along(
     the images of `split` at every point, perturb_statistics: that on the images of `statistics`.
     """
     if points < 2:
-        raise ValueError(f"along: got points={points}, expected at least 2 (both ends)")
+        raise ValueError(f"profile: got points={points}, expected at least 2 (both ends)")
     ts = torch.linspace(0, 1, points, dtype=torch.float64)
     bar = tqdm(ts.tolist(), desc="along the curve", leave=False)
     loss, accuracy = _scores(net, map(curve, bar), split, statistics, perturb, perturb_statistics).T
     arc = curve.lengths(ts, names=dict(net.named_parameters()))
-    return Path(ts.numpy(), arc.numpy(), loss, accuracy)
+    return Profile(ts.numpy(), arc.numpy(), loss, accuracy)
 
 
 class Plane(NamedTuple):
@@ -161,7 +161,7 @@ def plane(
     """Evaluate a `resolution`² grid of the plane through three networks (paper, section 5).
 
     margin: how far the grid goes beyond the corners, as a share of their extent. `statistics` and
-    `perturb` as in `along`, in each cell. Raises ValueError when the three lie on one line.
+    `perturb` as in `profile`, in each cell. Raises ValueError when the three lie on one line.
     """
     at = coordinates(net, corners)
     pad = margin * np.ptp(at, axis=0).max()

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from mcnotes import evaluate
 from mcnotes.attacks import Perturb
+from mcnotes.cache import Checkpoint
 from mcnotes.curves import Curve, Theta, views
 from mcnotes.data import Task
-from mcnotes.store import Checkpoint
 
 
 class TrainingError(RuntimeError):
@@ -123,8 +123,8 @@ def fit_curve(
     """Train the inner control points of `curve`: minimise E_{t~U[0,1]} L(r(t)) (paper, eq. 2).
 
     The end points stay as they are. Arguments as in `fit`; `pull` adds ½ pull ‖φ − φ_old‖², φ_old
-    being the inner points that come in (`mcnotes.pam`). BatchNorm statistics of inner points are
-    those of the mixture: recompute them wherever the curve is evaluated (`evaluate.along`).
+    being the inner points that come in (`matching.pam`). BatchNorm statistics of inner points are
+    those of the mixture: recompute them wherever the curve is evaluated (`evaluate.profile`).
     """
     if curve.degree < 2:
         raise TrainingError(f"fit_curve: a curve of degree {curve.degree} has no inner point to "

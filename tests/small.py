@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mcnotes.augment import Augment
+from mcnotes.cache import Checkpoint
 from mcnotes.data import Split, Task
-from mcnotes.store import Checkpoint
+from mcnotes.data.augment import Augment
 
 
 def task(n: int = 96, seed: int = 0, augment: Augment | None = None) -> Task:

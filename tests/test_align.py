@@ -10,11 +10,12 @@ import torch
 from small import normed, plain, task
 from torch import nn
 
-from mcnotes import align, curves, evaluate, models, symmetry, train
-from mcnotes.align import AlignmentError, Moments
-from mcnotes.bundles import bundles
+from mcnotes import curves, evaluate, matching, models, symmetry, train
 from mcnotes.curves import Theta
 from mcnotes.data import Split, Task
+from mcnotes.matching import activations
+from mcnotes.matching.activations import AlignmentError, Moments
+from mcnotes.matching.assignment import bundles
 
 
 def noisy(theta: Theta, seed: int, level: float = 1e-3) -> Theta:
@@ -67,7 +68,7 @@ def test_every_image_is_followed_once_whatever_the_number_of_cores(size: int, im
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(align.stream(net, theta, other, data, sym, batch_size=size))
+            found.append(activations.stream(net, theta, other, data, sym, batch_size=size))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -176,13 +177,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("at", ["post", "pre"])
-def test_planted_permutation_is_recovered(name: str, at: align.At) -> None:
+def test_planted_permutation_is_recovered(name: str, at: activations.At) -> None:
     net, images = NETWORKS[name](), pictures(128)
     theta = train.initialise(net, 1)
     sym = symmetry.find(net, next(images.batches(2))[0])
     planted = sym.random(torch.Generator().manual_seed(2))
     copy = sym.permute(noisy(theta, 3), planted)
-    found = align.match(net, theta, copy, images, sym, at=at)
+    found = matching.match(net, theta, copy, images, sym, at=at)
     back = sym.permute(copy, found.perm)
     undone = sym.permute(copy, sym.inverse(planted))
     for group, p in sym.compose(planted, found.perm).items():
@@ -210,13 +211,13 @@ def test_from_two_networks_to_a_curve(name: str) -> None:
     data = Task("noise", split, split, split, ("a", "b", "c"))
     a, b = (train.initialise(net, s) for s in (1, 2))
     sym = symmetry.find(net, data.example)
-    perm = align.match(net, a, b, split, sym).perm
+    perm = matching.match(net, a, b, split, sym).perm
     assert any(not torch.equal(p, torch.arange(len(p))) for p in perm.values())
     curve = curves.bezier(a, sym.permute(b, perm))
     recipe = train.Recipe(1, batch_size=8, lr=0.01, augment=False)
     fitted = train.fit_curve(net, curve, data, recipe, seed=3).curve
     line, path = (
-        evaluate.along(net, c, split, statistics=split, points=3)
+        evaluate.profile(net, c, split, statistics=split, points=3)
         for c in (curves.line(a, b), fitted)
     )
     assert path.loss[[0, 2]] == pytest.approx(line.loss[[0, 2]], rel=1e-4)  # the same functions
@@ -235,9 +236,9 @@ def test_matching_is_the_best_of_all_permutations() -> None:
     )
     a, b = (train.initialise(net, s) for s in (1, 2))
     sym = symmetry.find(net, data.example)
-    found = align.match(net, a, b, data.train, sym)
+    found = matching.match(net, a, b, data.train, sym)
     ((group, p),) = found.perm.items()
-    matrix = align.stream(net, a, b, data.train, sym)[group][0].correlation()
+    matrix = activations.stream(net, a, b, data.train, sym)[group][0].correlation()
     best = max(permutations(range(5)), key=lambda q: sum(matrix[i, j] for i, j in enumerate(q)))
     assert p.tolist() == list(best)
     torch.testing.assert_close(found.after[group], matrix[range(5), best])
@@ -248,7 +249,7 @@ def test_batch_size_does_not_matter() -> None:
     a, b = (train.initialise(net, s) for s in (1, 2))
     sym = symmetry.find(net, data.example)
     small, large = (
-        align.match(net, a, b, data.train, sym, batch_size=n) for n in (7, len(data.train))
+        matching.match(net, a, b, data.train, sym, batch_size=n) for n in (7, len(data.train))
     )
     for group in small.after:
         torch.testing.assert_close(small.after[group], large.after[group], rtol=0, atol=1e-6)
@@ -259,12 +260,12 @@ def test_errors() -> None:
     sym = symmetry.find(net, data.example)
     theta = train.initialise(net, 1)
     with pytest.raises(AlignmentError, match="got 1 images, expected 2 or more"):
-        align.match(net, theta, theta, data.train.first(1), sym)
+        matching.match(net, theta, theta, data.train.first(1), sym)
     with pytest.raises(AlignmentError, match=r"'3\.bias' is"):
-        align.match(net, theta, theta | {"3.bias": torch.zeros(9)}, data.train, sym)
+        matching.match(net, theta, theta | {"3.bias": torch.zeros(9)}, data.train, sym)
     broken = theta | {"1.weight": theta["1.weight"] * torch.nan}
     with pytest.raises(AlignmentError, match="not finite"):
-        align.match(net, theta, broken, data.train, sym)
+        matching.match(net, theta, broken, data.train, sym)
 
 
 def test_heads_are_matched_with_the_units_within() -> None:
@@ -274,7 +275,7 @@ def test_heads_are_matched_with_the_units_within() -> None:
     net, images = Patches(width=6, heads=2), pictures(64)
     a, b = (train.initialise(net, s) for s in (1, 2))
     sym = symmetry.find(net, next(images.batches(2))[0])
-    found, moments = (f(net, a, b, images, sym) for f in (align.match, align.stream))
+    found, moments = (f(net, a, b, images, sym) for f in (matching.match, activations.stream))
     parts = {name: blocks for name, blocks in bundles(sym).items() if len(blocks) > 1}
     assert len(parts) == 2
     for name, blocks in parts.items():

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mcnotes import results
-from mcnotes.zoo import Experiment
+from mcnotes.lab import Experiment, results
 from tools import batch, notebooks, presets
 
 ROOT = presets.ROOT

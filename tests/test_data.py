@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mcnotes import data, sources
-from mcnotes.augment import Augment
-from mcnotes.data import DataError, Split, Task
+from mcnotes import data
+from mcnotes.data import DataError, Split, Task, sources
+from mcnotes.data.augment import Augment
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ROOT / "data" / "fashion-mnist-small.npz"
@@ -414,7 +414,7 @@ class TestLoad:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("MCNOTES_DATA", raising=False)
-        monkeypatch.setattr(data, "HOME", tmp_path / "site-packages/data")
+        monkeypatch.setattr(tasks, "HOME", tmp_path / "site-packages/data")
         with pytest.raises(DataError, match=r"not in its repository.*set MCNOTES_DATA"):
             data.default_folder()
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from mcnotes import attacks, augment, curves, evaluate, models, pam, symmetry, train
-from mcnotes.align import Moments
+from mcnotes import attacks, curves, evaluate, models, symmetry, train
 from mcnotes.curves import Theta
-from mcnotes.data import Split
+from mcnotes.data import Split, augment
+from mcnotes.matching import pam
+from mcnotes.matching.activations import Moments
 
 GPU = torch.device("cuda", 0)
 NET = models.build("tinyten", num_classes=10, in_channels=3, width=4)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from mcnotes import align, data, diagnose, models, symmetry, train
+from mcnotes import data, matching, models, symmetry, train
 from mcnotes.curves import Theta
 from mcnotes.data import Split, Task
-from mcnotes.diagnose import Finding
+from mcnotes.lab import Experiment, figures
+from mcnotes.matching import Finding
 from mcnotes.symmetry import Perm
-from mcnotes.zoo import Experiment
 
 IMAGES = 1_000
 
@@ -38,13 +38,13 @@ def diagnosed(
 ) -> dict[str, Finding]:
     one = lab(width, network)
     images = IMAGES if network == "mlp" else IMAGES // 2
-    found = diagnose.diagnose(one.net, a, b, one.task, one.sym, perm=perm, images=images)
+    found = matching.diagnose(one.net, a, b, one.task, one.sym, perm=perm, images=images)
     return {finding.fault: finding for finding in found}
 
 
 def matched(a: Theta, b: Theta) -> Perm:
     one = lab()
-    return align.match(one.net, a, b, one.task.train.first(IMAGES), one.sym).perm
+    return matching.match(one.net, a, b, one.task.train.first(IMAGES), one.sym).perm
 
 
 # --- Nothing where nothing is wrong ------------------------------------------------------------
@@ -63,9 +63,9 @@ def test_the_right_permutation_gives_no_finding() -> None:
 
 def test_every_rule_is_measured_and_harmless_findings_are_shown_on_request() -> None:
     one, a, b = lab(), end(1), end(2)
-    found = diagnose.diagnose(one.net, a, b, one.task, one.sym, perm=matched(a, b),
+    found = matching.diagnose(one.net, a, b, one.task, one.sym, perm=matched(a, b),
                               images=IMAGES, every=True)  # fmt: skip
-    assert {f.fault for f in found} == diagnose.RULES.keys()
+    assert {f.fault for f in found} == matching.FAULTS.keys()
     assert not any(f.serious for f in found)
     assert all("{" not in f.text for f in found)
 
@@ -83,7 +83,7 @@ def relearnt(change: Callable[[Split], Split]) -> Theta:
 def test_inverted_images_are_named() -> None:
     theta = relearnt(lambda s: Split(255 - s.images, s.labels))
     found = diagnosed(end(1), theta)
-    assert {"inputs"} <= found.keys() <= diagnose.ENDS, "and nothing about the pair"
+    assert {"inputs"} <= found.keys() <= matching.ENDS, "and nothing about the pair"
     assert "B is" in found["inputs"].text
     assert "inverted" in found["inputs"].text
 
@@ -118,7 +118,7 @@ def test_stale_statistics_are_named() -> None:
 def test_a_broken_network_is_named(value: float) -> None:
     theta = end(2) | {"head.weight": torch.full_like(end(2)["head.weight"], value)}
     found = diagnosed(end(1), theta)
-    assert {"broken"} <= found.keys() <= {*diagnose.ENDS, "statistics"}
+    assert {"broken"} <= found.keys() <= {*matching.ENDS, "statistics"}
     assert found["broken"].text.startswith("B is")
 
 
@@ -172,7 +172,7 @@ def apart() -> tuple[nn.Module, Task, Theta, Theta]:
 
 def test_networks_that_look_at_different_things_are_named_weak() -> None:
     net, task, a, b = apart()
-    found = diagnose.diagnose(net, a, b, task, symmetry.find(net, task.example))
+    found = matching.diagnose(net, a, b, task, symmetry.find(net, task.example))
     assert "weak" in {f.fault for f in found} <= {"weak", "under-trained"}
 
 
@@ -191,7 +191,7 @@ def deep() -> tuple[nn.Module, Task, Theta, Theta]:
 def test_units_that_hardly_vary_half_way_are_named() -> None:
     net, task, a, b = deep()
     sym = symmetry.find(net, task.example)
-    found = diagnose.diagnose(net, a, b, task, sym, images=IMAGES)
+    found = matching.diagnose(net, a, b, task, sym, images=IMAGES)
     assert {f.fault for f in found} == {"collapse"}
 
 
@@ -212,6 +212,6 @@ def test_a_permutation_that_was_not_applied_is_named() -> None:
 
 
 def test_the_report_is_a_table_of_the_findings() -> None:
-    text = diagnose.report([Finding("weak", 0.1, "matched units correlate by 0.10")]).data
+    text = figures.findings([Finding("weak", 0.1, "matched units correlate by 0.10")]).data
     assert "| weak | 0.1 | matched units correlate by 0.10 | other layers" in text
-    assert "nothing" in diagnose.report([]).data
+    assert "nothing" in figures.findings([]).data

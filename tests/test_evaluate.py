@@ -63,7 +63,7 @@ def test_no_batchnorm_is_a_copy() -> None:
 
 def test_path_quantities() -> None:
     t = np.linspace(0, 1, 5)
-    path = evaluate.Path(
+    path = evaluate.Profile(
         t, np.array([0, 1, 2, 3, 6.0]), np.array([1, 2, 5, 2, 3.0]), np.array([1, 0.5, 0, 0.5, 1])
     )
     assert path.barrier == pytest.approx(5 - 2)
@@ -73,7 +73,7 @@ def test_path_quantities() -> None:
 
 def test_a_curve_that_stays_has_no_barrier(pair: tuple[Theta, Theta]) -> None:
     data = task()
-    path = evaluate.along(
+    path = evaluate.profile(
         normed(), curves.line(pair[0], pair[0]), data.test, statistics=data.train, points=3
     )
     assert path.barrier == 0
@@ -84,14 +84,14 @@ def test_a_curve_that_stays_has_no_barrier(pair: tuple[Theta, Theta]) -> None:
 def test_along_recomputes_batchnorm_at_every_point(pair: tuple[Theta, Theta]) -> None:
     net, data = normed(), task()
     line = curves.line(*pair)
-    path = evaluate.along(net, line, data.test, statistics=data.train, points=5)
+    path = evaluate.profile(net, line, data.test, statistics=data.train, points=5)
     for t, loss in zip(path.t, path.loss, strict=True):
         theta = evaluate.batchnorm(net, line(float(t)), data.train)
         assert loss == evaluate.score(net, theta, data.test).loss
-    without = evaluate.along(net, line, data.test, statistics=None, points=5)
+    without = evaluate.profile(net, line, data.test, statistics=None, points=5)
     assert abs(without.loss[2] - path.loss[2]) > 1e-4
     with pytest.raises(ValueError, match="points=1, expected at least 2"):
-        evaluate.along(net, line, data.test, statistics=None, points=1)
+        evaluate.profile(net, line, data.test, statistics=None, points=1)
 
 
 def test_plane_passes_through_its_corners(pair: tuple[Theta, Theta]) -> None:

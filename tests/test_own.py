@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mcnotes import curves, own, symmetry, train
-from mcnotes.own import CheckpointError, DataError
+from mcnotes import checkpoints, curves, data, symmetry, train
+from mcnotes.checkpoints import CheckpointError
+from mcnotes.data import DataError, folders
 from tests import small
 from tools import chapters, notebooks, presets
 
@@ -93,7 +94,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 class TestBuild:
     def test_by_path_and_arguments(self, user: Path) -> None:
-        net = own.build("users_net:Net", {"classes": 4})
+        net = checkpoints.build("users_net:Net", {"classes": 4})
         assert type(net).__name__ == "Net"
         assert net.head.out_features == 4
         assert not net.training
@@ -119,13 +120,13 @@ class TestBuild:
         self, user: Path, factory: str, arguments: dict[str, Any], text: str
     ) -> None:
         with pytest.raises(ValueError, match=text):
-            own.build(factory, arguments)
+            checkpoints.build(factory, arguments)
 
 
 class TestNormalised:
     def test_shifts_scales_and_repeats_without_a_name_of_its_own(self) -> None:
         plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 3))
-        net = own.normalised(plain, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), channels=3)
+        net = checkpoints.normalised(plain, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), channels=3)
         x = torch.rand(5, 1, 12, 12)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
         assert torch.allclose(net(x), plain((x.expand(-1, 3, -1, -1) - mean) / std), atol=1e-5)
@@ -135,29 +136,29 @@ class TestNormalised:
     def test_repeated_channels_are_no_units(self) -> None:
         """They are exchangeable, but there is nothing in it to align."""
         plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 3))
-        net = own.normalised(plain, (0.5,), (0.25,), channels=3)
+        net = checkpoints.normalised(plain, (0.5,), (0.25,), channels=3)
         sym = symmetry.find(net, torch.rand(2, 1, 12, 12))
         assert [g.size for g in sym.groups.values()] == [4]
         sym.verify(net, torch.rand(2, 1, 12, 12))
 
     def test_by_itself_it_changes_nothing(self) -> None:
         net, x = small.plain(), torch.rand(5, 1, 12, 12)
-        assert torch.equal(own.normalised(net)(x), net(x))
+        assert torch.equal(checkpoints.normalised(net)(x), net(x))
 
 
 class TestCheck:
     def test_the_network_must_fit_the_images(self) -> None:
         task = small.task(6)
-        own.check(small.normed(), task)
+        checkpoints.check(small.normed(), task)
         with pytest.raises(
             CheckpointError, match=r"\[2, 1, 12, 12\].*mind channels and image_size"
         ):
-            own.check(nn.Linear(3, 3), task)
+            checkpoints.check(nn.Linear(3, 3), task)
 
     def test_the_head_must_fit_the_classes(self) -> None:
         net = nn.Sequential(nn.Flatten(), nn.Linear(144, 1000))
         with pytest.raises(CheckpointError, match=r"1000.*expected \(2, 3\), for .'top'"):
-            own.check(net, small.task(6))
+            checkpoints.check(net, small.task(6))
 
     def test_what_gives_no_tensor_is_refused(self) -> None:
         class Two(nn.Module):
@@ -165,7 +166,7 @@ class TestCheck:
                 return x, x
 
         with pytest.raises(CheckpointError, match="makes tuple, expected"):
-            own.check(Two(), small.task(6))
+            checkpoints.check(Two(), small.task(6))
 
 
 WRAPS: dict[str, Callable[[State], Any]] = {
@@ -204,7 +205,7 @@ class TestLoad:
             save_file(dict(held), path)
         else:
             torch.save(held, path)
-        found = own.load(path, small.normed())
+        found = checkpoints.load(path, small.normed())
         expected = dict(state)
         if wrap == "without counters":
             expected["1.num_batches_tracked"] = torch.tensor(0)
@@ -228,7 +229,7 @@ class TestLoad:
             held = {data.draw(words): held, "step": 7}
         path = tmp_path_factory.mktemp("any") / "a.pt"
         torch.save(held, path)
-        found = own.load(path, small.plain())
+        found = checkpoints.load(path, small.plain())
         assert equal(found.theta, state)
         assert found.part.endswith(before.replace("_orig_mod.", ""))
 
@@ -237,13 +238,15 @@ class TestLoad:
         path = tmp_path / "a.pt"
         torch.save({"model": one, "ema": {f"module.{n}": x for n, x in two.items()}}, path)
         with pytest.raises(CheckpointError, match=r"\['model/', 'ema/module.'\]: name one"):
-            own.load(path, small.normed())
-        assert equal(own.load(path, small.normed(), "model").theta, one)
-        assert equal(own.load(path, small.normed(), "ema/module").theta, two)
+            checkpoints.load(path, small.normed())
+        assert equal(checkpoints.load(path, small.normed(), "model").theta, one)
+        assert equal(checkpoints.load(path, small.normed(), "ema/module").theta, two)
         with pytest.raises(CheckpointError, match="name one as `part`"):
-            own.load(path, small.normed(), "swa")
+            checkpoints.load(path, small.normed(), "swa")
         torch.save({"model": one, "best": one}, path)
-        assert equal(own.load(path, small.normed()).theta, one), "the same twice is no question"
+        assert equal(checkpoints.load(path, small.normed()).theta, one), (
+            "the same twice is no question"
+        )
 
     def test_buffers_that_no_file_holds_come_along(self, tmp_path: Path) -> None:
         class Net(nn.Module):
@@ -257,10 +260,10 @@ class TestLoad:
 
         net, path = Net(), tmp_path / "a.pt"
         torch.save(net.state_dict(), path)
-        theta = own.load(path, net).theta
+        theta = checkpoints.load(path, net).theta
         curve = curves.bezier(theta, {n: x + 0 for n, x in theta.items()})
         train.fit_curve(net, curve, small.task(12), train.Recipe(1), seed=0)
-        own.save(path.with_suffix(".safetensors"), theta, net)
+        checkpoints.save(path.with_suffix(".safetensors"), theta, net)
         assert load_file(path.with_suffix(".safetensors")).keys() == net.state_dict().keys()
 
     def test_nothing_that_comes_in_is_changed_by_what_is_done(self, tmp_path: Path) -> None:
@@ -268,9 +271,9 @@ class TestLoad:
         path, net = tmp_path / "a.pt", small.normed()
         torch.save(state, path)
         before = {n: x.clone() for n, x in net.state_dict().items()}
-        own.load(path, net).theta["0.weight"].zero_()
+        checkpoints.load(path, net).theta["0.weight"].zero_()
         assert equal(net.state_dict(), before)
-        assert equal(own.load(path, net).theta, state)
+        assert equal(checkpoints.load(path, net).theta, state)
 
 
 def broken(change: Callable[[State], Any]) -> Callable[[Path], None]:
@@ -357,8 +360,8 @@ class TestRefusals:
         write, text = REFUSED[what]
         path = tmp_path / "theirs.pt"
         write(path)
-        with pytest.raises(CheckpointError, match=f"(?s)^own.load: .*theirs.pt.*{text}"):
-            own.load(path, small.normed())
+        with pytest.raises(CheckpointError, match=f"(?s)^checkpoints.load: .*theirs.pt.*{text}"):
+            checkpoints.load(path, small.normed())
 
     def test_no_code_runs(self, tmp_path: Path) -> None:
         class Trap:
@@ -367,7 +370,7 @@ class TestRefusals:
 
         torch.save({"state_dict": states(1)[0], "extra": Trap()}, tmp_path / "a.pt")
         with pytest.raises(CheckpointError, match="to unpickle more can run any code"):
-            own.load(tmp_path / "a.pt", small.normed())
+            checkpoints.load(tmp_path / "a.pt", small.normed())
         assert not (tmp_path / "ran").exists()
 
     def test_a_damaged_safetensors_file(self, tmp_path: Path) -> None:
@@ -375,18 +378,18 @@ class TestRefusals:
         save_file(states(1)[0], path)
         path.write_bytes(path.read_bytes()[:-9])
         with pytest.raises(CheckpointError, match="cannot be read"):
-            own.load(path, small.normed())
+            checkpoints.load(path, small.normed())
 
     def test_one_network_twice(self, tmp_path: Path) -> None:
         one, two = states()
         same = {f"module.{n}": x for n, x in one.items()}
         for name, state in {"a": one, "b": two, "c": same}.items():
             torch.save(state, tmp_path / name)
-        found = own.pair(tmp_path / "a", tmp_path / "b", small.normed())
+        found = checkpoints.load_pair(tmp_path / "a", tmp_path / "b", small.normed())
         assert [equal(x.theta, s) for x, s in zip(found, (one, two), strict=True)] == [True, True]
         assert found[0].sha256 != found[1].sha256
         with pytest.raises(CheckpointError, match=r"both files hold the same weights"):
-            own.pair(tmp_path / "a", tmp_path / "c", small.normed())
+            checkpoints.load_pair(tmp_path / "a", tmp_path / "c", small.normed())
 
 
 def pictures(
@@ -405,12 +408,12 @@ def pictures(
 
 class TestDataset:
     def test_by_name(self) -> None:
-        task = own.dataset("fashion-mnist-small", image_size=14, device="cpu")
+        task = data.dataset("fashion-mnist-small", image_size=14, device="cpu")
         assert task.example.shape == (2, 1, 14, 14)
 
     def test_folders_of_three_splits_are_taken_as_they_are(self, tmp_path: Path) -> None:
         pictures(tmp_path, {"train": 8, "val": 3, "test": 4})
-        task = own.dataset(str(tmp_path), device="cpu")
+        task = data.dataset(str(tmp_path), device="cpu")
         assert [len(s) for s in (task.train, task.val, task.test)] == [24, 9, 12]
         assert task.class_names == ("bottom", "middle", "top")
         assert task.example.shape == (2, 1, 12, 12), "grey pictures have one channel"
@@ -433,7 +436,7 @@ class TestDataset:
         self, counts: dict[str, int], sizes: list[int], tmp_path: Path
     ) -> None:
         pictures(tmp_path, counts)
-        one, two = (own.dataset(str(tmp_path), device="cpu") for _ in range(2))
+        one, two = (data.dataset(str(tmp_path), device="cpu") for _ in range(2))
         splits = [one.train, one.val, one.test]
         assert [len(s) for s in splits] == sizes
         assert all(
@@ -448,8 +451,8 @@ class TestDataset:
         pictures(tmp_path, {"train": 4, "val": 4, "test": 2}, size=(14, 12), mode="RGB")
         Image.new("L", (30, 20)).save(tmp_path / "train" / "top" / "odd.png")
         with pytest.raises(DataError, match=r"differ in size.*odd.png.*pass an image_size"):
-            own.dataset(str(tmp_path), device="cpu")
-        task = own.dataset(str(tmp_path), image_size=10, device="cpu")
+            data.dataset(str(tmp_path), device="cpu")
+        task = data.dataset(str(tmp_path), image_size=10, device="cpu")
         assert task.example.shape == (2, 3, 10, 10)
 
     def test_files_at_fault_are_named(self, tmp_path: Path) -> None:
@@ -457,14 +460,14 @@ class TestDataset:
         bad = tmp_path / "val" / "top" / "bad.png"
         bad.write_bytes(b"no picture")
         with pytest.raises(DataError, match=r"cannot read .*bad.png.*mend or remove"):
-            own.dataset(str(tmp_path))
+            data.dataset(str(tmp_path))
         Image.fromarray(np.zeros((12, 12), np.uint16)).save(bad)
         with pytest.raises(DataError, match=r"bad.png \(more than 8 bits"):
-            own.dataset(str(tmp_path))
+            data.dataset(str(tmp_path))
         bad.unlink()
         (tmp_path / "val" / "top").rename(tmp_path / "val" / "other")
         with pytest.raises(DataError, match=r"the same classes.*'top'.*'other'"):
-            own.dataset(str(tmp_path))
+            data.dataset(str(tmp_path))
 
     @pytest.mark.parametrize(
         ("source", "text"),
@@ -476,20 +479,20 @@ class TestDataset:
     )
     def test_what_is_no_data_set_is_refused(self, user: Path, source: str, text: str) -> None:
         with pytest.raises((DataError, ValueError), match=text):
-            own.dataset(source)
+            data.dataset(source)
 
     def test_too_few_pictures(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="CLASS/PICTURE"):
-            own.dataset(str(tmp_path))
+            data.dataset(str(tmp_path))
         pictures(tmp_path, {"": 1})
         with pytest.raises(DataError, match="too few images"):
-            own.dataset(str(tmp_path))
+            data.dataset(str(tmp_path))
 
     def test_by_python_path(self, user: Path) -> None:
-        ready = own.dataset("users_net:task", device="cpu")
+        ready = data.dataset("users_net:task", device="cpu")
         assert ready.name == "mine"
         arrays, loaders = (
-            own.dataset(f"users_net:{n}", device="cpu") for n in ("arrays", "loaders")
+            data.dataset(f"users_net:{n}", device="cpu") for n in ("arrays", "loaders")
         )
         for name in ("train", "val", "test"):
             one, two = vars(arrays)[name], vars(loaders)[name]
@@ -501,11 +504,11 @@ class TestDataset:
     def test_channels_may_stand_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.randint(0, 256, (6, 9, 9, 3), dtype=torch.uint8)
         y = torch.arange(6) % 3
-        monkeypatch.setattr(own, "resolve", lambda _: lambda: [(x, y)] * 3)
-        last = own.dataset("a:b", device="cpu")
+        monkeypatch.setattr(folders, "resolve", lambda _: lambda: [(x, y)] * 3)
+        last = data.dataset("a:b", device="cpu")
         loader = DataLoader(TensorDataset(x.movedim(3, 1), y), 2)
-        monkeypatch.setattr(own, "resolve", lambda _: lambda: [loader] * 3)
-        assert torch.equal(own.dataset("a:b", device="cpu").train.images, last.train.images)
+        monkeypatch.setattr(folders, "resolve", lambda _: lambda: [loader] * 3)
+        assert torch.equal(data.dataset("a:b", device="cpu").train.images, last.train.images)
         assert last.example.shape == (2, 3, 9, 9)
 
 
@@ -522,8 +525,10 @@ class TestChapter:
     def test_runs_on_a_pair_of_the_users(self, user: Path) -> None:
         """By the README's command, from the user's folder; only the training is made shorter."""
         pictures(user / "photos", {"train": 30, "val": 10, "test": 10})
-        task = own.dataset(str(user / "photos"), device="cpu")
-        net = own.normalised(own.build("users_net:Net", {"classes": 3}), [0.4], [0.2])
+        task = data.dataset(str(user / "photos"), device="cpu")
+        net = checkpoints.normalised(
+            checkpoints.build("users_net:Net", {"classes": 3}), [0.4], [0.2]
+        )
         recipe = train.Recipe(4, 16, lr=0.02, schedule="linear", augment=False)
         one, two = (train.fit(net, task, recipe, seed=seed).theta for seed in (1, 2))
         lightning = {f"net.{n}": x for n, x in one.items()} | {"loss.weight": torch.ones(3)}
@@ -550,7 +555,7 @@ class TestChapter:
 
         names = {"aligned_b.safetensors", "average.safetensors", "best_point.safetensors"}
         assert {path.name for path in (user / "results").iterdir()} == names
-        fresh = own.build("users_net:Net", {"classes": 3})  # the class itself, no hook
+        fresh = checkpoints.build("users_net:Net", {"classes": 3})  # the class itself, no hook
         x = (task.test.images / 255 - 0.4) / 0.2
         outputs = {}
         for name in ("aligned_b", "average", "best_point"):
@@ -559,7 +564,7 @@ class TestChapter:
             outputs[name] = fresh(x)
             with safe_open(path, framework="pt") as file:
                 made_from = json.loads(file.metadata()["made_from"])
-            assert made_from["a"] == own.load(user / "a.ckpt", net).sha256
+            assert made_from["a"] == checkpoints.load(user / "a.ckpt", net).sha256
         fresh.load_state_dict(two)
         assert torch.allclose(outputs["aligned_b"], fresh(x), atol=1e-4)
         assert not torch.allclose(outputs["average"], fresh(x), atol=1e-2)

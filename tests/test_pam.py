@@ -13,11 +13,12 @@ from scipy.optimize import Bounds, LinearConstraint, minimize
 from small import Stopped, normed, plain, task
 from torch import Tensor, nn
 
-from mcnotes import birkhoff, curves, data, evaluate, pam, symmetry, train
+from mcnotes import curves, data, evaluate, symmetry, train
+from mcnotes.cache import Checkpoint
 from mcnotes.curves import Curve, Theta
 from mcnotes.data import Task
-from mcnotes.pam import Settings
-from mcnotes.store import Checkpoint
+from mcnotes.matching import assign, doubly_stochastic, pam
+from mcnotes.matching.pam import Settings
 from mcnotes.symmetry import Perm, Symmetry
 from mcnotes.train import Recipe
 
@@ -43,7 +44,7 @@ def ends(net: nn.Module, epochs: int = 3) -> tuple[Theta, Theta, Symmetry]:
 def test_projection_is_the_solution_of_the_quadratic_programme(n: int, scale: float) -> None:
     x = torch.eye(n, dtype=torch.float64)[torch.randperm(n, generator=generator(n))]
     x = x + scale * torch.randn(n, n, generator=generator(7), dtype=torch.float64)
-    found = birkhoff.project(x)
+    found = doubly_stochastic.project(x)
     sums = np.vstack([np.kron(np.eye(n), np.ones(n)), np.kron(np.ones(n), np.eye(n))[1:]])
     solved = minimize(
         lambda y: 0.5 * ((y - x.numpy().ravel()) ** 2).sum(), np.full(n * n, 1 / n),
@@ -59,31 +60,33 @@ def test_projection_is_the_solution_of_the_quadratic_programme(n: int, scale: fl
 def test_projection_is_feasible_optimal_and_idempotent(n: int, scale: float) -> None:
     """Optimal: ⟨x − y, z − y⟩ ≤ 0 for every doubly stochastic z; permutations are the corners."""
     x = torch.eye(n).double() + scale * torch.randn(n, n, generator=generator(n)).double()
-    y = birkhoff.project(x)
+    y = doubly_stochastic.project(x)
     for total in (y.sum(0), y.sum(1)):
         torch.testing.assert_close(total, torch.ones(n).double(), rtol=0, atol=1e-8)
     assert y.min() >= 0
-    best = birkhoff.matrix(pam.perms.assign(x - y))  # the corner that maximises ⟨x − y, z⟩
+    best = doubly_stochastic.matrix(assign(x - y))  # the corner that maximises ⟨x − y, z⟩
     assert ((x - y) * (best - y)).sum() <= 1e-6 * scale * n
-    torch.testing.assert_close(birkhoff.project(y), y, rtol=0, atol=1e-8)
-    assert (x - birkhoff.sinkhorn(x)).norm() >= (x - y).norm() - 1e-2 * scale
+    torch.testing.assert_close(doubly_stochastic.project(y), y, rtol=0, atol=1e-8)
+    assert (x - doubly_stochastic.sinkhorn(x)).norm() >= (x - y).norm() - 1e-2 * scale
 
 
 def test_sinkhorn_scales_to_sums_of_one() -> None:
-    y = birkhoff.sinkhorn(torch.rand(6, 6, generator=generator(0)).double() + 0.1, rounds=50)
+    y = doubly_stochastic.sinkhorn(
+        torch.rand(6, 6, generator=generator(0)).double() + 0.1, rounds=50
+    )
     torch.testing.assert_close(y.sum(0), torch.ones(6).double())
     torch.testing.assert_close(y.sum(1), torch.ones(6).double())
 
 
 def test_decomposition_sums_to_the_matrix() -> None:
-    x = birkhoff.project(torch.randn(7, 7, generator=generator(0)).double())
-    weights, terms = birkhoff.decompose(x, terms=100, rest=0.0)
-    mixed = sum(w * birkhoff.matrix(p) for w, p in zip(weights, terms, strict=True))
+    x = doubly_stochastic.project(torch.randn(7, 7, generator=generator(0)).double())
+    weights, terms = doubly_stochastic.decompose(x, terms=100, rest=0.0)
+    mixed = sum(w * doubly_stochastic.matrix(p) for w, p in zip(weights, terms, strict=True))
     torch.testing.assert_close(mixed, x, rtol=0, atol=1e-7)
     assert len(weights) <= 7**2 - 2 * 7 + 2  # Birkhoff's theorem, Marcus and Ree's bound
     assert (weights.diff() <= 0).all()
     p = torch.tensor([2, 0, 1])
-    weights, terms = birkhoff.decompose(birkhoff.matrix(p))
+    weights, terms = doubly_stochastic.decompose(doubly_stochastic.matrix(p))
     assert weights.tolist() == [1.0]
     assert torch.equal(terms[0], p)
 
@@ -107,7 +110,7 @@ def test_gradient_is_that_of_finite_differences(make: object, follow: bool) -> N
     (x, y), t = next(task().train.batches(32)), torch.tensor(0.4, dtype=torch.float64)
     group = next(iter(sym.groups))
     n = len(step.matrices[group])
-    start = birkhoff.sinkhorn(torch.rand(n, n, generator=generator(4)).double() + 0.1)
+    start = doubly_stochastic.sinkhorn(torch.rand(n, n, generator=generator(4)).double() + 0.1)
 
     def value(matrix: Tensor) -> float:
         end = sym.apply_matrices(b, {**step.old, group: matrix})
@@ -118,13 +121,13 @@ def test_gradient_is_that_of_finite_differences(make: object, follow: bool) -> N
         return float(nn.functional.cross_entropy(z, y) + prox)
 
     step.matrices[group] = start.clone()
-    birkhoff.PROJECTIONS["none"] = lambda m: m
+    doubly_stochastic.PROJECTIONS["none"] = lambda m: m
     step.settings = replace(settings, relaxation="none")
     try:
         with evaluate.mode(net, training=True):
             step(x.double(), y, curve.weights(t), 1.0)
     finally:
-        del birkhoff.PROJECTIONS["none"]
+        del doubly_stochastic.PROJECTIONS["none"]
     gradient = start - step.matrices[group]
     for direction in torch.randn(3, *start.shape, generator=generator(2)).double():
         h = 1e-7 * direction  # so small that no ReLU switches on the way
@@ -137,7 +140,7 @@ def test_relaxed_matrices_stay_doubly_stochastic_and_lower_the_loss() -> None:
     a, b, sym = ends(net, epochs=10)
     curve = curves.line(a, b)
     p = sym.identity()
-    for name in birkhoff.PROJECTIONS:
+    for name in doubly_stochastic.PROJECTIONS:
         settings = replace(SMALL, relaxation=name, p_epochs=10, p_lr=5.0)
         found = pam.relax(net, curve, b, task(), RECIPE, sym, p, settings, seed=1)
         for m in found.values():
@@ -204,11 +207,13 @@ def test_choice_is_the_minimum_in_any_order_and_scores_once(seed: int) -> None:
 
 
 def test_candidates_are_the_old_the_nearest_and_terms_of_the_matrix() -> None:
-    m = {"g": birkhoff.project(torch.eye(5) * 2 + torch.rand(5, 5, generator=generator(1)))}
+    m = {
+        "g": doubly_stochastic.project(torch.eye(5) * 2 + torch.rand(5, 5, generator=generator(1)))
+    }
     old = {"g": torch.tensor([4, 3, 2, 1, 0])}
     first, second, *samples = pam.candidates(m, old, 6, generator(0))
     assert first is old
-    assert torch.equal(second["g"], pam.perms.assign(m["g"]))
+    assert torch.equal(second["g"], assign(m["g"]))
     assert len(samples) == 6
     for sample in samples:
         assert (m["g"][torch.arange(5), sample["g"]] > 0).all(), "not in the matrix's support"
@@ -324,7 +329,11 @@ def test_the_inner_points_follow_by_their_share() -> None:
 
 def test_distances() -> None:
     p, q = ({"g": torch.tensor(v)} for v in ([0, 1, 2], [1, 0, 2]))
-    assert pam.distance(p, q) == 2 == (birkhoff.matrix(p["g"]) - birkhoff.matrix(q["g"])).norm()
+    assert (
+        pam.distance(p, q)
+        == 2
+        == (doubly_stochastic.matrix(p["g"]) - doubly_stochastic.matrix(q["g"])).norm()
+    )
     assert pam.distance(p, p) == 0
 
 

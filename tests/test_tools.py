@@ -21,7 +21,7 @@ from PIL import Image
 from book._ext import lighten, mathematics, pages, repository
 from mcnotes.curves import Curve
 from mcnotes.evaluate import Score
-from mcnotes.zoo import Experiment
+from mcnotes.lab import Experiment
 from tools import chapters, notebooks, presets
 
 

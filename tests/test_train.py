@@ -13,9 +13,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from mcnotes import curves, evaluate, train
-from mcnotes.augment import Augment
+from mcnotes.cache import Checkpoint
 from mcnotes.curves import Theta
-from mcnotes.store import Checkpoint
+from mcnotes.data.augment import Augment
 from mcnotes.train import Recipe, TrainingError
 
 RECIPE = Recipe(epochs=3, batch_size=32, lr=0.05, schedule="linear")
@@ -73,8 +73,8 @@ def test_curve_moves_only_its_inner_points(make: object) -> None:
     assert equal(fitted.points[0], a)
     assert equal(fitted.points[-1], b)
     assert not equal(fitted.points[1], curve.points[1])
-    line = evaluate.along(net, curve, data.train, statistics=data.train, points=9)
-    path = evaluate.along(net, fitted, data.train, statistics=data.train, points=9)
+    line = evaluate.profile(net, curve, data.train, statistics=data.train, points=9)
+    path = evaluate.profile(net, fitted, data.train, statistics=data.train, points=9)
     assert path.loss.max() < line.loss.max()
 
 
@@ -117,16 +117,16 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from small import normed, task
-from mcnotes import store, train
+from mcnotes import cache, evaluate, train
 epochs = int(sys.argv[3])
-class Deadly(store.Checkpoint):
+class Deadly(cache.Checkpoint):
     def save(self, state):
         super().save(state)
         if len(state["losses"]) == epochs:
             os.kill(os.getpid(), signal.SIGKILL)
 recipe = train.Recipe(epochs=3, batch_size=32, lr=0.05, schedule="linear")
 fit = train.fit(normed(), task(), recipe, seed=1, checkpoint=Deadly(Path(sys.argv[2])))
-store.write_atomic(Path(sys.argv[2] + ".done"), store._pack(fit.theta, {}))
+cache.write_atomic(Path(sys.argv[2] + ".done"), cache._pack(fit.theta, {}))
 """
 
 
@@ -138,7 +138,7 @@ def test_killed_process_goes_on_where_it_was(tmp_path: Path) -> None:
     assert kept is not None
     assert len(kept["losses"]) == 2
     assert subprocess.run([*command, "99"], check=False).returncode == 0
-    from mcnotes.store import read_tensors
+    from mcnotes.cache import read_tensors
 
     whole = train.fit(normed(), task(), RECIPE, seed=1).theta
     assert equal(read_tensors(tmp_path / "c.done"), whole)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mcnotes import attacks, evaluate, pam, store, train
-from mcnotes.zoo import Experiment
+from mcnotes import attacks, cache, evaluate, train
+from mcnotes.lab import Experiment
+from mcnotes.matching import pam
 
 TINY = Experiment(width=2, epochs=1, curve_epochs=1, points=3, statistics=100, match_images=100)
 
@@ -46,10 +47,10 @@ def test_unknown_names_are_refused() -> None:
 
 def test_stored_configurations_still_name_their_files() -> None:
     """A file whose configuration does not hash to its name is out of date."""
-    entries = [p for p in store.zoo().iterdir() if p.suffix in (".safetensors", ".json")]
+    entries = [p for p in cache.zoo().iterdir() if p.suffix in (".safetensors", ".json")]
     assert entries, "the zoo is empty: run `make zoo`"
     for path in entries:
-        assert store.file_name(store.read_config(path), path.suffix) == path.name
+        assert cache.file_name(cache.read_config(path), path.suffix) == path.name
 
 
 def test_default_experiment_is_in_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +152,7 @@ def test_robust_experiments_have_names_of_their_own() -> None:
     assert standard.perturb is None
     mixed = replace(standard, between=(standard, robust))
     names = {
-        store.key(lab.curve_config(1, 2, "unaligned", shape))
+        cache.key(lab.curve_config(1, 2, "unaligned", shape))
         for lab in (standard, robust, mixed, replace(robust, between=(standard, robust)))
         for shape in ("line", "bezier")
     }

@@ -59,7 +59,7 @@ class PlanError(ValueError):
 
 def plan(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The parameters of each preset that `config` names; raises PlanError before anything runs."""
-    from mcnotes import zoo  # brings PyTorch, which a single step leaves to its notebook
+    from mcnotes.lab import experiment  # brings PyTorch, which a single step leaves to its notebook
 
     for name in config:
         _one_of("the configuration", name, list(DEFAULTS))
@@ -68,9 +68,9 @@ def plan(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if not isinstance(given[name], list) or not given[name]:
             raise PlanError(f"{name}: got {given[name]!r}, expected a list such as [a, b]")
     for method in given["methods"]:
-        _one_of("methods", method, list(zoo.METHODS))
+        _one_of("methods", method, list(experiment.METHODS))
     for shape in given["shapes"]:
-        _one_of("shapes", shape, list(zoo.SHAPES))
+        _one_of("shapes", shape, list(experiment.SHAPES))
     found = {}
     for preset in given["presets"]:
         values = chosen(config, preset)
@@ -103,8 +103,7 @@ def check_machine(runs: dict[str, dict[str, Any]], *, gpu_here: bool = True) -> 
     """Raise PlanError unless the data is there, and a GPU for runs on this machine."""
     import torch
 
-    from mcnotes import sources
-    from mcnotes.data import SOURCES, default_folder
+    from mcnotes.data import SOURCES, default_folder, sources
 
     for preset, values in runs.items():
         if gpu_here and values["device"] == "cuda" and not torch.cuda.is_available():

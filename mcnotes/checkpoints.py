@@ -1,7 +1,7 @@
-"""Your own models: any network, two checkpoints of it, images, checked at the door (chapter 10).
+"""Networks and checkpoints of your own, validated before use (chapter 10).
 
-What does not fit is refused before any long work, with what was found, what was expected and the
-cure. Nothing is unpickled that could run code, and no value is changed.
+What does not fit is refused before any long work, with what was found, what was expected and what
+to do. Nothing is unpickled that could run code, and no value is changed.
 """
 
 import copy
@@ -10,24 +10,19 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors.torch import save as pack
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
-from mcnotes import data, store
+from mcnotes import cache
 from mcnotes.curves import Theta
-from mcnotes.data import DataError, Split, Task
-from mcnotes.sources import fair_order
+from mcnotes.data import Task
+from mcnotes.names import resolve
 
 COUNTER = "num_batches_tracked"  # BatchNorm's; nothing here reads it, and some tools leave it out
-SPLITS = ("train", "val", "test")
 
 
 class CheckpointError(ValueError):
@@ -43,19 +38,9 @@ class Loaded(NamedTuple):
     sha256: str  # of the file
 
 
-def resolve(path: str) -> Any:
-    """What "package.module:name" names. Raises ValueError if it cannot be imported."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        cause = f"cannot import {path!r} ({error})"
-        raise ValueError(f"own: {cause}, expected module:name on PYTHONPATH") from error
-
-
 def build(factory: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """The nn.Module that `factory`, "package.module:callable", makes of keyword arguments."""
-    who, make = f"own.build: {factory} with {arguments or {}}", resolve(factory)
+    who, make = f"checkpoints.build: {factory} with {arguments or {}}", resolve(factory)
     try:
         net = make(**(arguments or {}))
     except TypeError as error:
@@ -90,7 +75,10 @@ def normalised(
 def check(net: nn.Module, task: Task) -> None:
     """Raise CheckpointError unless `net` makes logits [N, classes] of the task's images."""
     x = task.example
-    expected, who = (len(x), task.num_classes), f"own.check: of images {[*x.shape]} the network"
+    expected, who = (
+        (len(x), task.num_classes),
+        f"check: of images {[*x.shape]} the network",
+    )
     try:
         with torch.no_grad():
             z = net.eval()(x)
@@ -107,7 +95,7 @@ def load(path: str | Path, net: nn.Module, part: str | None = None) -> Loaded:
     wrappers ("module.", "_orig_mod."). part: which, if several fit. Raises CheckpointError.
     """
     path, expected = Path(path), net.state_dict()
-    tensors, who = dict(_flat(_read(path), "")), f"own.load: {path.name}"
+    tensors, who = dict(_flat(_read(path), "")), f"checkpoints.load: {path.name}"
     part = _part(tensors, expected, part, who)
     found = {n: tensors.get(part + n, x) for n, x in expected.items()}
     for name, x in found.items():
@@ -118,11 +106,15 @@ def load(path: str | Path, net: nn.Module, part: str | None = None) -> Loaded:
     return Loaded(theta, part, outside, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def pair(a: str | Path, b: str | Path, net: nn.Module, part: str | None = None) -> list[Loaded]:
+def load_pair(
+    a: str | Path, b: str | Path, net: nn.Module, part: str | None = None
+) -> list[Loaded]:
     """Two checkpoints of `net`. Raises CheckpointError, also if both are the same network."""
     one, two = found = [load(path, net, part) for path in (a, b)]
     if all(torch.equal(one.theta[n], two.theta[n]) for n, _ in net.named_parameters()):
-        raise CheckpointError("own.pair: both files hold the same weights, expected two networks")
+        raise CheckpointError(
+            "checkpoints.load_pair: both files hold the same weights, expected two networks"
+        )
     return found
 
 
@@ -133,97 +125,13 @@ def save(path: str | Path, theta: Theta, net: nn.Module, **about: Any) -> None:
     """
     flat = {n: theta[n].detach().cpu().clone().contiguous() for n in net.state_dict()}
     meta = {n: v if isinstance(v, str) else json.dumps(v) for n, v in about.items()}
-    store.write_atomic(Path(path), pack(flat, meta))
-
-
-def dataset(source: str, image_size: int | None = None, device: str = "auto") -> Task:
-    """Images and labels from the name of a data set of this book, a folder, or a Python path.
-
-    A folder holds a folder of pictures for each class, or train/, val/, test/ with such folders.
-    Without val/, a part of train/ is held out; without test/, it is half of val; the hash of the
-    pictures decides, so that the cut is always the same. "package.module:callable" gives a Task or,
-    for train, val and test each, (images, labels) or a DataLoader: uint8, or floats in [0, 1].
-    image_size: pictures' shorter sides are scaled to it, the middle is cut out. Raises DataError.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if source in data.SOURCES:
-        return data.load(source, image_size=image_size, device=device)
-    if Path(source).is_dir():
-        given, names = _folder(Path(source), image_size)
-    elif ":" not in source:
-        kinds = f"a folder, 'package.module:callable', or one of {[*data.SOURCES]}"
-        raise DataError(f"own.dataset: {source!r} is not here; expected {kinds}")
-    elif isinstance(made := resolve(source)(), Task):
-        return made
-    else:
-        given, names = dict(zip(SPLITS, made, strict=True)), ()
-    splits = {n: _split(one, source, image_size, device) for n, one in given.items()}
-    held_out = ("train", "val", 0.15 if "test" in splits else 0.3), ("val", "test", 0.5)
-    for name, other, share in held_out:
-        if other not in splits:
-            x, y = splits[name].images, splits[name].labels
-            cut = len(y) - round(share * len(y))
-            splits |= {name: Split(x[:cut], y[:cut]), other: Split(x[cut:], y[cut:])}
-    if min(map(len, splits.values())) < 2:
-        raise DataError(f"own.dataset: {source} has too few images to train, validate and test")
-    names = names or range(1 + int(max(split.labels.max() for split in splits.values())))
-    return Task(source, splits["train"], splits["val"], splits["test"], tuple(map(str, names)))
-
-
-def _folder(root: Path, size: int | None) -> tuple[dict[str, Any], Sequence[Any]]:
-    from torchvision.datasets import ImageFolder  # takes a second
-
-    places = {n: root / n for n in SPLITS if (root / n).is_dir()}
-    try:
-        places = places if "train" in places else {"train": root}
-        found = {n: ImageFolder(str(place)) for n, place in places.items()}
-    except FileNotFoundError as error:
-        raise DataError(f"own.dataset: {error}; expected {root}/CLASS/PICTURE") from error
-    if len(classes := {str(f.classes): n for n, f in found.items()}) > 1:
-        raise DataError(f"own.dataset: {root} must hold the same classes in each, has {classes}")
-    pictures = {path: _picture(path, size) for f in found.values() for path, _ in f.samples}
-    if len(sizes := {p.size: path for path, p in pictures.items()}) > 1:
-        raise DataError(f"own.dataset: pictures differ in size, {sizes}; pass an image_size"[:400])
-    mode = max(p.mode for p in pictures.values())  # one in colour makes all RGB
-    pixels = {path: np.asarray(p.convert(mode)) for path, p in pictures.items()}
-    pair = {n: (np.stack([pixels[x] for x, _ in f.samples]), f.targets) for n, f in found.items()}
-    return pair, found["train"].classes
-
-
-def _picture(path: str, size: int | None) -> Image.Image:
-    try:
-        with Image.open(path) as raw:
-            if raw.mode[0] in "IF":
-                raise OSError("more than 8 bits for a pixel")
-            picture = raw.convert("L" if raw.mode in ("1", "L") else "RGB")
-    except OSError as error:
-        raise DataError(f"own.dataset: cannot read {path} ({error}); mend or remove it") from error
-    return ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR) if size else picture
-
-
-def _split(one: Any, source: str, size: int | None, device: str) -> Split:
-    """Two arrays, or a loader of batches, in fair order, channels last in memory."""
-    if not isinstance(one, tuple | list):
-        one = [torch.cat([torch.as_tensor(x) for x in xs]) for xs in zip(*one, strict=True)]
-    x, y = (torch.as_tensor(values).cpu() for values in one)
-    if x.is_floating_point():
-        if (low := x.min()) < 0 or x.max() > 1:
-            found = f"pixels from {low:.2f} to {x.max():.2f}, not in [0, 1]"
-            raise DataError(f"own.dataset: {source} has {found}; leave Normalize to own.normalised")
-        x = (255 * x).round().byte()
-    x = x[..., None] if x.ndim == 3 else x if x.shape[3] in (1, 3) else x.movedim(1, 3)
-    order = torch.from_numpy(fair_order(x.contiguous().numpy(), y.numpy()))
-    x, y = x[order].movedim(3, 1), y[order].long()
-    if size and x.shape[2:] != (size, size):
-        x = interpolate(x, (size, size), mode="bilinear", antialias=True)
-    return Split(x.to(device), y.to(device))
+    cache.write_atomic(Path(path), pack(flat, meta))
 
 
 def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
-            return store.read_tensors(path)
+            return cache.read_tensors(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -231,7 +139,7 @@ def _read(path: Path) -> Any:
         cause = f"{path.name} cannot be read ({str(error).split('. ')[0]})"
         cure = "if you trust it, torch.load(…, weights_only=False), and save the state_dict()"
         why = "expected tensors in dictionaries, as to unpickle more can run any code"
-        raise CheckpointError(f"own.load: {cause}, {why}; {cure}") from error
+        raise CheckpointError(f"checkpoints.load: {cause}, {why}; {cure}") from error
 
 
 def _flat(found: Any, before: str) -> Iterator[tuple[str, Tensor]]:

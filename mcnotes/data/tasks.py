@@ -1,8 +1,8 @@
 """Data sets as tensors on the device, with train, validation and test apart.
 
-Whatever the source (`mcnotes.sources`), the images of a split stand in the order of `fair_order`:
-any prefix is a fair and class-balanced sample. The last images of train in that order are held out
-for validation; the test set is the data set's own, untouched.
+Whatever the source, the images of a split stand in the order of `sources.fair_order`: any prefix
+is a fair and class-balanced sample. The last images of train in that order are held out for
+validation; the test set is the data set's own, untouched.
 """
 
 import difflib
@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcnotes.augment import Augment
-from mcnotes.sources import Arrays, DataError, fair_order, read
-
-__all__ = ["HOME", "SOURCES", "Augment", "DataError", "Split", "Task", "default_folder", "load"]
+from mcnotes.data.augment import Augment
+from mcnotes.data.sources import Arrays, DataError, fair_order, read
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ SOURCES = {
 }
 
 
-HOME = Path(__file__).resolve().parents[1] / "data"
+HOME = Path(__file__).resolve().parents[2] / "data"
 """The repository's own data folder, where the paper's table and the results are, too."""
 
 

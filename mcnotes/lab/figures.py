@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from mcnotes.matching import FAULTS, Finding
+
 Array = NDArray[np.float64]
 
 # Okabe and Ito's palette: distinct under the common forms of colour blindness.
@@ -36,7 +38,7 @@ STYLE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def use() -> None:
+def set_style() -> None:
     """Set the book's style for every figure that follows."""
     plt.style.use(STYLE)
 
@@ -101,7 +103,7 @@ def images(ax: Axes, pictures: Array, columns: int, gap: int = 1) -> None:
     ax.set_axis_off()
 
 
-def spread(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
+def mean_std(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
     """ "mean ± sample standard deviation" of scale·values, as the paper's table writes it."""
     v = np.asarray(values) * scale
     deviation = f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else ""
@@ -115,6 +117,13 @@ def table(
     lines = [header, align or ["---"] * len(header), *rows]
     text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     return Markdown(text)  # type: ignore[no-untyped-call]
+
+
+def findings(found: Sequence[Finding]) -> Markdown:
+    """What `matching.diagnose` found, as a table."""
+    rows = [[f.fault, f"{f.number:.3g}", f.text, FAULTS[f.fault][2]] for f in found]
+    nothing = ["nothing", "", "none of the faults that were looked for", ""]
+    return table(["fault", "measured", "what it means", "what to do"], rows or [nothing])
 
 
 class Slider:

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mcnotes import birkhoff, evaluate, perms, train
+from mcnotes import evaluate, train
+from mcnotes.cache import Checkpoint
 from mcnotes.curves import Curve, Theta, combine
 from mcnotes.data import Split, Task
-from mcnotes.store import Checkpoint
+from mcnotes.matching import assignment, doubly_stochastic
 from mcnotes.symmetry import Perm, Symmetry
 
 Matrices = dict[str, Tensor]  # group → [units, units], float64 on the CPU
@@ -30,7 +31,7 @@ class Settings:
     p_epochs: int = 20  # of the permutation step
     p_lr: float = 0.05
     nu: float = 1e3  # ν of ‖P − P_old‖²/2ν and of ‖φ − φ_old‖²/2ν
-    relaxation: str = "exact"  # a name in `birkhoff.PROJECTIONS`, or "straight-through"
+    relaxation: str = "exact"  # a name in `doubly_stochastic.PROJECTIONS`, or "straight-through"
     samples: int = 32  # candidates drawn from the Birkhoff–von Neumann terms
     images: int = 50_000  # training images of the permutation step
     probe: int = 1_000  # training images on which the objective is measured
@@ -38,7 +39,7 @@ class Settings:
     follow: bool = False  # do the inner control points move along with the end point?
 
     def __post_init__(self) -> None:
-        known = [*birkhoff.PROJECTIONS, "straight-through"]
+        known = [*doubly_stochastic.PROJECTIONS, "straight-through"]
         if self.relaxation not in known:
             raise ValueError(f"pam: relaxation {self.relaxation!r}, expected one of {known}")
         for name in ("p_epochs", "p_lr", "nu", "images", "probe", "nodes"):
@@ -214,7 +215,7 @@ class PermutationStep(train.Step):
     ) -> None:  # fmt: skip
         super().__init__(net, curve, slice(0, 0), recipe, device)
         self.end, self.sym, self.settings = end, sym, settings
-        self.old = {n: birkhoff.matrix(p) for n, p in old.items()}
+        self.old = {n: doubly_stochastic.matrix(p) for n, p in old.items()}
         self.matrices = {n: m.clone() for n, m in self.old.items()}
         n = curve.degree
         share = [0.0, *((i / n if settings.follow else 0.0) for i in range(1, n)), 1.0]
@@ -225,7 +226,7 @@ class PermutationStep(train.Step):
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor, lr: float) -> Tensor:
         """As `train.Step`; one step on the matrices, the control points stay."""
         through = self.settings.relaxation == "straight-through"
-        at = {n: birkhoff.nearest(m) if through else m for n, m in self.matrices.items()}
+        at = {n: doubly_stochastic.nearest(m) if through else m for n, m in self.matrices.items()}
         leaves = {n: m.clone().requires_grad_() for n, m in at.items()}
         moved = self.sym.apply_matrices(self.end, leaves)
         flat = torch.cat([moved[n].to(self.rows).flatten() for n in self.names])
@@ -234,7 +235,9 @@ class PermutationStep(train.Step):
         slopes = torch.autograd.grad(flat, list(leaves.values()), (weights @ self.share) * g)
         for (n, m), slope in zip(self.matrices.items(), slopes, strict=True):
             m = m - lr * (slope + (at[n] - self.old[n]) / self.settings.nu)
-            self.matrices[n] = m if through else birkhoff.PROJECTIONS[self.settings.relaxation](m)
+            self.matrices[n] = (
+                m if through else doubly_stochastic.PROJECTIONS[self.settings.relaxation](m)
+            )
         return loss
 
     def state(self) -> dict[str, Tensor]:
@@ -261,7 +264,7 @@ def relax(
     step = PermutationStep(net, curve, end, recipe, task.device, sym, old, settings)
     train.run(step, curve, few, seed, checkpoint)
     through = settings.relaxation == "straight-through"
-    return {n: birkhoff.project(m) if through else m for n, m in step.matrices.items()}
+    return {n: doubly_stochastic.project(m) if through else m for n, m in step.matrices.items()}
 
 
 def candidates(
@@ -269,11 +272,11 @@ def candidates(
 ) -> Iterator[Perm]:
     """Permutations near doubly stochastic matrices: the old one, the nearest, then samples.
 
-    The nearest is an assignment; a sample draws for each group a term of `birkhoff.decompose`.
+    The nearest is an assignment; a sample draws a term of `decompose` for each group.
     """
     yield old
-    yield {n: perms.assign(m) for n, m in matrices.items()}
-    terms = {n: birkhoff.decompose(m) for n, m in matrices.items()} if samples else {}
+    yield {n: assignment.assign(m) for n, m in matrices.items()}
+    terms = {n: doubly_stochastic.decompose(m) for n, m in matrices.items()} if samples else {}
     for _ in range(samples):
         draws = {n: torch.multinomial(w, 1, generator=generator) for n, (w, _) in terms.items()}
         yield {n: terms[n][1][int(k)] for n, k in draws.items()}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from mcnotes import evaluate, store
-from mcnotes.zoo import METHODS, SHAPES, Experiment
+from mcnotes import cache, evaluate
+from mcnotes.lab.experiment import METHODS, SHAPES, Experiment
 
 FORMAT = 1
 ORIGIN = ("hardware", "torch", "seconds")  # what the provenance of every part says
@@ -37,21 +37,21 @@ def collect(
         parts = {"path": lab.path_config(a, b, method, shape)}
         if shape != "line":
             parts["curve"] = lab.curve_config(a, b, method, shape)
-        origins = {what: store.origin(config) for what, config in parts.items()}
+        origins = {what: cache.origin(config) for what, config in parts.items()}
         values = {name: array.tolist() for name, array in path._asdict().items()}
         curves.append({"pair": [a, b], "method": method, "shape": shape} | values
                       | {"provenance": origins})  # fmt: skip
     seeds = sorted({seed for pair in pairs for seed in pair})
-    nets = [{"seed": s, "provenance": store.origin(lab.endpoint_config(s))} for s in seeds]
+    nets = [{"seed": s, "provenance": cache.origin(lab.endpoint_config(s))} for s in seeds]
     return {"format": FORMAT, "preset": preset, "experiment": asdict(lab), "endpoints": nets,
             "curves": curves, "collected": datetime.now(timezone.utc).date().isoformat(),
-            "provenance": store.provenance(0.0)}  # fmt: skip
+            "provenance": cache.provenance(0.0)}  # fmt: skip
 
 
 def save(record: Record, path: Path) -> None:
     """Check the record and write it, whole or not at all."""
     check(record, str(path))
-    store.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+    cache.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def load(folder: Path) -> list[Record]:
@@ -89,7 +89,7 @@ def check(record: Mapping[str, Any], where: str) -> None:
         origins = curve.get("provenance", {})
         must("path" in origins, f"{label} has no provenance")
         must(all(map(_known, origins.values())), f"{label} has no full provenance")
-        t, arc, loss, accuracy = (np.array(curve.get(n, [])) for n in evaluate.Path._fields)
+        t, arc, loss, accuracy = (np.array(curve.get(n, [])) for n in evaluate.Profile._fields)
         must(len({len(v) for v in (t, arc, loss, accuracy)}) == 1 and len(t) > 1, f"{label}: sizes")
         must(bool(t[0] == 0 and t[-1] == 1 and (np.diff(t) > 0).all()), f"{label}: t")
         must(bool((np.diff(arc) >= 0).all() and np.isfinite(loss).all()), f"{label}: arc or loss")
@@ -101,10 +101,10 @@ def _known(origin: object) -> bool:
     return isinstance(origin, dict) and origin.keys() >= {*ORIGIN}
 
 
-def paths(record: Record, method: str, shape: str) -> list[evaluate.Path]:
+def paths(record: Record, method: str, shape: str) -> list[evaluate.Profile]:
     """The measured paths of one method and shape, one for each pair."""
     return [
-        evaluate.Path(*(np.array(curve[name]) for name in evaluate.Path._fields))
+        evaluate.Profile(*(np.array(curve[name]) for name in evaluate.Profile._fields))
         for curve in record["curves"]
         if (curve["method"], curve["shape"]) == (method, shape)
     ]

@@ -36,10 +36,10 @@ def repair(
         if f"{layer}.bias" not in theta:
             raise ValueError(f"repair: {layer!r} has no bias to shift; build the network with one, "
                              "or use evaluate.batchnorm if it has BatchNorm")  # fmt: skip
-    goal = [statistics(net, end, images, layers) for end in ends]
+    goal = [channel_statistics(net, end, images, layers) for end in ends]
     out = dict(theta)
     for layer in layers:
-        mean, deviation = statistics(net, out, images, [layer])[layer]
+        mean, deviation = channel_statistics(net, out, images, [layer])[layer]
         (mean_a, dev_a), (mean_b, dev_b) = (found[layer] for found in goal)
         scale = ((1 - t) * dev_a + t * dev_b) / deviation.clamp_min(1e-12)
         weight, bias = out[f"{layer}.weight"], out[f"{layer}.bias"]
@@ -50,7 +50,7 @@ def repair(
     return out
 
 
-def statistics(
+def channel_statistics(
     net: nn.Module, theta: Theta, images: Split, layers: list[str] | None = None
 ) -> dict[str, Statistics]:
     """Mean and deviation of each channel of what these layers give, over images and places.

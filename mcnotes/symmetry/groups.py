@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, functionalize
 from torch.utils._pytree import tree_leaves
 
-from mcnotes.marks import SLOT, UNIT, Marked, Tap, axes
-from mcnotes.rules import PASSING, RULES
-from mcnotes.walk import Walk
+from mcnotes.symmetry.rules import PASSING, RULES
+from mcnotes.symmetry.trace import Walk
+from mcnotes.symmetry.units import SLOT, UNIT, Marked, Tap, axes
 
 USERS, LOCK, UNDO = list[None](), Lock(), ExitStack()
 
@@ -141,7 +141,7 @@ def trace(
 
     Its outputs, and parameters that it leaves, are pinned.
     """
-    net = apart(net, train)
+    net = inference_copy(net, train)
     names = {id(m): f"{n or 'the network'} ({type(m).__name__})" for n, m in net.named_modules()}
     walk, state = Walk(RULES, PASSING, names, merged), net.state_dict(keep_vars=True)
     convs = (m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd))
@@ -155,7 +155,7 @@ def trace(
     inputs = [x.contiguous() if 0 in x.stride() else x for x in inputs]
     twice = (torch.cat([x, x]) if x.dim() and len(x) == 1 else x for x in inputs)
     given = tuple(Marked(walk, x, (), [Tap()]) for x in twice)
-    with single_steps(), torch.no_grad(), walk:
+    with unfused_attention(), torch.no_grad(), walk:
         # Without writing in place: PyTorch makes it a chain of new tensors.
         ends = functionalize(lambda theta, xs: call(net, theta, xs))(theta, given)
     for x in tree_leaves(ends):
@@ -180,7 +180,7 @@ def call(net: nn.Module, theta: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
     return functional_call(net, given, inputs, tie_weights=False)
 
 
-def apart(net: nn.Module, train: bool) -> nn.Module:
+def inference_copy(net: nn.Module, train: bool) -> nn.Module:
     """A copy of the same tensors, so that nothing that a network remembers of a run stays in it.
 
     Its layers act as in evaluation; if `train`, auxiliary heads run.
@@ -196,7 +196,7 @@ def apart(net: nn.Module, train: bool) -> nn.Module:
 
 
 @contextmanager
-def single_steps() -> Iterator[None]:
+def unfused_attention() -> Iterator[None]:
     """Attention by its operators, one by one: a setting of the process, undone by the last user."""
     mha, kernels = torch.backends.mha, torch.backends.cuda
     with LOCK:

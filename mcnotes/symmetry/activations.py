@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functionalize
 from torch.utils._pytree import tree_leaves
 
-from mcnotes.groups import apart, call, single_steps
-from mcnotes.marks import SymmetryError, Tape
+from mcnotes.symmetry.groups import call, inference_copy, unfused_attention
+from mcnotes.symmetry.units import SymmetryError, Tape
 
 Theta = dict[str, Tensor]
 Inputs = tuple[Tensor, ...]
@@ -58,7 +58,7 @@ class Reader:
     def __init__(
         self, net: nn.Module, train: bool, names: Collection[str], theta: Theta, inputs: Inputs
     ) -> None:
-        self.net = apart(net, train)
+        self.net = inference_copy(net, train)
         self.flags = {m: m.training for m in self.net.modules()}
         self.names, self.seen = names, dict[Any, list[Any]]()
         self.spots: dict[str, tuple[Any, int]] = {}  # for each name a hook, and its k-th call
@@ -90,7 +90,7 @@ class Reader:
         self.net.train()  # to make it forget what it keeps for evaluation
         for m, flag in self.flags.items():
             m.training = flag
-        with single_steps(), torch.no_grad(), tape or nullcontext():
+        with unfused_attention(), torch.no_grad(), tape or nullcontext():
             self.run(theta, inputs)
         if tape:
             tape.check()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcnotes import perms
+from mcnotes.matching import assignment
 
 
 def matrix(p: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def matrix(p: Tensor) -> Tensor:
 
 def nearest(x: Tensor) -> Tensor:
     """The permutation matrix nearest to x [n, n]: an assignment."""
-    return matrix(perms.assign(x))
+    return matrix(assignment.assign(x))
 
 
 def project(x: Tensor, tolerance: float = 1e-10) -> Tensor:
@@ -75,7 +75,7 @@ def decompose(x: Tensor, terms: int = 32, rest: float = 1e-3) -> tuple[Tensor, T
     weights: list[float] = []
     found: list[Tensor] = []
     while len(found) < terms and (not found or 1 - sum(weights) > rest):
-        p = perms.assign(torch.where(left > 1e-9, left, -float(len(x))))
+        p = assignment.assign(torch.where(left > 1e-9, left, -float(len(x))))
         weight = float(left[rows, p].min())
         if weight <= 1e-9 and found:
             break

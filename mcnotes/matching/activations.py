@@ -4,7 +4,6 @@ One pass over the images feeds both networks and accumulates, group by group, th
 units' activations; the permutation that maximises the summed similarity is a linear assignment.
 """
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mcnotes import evaluate, matchers
-from mcnotes.bundles import Blocks, bundles, solve, tiles
+from mcnotes import evaluate
 from mcnotes.curves import Theta, check_same_space
 from mcnotes.data import Split
-from mcnotes.symmetry import Perm, Symmetry
+from mcnotes.matching.assignment import bundles
+from mcnotes.symmetry import Symmetry
 
 Cost = Literal["correlation", "covariance", "l2"]
 At = Literal["post", "pre"]
@@ -101,84 +100,9 @@ class Moments:
         return -distance  # E(aᵢ − bⱼ)²
 
 
-@dataclass(frozen=True, eq=False)
-class Matching:
-    """A permutation of network B's units, and how well the matched units agree, by group of A.
-
-    Blocks (attention heads, groups of channels) agree as well as the units within, on average.
-    """
-
-    perm: Perm  # apply with `sym.permute(theta_b, matching.perm)`
-    before: dict[str, Tensor]  # [U], correlation of A's unit i with B's, mean over the taps
-    after: dict[str, Tensor]  # [U]
-    dead: dict[str, Tensor]  # units of A that are constant; their partners are arbitrary
-    ambiguous: dict[str, Tensor]  # units of A to which another of B is as similar within 0.01
-    seconds: float
-
-
-def match(
-    net: nn.Module, theta_a: Theta, theta_b: Theta, images: Split, sym: Symmetry, *,
-    method: str = "activations", at: At = "post", cost: Cost = "correlation",
-    batch_size: int | None = None, seed: int = 0
-) -> Matching:  # fmt: skip
-    """A permutation of B's units; by default that which makes them most similar to A's.
-
-    images: what to correlate on, some thousands of training images. at: activations after ("post")
-    or before ("pre") the nonlinearity. cost: "correlation" (paper, algorithm 1); "covariance"; or
-    "l2", which minimises E‖a − Pb‖², the discrete 2-Wasserstein matching. Groups that several
-    layers share (residual streams) sum the evidence of all their taps. Blocks and the units within
-    are solved jointly and exactly; units that are not seen (axes of a table of coordinates), by
-    their weights. method: "activations" or one of `matchers.METHODS` (chapter 9), which draw from
-    `seed`, ignore `at` and `cost`, and whose `seconds` leave out the correlations of the report.
-    Raises AlignmentError when the networks differ in shape, or there is nothing to correlate;
-    ValueError for a method that is not known.
-    """
-    if method not in (known := ["activations", *matchers.METHODS]):
-        raise ValueError(f"match: got method {method!r}, expected one of {known}")
-    start = time.perf_counter()
-    moments = stream(net, theta_a, theta_b, images, sym, at=at, batch_size=batch_size)
-    parts = bundles(sym)
-    seen = {n: b for n, b in parts.items() if all(moments[kind] for kind in b[0])}
-    if method == "activations":
-        perm = sym.identity()
-        for name, blocks in seen.items():
-            kinds = [similarity(moments[kind], cost) for kind in blocks[0]]
-            perm |= solve(name, blocks, [tiles(kind, len(blocks)) for kind in kinds])
-        if unseen := parts.keys() - seen.keys():
-            perm = matchers.by_weights(net, theta_a, theta_b, sym, start=perm, only=unseen)
-    else:
-        start = time.perf_counter()
-        perm = matchers.METHODS[method](net, theta_a, theta_b, images, sym, seed)
-    found = Matching(perm, {}, {}, {}, {}, time.perf_counter() - start)
-    for name, blocks in seen.items():
-        _report(name, blocks, moments, found)
-    return found
-
-
 def similarity(taps: list[Moments], cost: Cost) -> Tensor:
     """What the assignment maximises, summed over the taps: [U, U] on the CPU."""
     return torch.stack([m.similarity(cost) for m in taps]).sum(0).cpu()
-
-
-def _report(name: str, blocks: Blocks, moments: Streams, found: Matching) -> None:
-    """How well the units agree that `found.perm` brings together: fills in the rest of `found`."""
-    nested = blocks != ((name,),)
-    order = found.perm[name].tolist() if nested else [0]
-    for names in zip(*blocks, strict=True):
-        taps = moments[names[0]]
-        correlation = torch.stack([m.correlation() / len(taps) for m in taps]).sum(0)
-        similar = tiles(correlation, len(blocks))
-        still = torch.stack([m.variances()[0] == 0 for m in taps]).all(0).cpu()
-        for i, (j, dead) in enumerate(zip(order, still.chunk(len(blocks)), strict=True)):
-            mine, p = names[i], found.perm[names[j]]
-            after = similar[i, j].gather(1, p[:, None])
-            rivals = (similar[i, j] > after - 0.01).sum(1) > 1
-            found.before[mine], found.after[mine] = similar[i, i].diagonal().clone(), after[:, 0]
-            found.dead[mine] = dead.nonzero().flatten()
-            found.ambiguous[mine] = (rivals & ~dead).nonzero().flatten()
-    if nested:
-        for values in (found.before, found.after):
-            values[name] = torch.stack([torch.cat([values[g] for g in b]).mean() for b in blocks])
 
 
 def stream(

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from mcnotes import align, attacks, curves, data, evaluate, models, pam, store, symmetry, train
+from mcnotes import attacks, cache, curves, data, evaluate, matching, models, symmetry, train
 from mcnotes.curves import Curve, Theta
+from mcnotes.matching import pam
 from mcnotes.symmetry import Perm
 
 AnyAttack = attacks.PGD | attacks.Square | attacks.Ensemble
@@ -113,16 +114,16 @@ class Experiment:
     def endpoint(self, seed: int) -> Theta:
         """The network trained from `seed`."""
 
-        def compute(checkpoint: store.Checkpoint) -> Theta:
+        def compute(checkpoint: cache.Checkpoint) -> Theta:
             return train.fit(self.net, self.task, self.recipe(self.epochs), seed=seed,
                              perturb=self.perturb, checkpoint=checkpoint).theta  # fmt: skip
 
         return self._tensors(self.endpoint_config(seed), compute)
 
-    def matching(self, a: int, b: int) -> align.Matching:
+    def matching(self, a: int, b: int) -> matching.Matching:
         """Neuron alignment of network b to network a. Cheap: computed each time."""
         images = self.task.train.first(self.match_images)
-        return align.match(self.net, *self.ends(a, b), images, self.sym)
+        return matching.match(self.net, *self.ends(a, b), images, self.sym)
 
     def aligned(self, a: int, b: int) -> Perm:
         """What `matching` found first: so a curve fits its end on every machine, in every step."""
@@ -131,7 +132,7 @@ class Experiment:
             return {name: p.tolist() for name, p in self.matching(a, b).perm.items()}
 
         config = self.curve_config(a, b, "aligned", "line") | {"what": "matching"}
-        return {name: torch.tensor(p) for name, p in store.values(config, compute).items()}
+        return {name: torch.tensor(p) for name, p in cache.values(config, compute).items()}
 
     def pair(self, a: int, b: int, method: str) -> tuple[Theta, Theta]:
         """Both ends: network a, and network b in the order of units that `method` gives.
@@ -161,7 +162,7 @@ class Experiment:
         if shape == "line":
             return fresh
 
-        def compute(checkpoint: store.Checkpoint) -> Theta:
+        def compute(checkpoint: cache.Checkpoint) -> Theta:
             recipe, seed = self.recipe(self.curve_epochs), a * 1000 + b
             if start == method:
                 fitted = train.fit_curve(self.net, fresh, self.task, recipe, seed=seed,
@@ -200,7 +201,7 @@ class Experiment:
             return {"perm": perm, "history": found["history"].tolist()}
 
         config = self.curve_config(a, b, method, shape)
-        found = store.values(config | {"what": "pam"}, compute)
+        found = cache.values(config | {"what": "pam"}, compute)
         perm = {n: torch.tensor(p) for n, p in found["perm"].items()}
         return Record(perm, [pam.Iteration(*row) for row in found["history"]])
 
@@ -208,7 +209,7 @@ class Experiment:
         self, a: int, b: int, method: str, shape: str = "bezier", *, split: str = "test",
         images: int | None = None, attack: AnyAttack | None = None,
         statistics_attack: AnyAttack | None = None
-    ) -> evaluate.Path:  # fmt: skip
+    ) -> evaluate.Profile:  # fmt: skip
         """Loss and accuracy along the curve, robust ones if there is an `attack`.
 
         split: "train", "val", "held_out" or "test"; of it the first `images` (default all).
@@ -222,15 +223,17 @@ class Experiment:
 
         def compute() -> dict[str, list[float]]:
             whole: data.Split = getattr(self.task, split)
-            path = evaluate.along(
+            path = evaluate.profile(
                 self.net, self.curve(a, b, method, shape), whole.first(images or len(whole)),
                 statistics=self.task.train.first(self.statistics), points=self.points,
                 perturb=attack, perturb_statistics=statistics_attack
             )  # fmt: skip
             return {name: array.tolist() for name, array in path._asdict().items()}
 
-        found = store.values(config, compute)
-        return evaluate.Path(**{name: np.array(found[name]) for name in evaluate.Path._fields})
+        found = cache.values(config, compute)
+        return evaluate.Profile(
+            **{name: np.array(found[name]) for name in evaluate.Profile._fields}
+        )
 
     def config(self) -> dict[str, Any]:
         """All on which values depend: for what a chapter keeps in the store by a name."""
@@ -249,7 +252,7 @@ class Experiment:
     def curve_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a curve depends on: its entry's configuration in the store."""
         one, two = self.between or (self, self)
-        ends = [store.key(one.endpoint_config(a)), store.key(two.endpoint_config(b))]
+        ends = [cache.key(one.endpoint_config(a)), cache.key(two.endpoint_config(b))]
         words = f"{self.network} {self.width:g}, {self.dataset}, seeds {a} and {b}"
         config: dict[str, Any] = {"what": "curve", "ends": ends, "network": words,
                                   "method": method, "shape": shape}  # fmt: skip
@@ -276,6 +279,6 @@ class Experiment:
         used = self.perturb
         return {"adversary": [used.eps, used.steps, used.step]} if used else {}
 
-    def _tensors(self, config: store.Config, compute: Callable[[store.Checkpoint], Theta]) -> Theta:
-        found = store.tensors(config, compute)
+    def _tensors(self, config: cache.Config, compute: Callable[[cache.Checkpoint], Theta]) -> Theta:
+        found = cache.tensors(config, compute)
         return {name: x.to(self.task.device) for name, x in found.items()}

@@ -5,7 +5,6 @@ All functions take and return one-dimensional int64 tensors of length n that hol
 """
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -49,20 +48,3 @@ def compose(p: Tensor, q: Tensor) -> Tensor:
     if p.shape != q.shape:
         raise ValueError(f"compose: lengths differ, {len(p)} and {len(q)}")
     return p[q]
-
-
-def assign(score: Tensor, maximize: bool = True) -> Tensor:
-    """The permutation p with the largest (smallest) sum of `score[i, p[i]]`.
-
-    `score` is a square matrix [n, n] of finite numbers: how well unit i of the first network
-    and unit j of the second go together. Exact, O(n³): scipy's `linear_sum_assignment`
-    (Crouse, On implementing 2D rectangular assignment algorithms, 2016).
-    Raises ValueError for a matrix that is not square or not finite.
-    """
-    if score.dim() != 2 or score.shape[0] != score.shape[1]:
-        raise ValueError(f"assign: expected a square matrix, got shape {tuple(score.shape)}")
-    if not torch.isfinite(score).all():
-        bad = int((~torch.isfinite(score)).sum())
-        raise ValueError(f"assign: {bad} of {score.numel()} scores are NaN or infinite")
-    _, columns = linear_sum_assignment(score.detach().cpu().double().numpy(), maximize)
-    return torch.from_numpy(columns).long()

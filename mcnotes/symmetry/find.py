@@ -24,13 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mcnotes import perms
-from mcnotes.groups import Group, Pinned, Place, apart, call, discover, single_steps
-from mcnotes.marks import SymmetryError
-from mcnotes.rules import RULES
-from mcnotes.taps import Reader, Theta
+from mcnotes.symmetry import permutations
+from mcnotes.symmetry.activations import Reader, Theta
+from mcnotes.symmetry.groups import (
+    Group,
+    Pinned,
+    Place,
+    call,
+    discover,
+    inference_copy,
+    unfused_attention,
+)
+from mcnotes.symmetry.units import SymmetryError
 
-__all__ = ["RULES", "Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "find"]
 Perm = dict[str, Tensor]  # index vectors by group
 Example = Tensor | tuple[Tensor, ...]
 KNOWN: WeakKeyDictionary[nn.Module, dict[Any, Mapping[str, Group]]] = WeakKeyDictionary()
@@ -50,28 +56,30 @@ class Symmetry:
 
     def identity(self) -> Perm:
         """The permutation that moves nothing."""
-        return {name: perms.identity(g.size) for name, g in self.groups.items()}
+        return {name: permutations.identity(g.size) for name, g in self.groups.items()}
 
     def random(self, generator: torch.Generator | None = None) -> Perm:
         """An independent, uniformly random permutation of every group (CPU generator)."""
-        return {name: perms.random(g.size, generator) for name, g in self.groups.items()}
+        return {name: permutations.random(g.size, generator) for name, g in self.groups.items()}
 
     def complete(self, perm: Perm) -> Perm:
         """`perm`, with the identity for groups that it leaves out. ValueError if it misfits."""
         if wrong := [name for name in perm if name not in self.groups]:
             raise ValueError(f"no group {wrong[0]!r} in this symmetry; there are {[*self.groups]}")
-        checked = {n: perms.check(p, self.groups[n].size, f"group {n!r}") for n, p in perm.items()}
+        checked = {
+            n: permutations.check(p, self.groups[n].size, f"group {n!r}") for n, p in perm.items()
+        }
         return self.identity() | checked
 
     def compose(self, p: Perm, q: Perm) -> Perm:
         """First p, then q, as one: `permute(θ, compose(p, q)) = permute(permute(θ, p), q)`."""
         p, q = self.complete(p), self.complete(q)
-        return {old: perms.compose(p[old], q[new]) for new, old in self._carried(p).items()}
+        return {old: permutations.compose(p[old], q[new]) for new, old in self._carried(p).items()}
 
     def inverse(self, p: Perm) -> Perm:
         """The permutation that undoes p."""
         p = self.complete(p)
-        return {new: perms.invert(p[old]) for new, old in self._carried(p).items()}
+        return {new: permutations.invert(p[old]) for new, old in self._carried(p).items()}
 
     def _carried(self, p: Perm) -> dict[str, str]:
         """For each group the one whose units p brings to its place: another where blocks move."""
@@ -131,7 +139,7 @@ class Symmetry:
         buffers = {n: b.double() if b.is_floating_point() else b for n, b in net.named_buffers()}
         given = {n: jitter(t, generator) for n, t in (theta or net.state_dict()).items()}
         device = next((t.device for t in given.values()), None)
-        inputs = [x.double() if x.is_floating_point() else x for x in listed(example)]
+        inputs = [x.double() if x.is_floating_point() else x for x in as_tuple(example)]
 
         def outputs(perm: Perm) -> list[Tensor]:
             values = buffers | self.permute(given, perm)
@@ -139,9 +147,11 @@ class Symmetry:
             default = torch.get_default_dtype()
             torch.set_default_dtype(torch.float64)
             try:
-                with single_steps(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                with unfused_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    out = call(apart(net, self.train), values, tuple(x.to(device) for x in inputs))
+                    out = call(
+                        inference_copy(net, self.train), values, tuple(x.to(device) for x in inputs)
+                    )
             finally:
                 torch.set_default_dtype(default)
             return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -252,7 +262,7 @@ class Symmetry:
         return isinstance(other, Symmetry) and self.to_json() == other.to_json()
 
 
-def listed(example: Example) -> list[Tensor]:
+def as_tuple(example: Example) -> list[Tensor]:
     return [example] if isinstance(example, Tensor) else [*example]
 
 
@@ -279,4 +289,4 @@ def find(net: nn.Module, example: Example, train: bool = False) -> Symmetry:
     SymmetryError where it cannot be followed: control flow on data. What is not understood is
     pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`; `Symmetry.verify` proves.
     """
-    return Symmetry(*discover(net, listed(example), train), train)
+    return Symmetry(*discover(net, as_tuple(example), train), train)

@@ -19,8 +19,18 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mcnotes import marks
-from mcnotes.marks import CONSTANT, UNIT, Marked, Tap, Tape, axes, functional, padded, positions
+from mcnotes.symmetry import units
+from mcnotes.symmetry.units import (
+    CONSTANT,
+    UNIT,
+    Marked,
+    Tap,
+    Tape,
+    axes,
+    functional,
+    padded,
+    positions,
+)
 
 ALIASES = {"unsqueeze", "squeeze", "expand", "clone", "_to_copy", "detach", "alias"}
 
@@ -52,7 +62,7 @@ class Walk(Tape):
                 unit = unit + positions(tensor.shape, {0}) // (len(tensor) // groups) * n
             self.count_units = int(unit.max()) + 1 if n else self.count_units
             if n > 1:
-                factors += self.settle(unit << 32 if self.merged is None else self.merged[unit])
+                factors += self.compact(unit << 32 if self.merged is None else self.merged[unit])
         for f in factors:
             self.fact(f)
         return Marked(self, tensor, factors)
@@ -92,7 +102,7 @@ class Walk(Tape):
         for f in (f for f in factors if axes(f).intersection(dims)):
             self.pin(f, why)
 
-    def stay(self, factor: Tensor, dims: frozenset[int]) -> Tensor:
+    def hold_axes(self, factor: Tensor, dims: frozenset[int]) -> Tensor:
         """Units must keep their place along `dims`; what remains of the factor."""
         self.fact(factor, 0, positions(factor.shape, dims))
         if dims < axes(factor):
@@ -100,7 +110,7 @@ class Walk(Tape):
         self.pin(factor)
         return factor * 0
 
-    def meet(self, *xs: Any) -> list[Tensor]:
+    def combine_pointwise(self, *xs: Any) -> list[Tensor]:
         """Any function of tensors entry by entry: the factors of the result."""
         given = [x for x in tree_leaves(xs) if isinstance(x, Tensor)]
         shape = torch.broadcast_shapes(*(x.shape for x in given))
@@ -118,8 +128,8 @@ class Walk(Tape):
                 shared = axes(own[i]) & axes(own[j])
                 if axes(own[i]) == axes(own[j]) and functional(own[i], own[j]):
                     own[i], own[j] = none, self.join(own[i], own[j])
-                elif shared and not marks.independent(own[i], own[j]):
-                    own[i], own[j] = self.stay(own[i], shared), self.stay(own[j], shared)
+                elif shared and not units.independent(own[i], own[j]):
+                    own[i], own[j] = self.hold_axes(own[i], shared), self.hold_axes(own[j], shared)
             pairs = [(i, j) for i in range(len(own)) for j in range(len(done))]
             like = {i: j for i, j in pairs if functional(own[i], done[j])}
             for i, j in pairs:
@@ -127,7 +137,7 @@ class Walk(Tape):
                 if like.get(i) == j or (axes(f) == axes(g) and not matched):
                     own[i], done[j] = none, self.join(f, g)
                 elif (shared := axes(f) & axes(g)) and not matched:
-                    own[i], done[j] = self.stay(f, shared), self.stay(g, shared)
+                    own[i], done[j] = self.hold_axes(f, shared), self.hold_axes(g, shared)
             done += own
         return [f for f in done if bool((f >= UNIT).any())]
 
@@ -142,11 +152,11 @@ class Walk(Tape):
         self.fact(first, v.where((u >= UNIT) & (v >= CONSTANT), CONSTANT), tag)
         return f if f.numel() < g.numel() and bool((f >= UNIT).all()) else first
 
-    def settle(self, codes: Tensor, alone: str = "is taken out alone") -> list[Tensor]:
+    def compact(self, codes: Tensor, alone: str = "is taken out alone") -> list[Tensor]:
         """The factor, if any, of these codes: only the axes that it needs, and distinct slots."""
         codes = codes[tuple(slice(None) if s else slice(1) for s in codes.stride())]
         for k in axes(codes):  # one along which all units move as one is not needed
-            if marks.as_one(codes.narrow(k, 0, 2), k) and marks.as_one(codes, k):
+            if units.as_one(codes.narrow(k, 0, 2), k) and units.as_one(codes, k):
                 codes = codes.narrow(k, 0, 1)
         held = codes >= UNIT
         if codes.numel() == 1 or not bool(held.any()):
@@ -155,7 +165,7 @@ class Walk(Tape):
         order = codes[held].sort().values
         if bool((order[1:] > order[:-1]).all()):
             return [codes]
-        slot = (codes & marks.SLOT).unique(return_inverse=True)[1].where(held, 0)
+        slot = (codes & units.SLOT).unique(return_inverse=True)[1].where(held, 0)
         sorted_, order = (codes >> 32 << 32 | slot).flatten().sort(stable=True)
         copy = torch.arange(len(order)) - torch.searchsorted(sorted_, sorted_)
         copy = torch.empty_like(copy).scatter(0, order, copy).view(codes.shape).where(held, 0)
@@ -179,12 +189,12 @@ class Walk(Tape):
             outs = tree_leaves(run(parts))
             found = found or [[] for _ in outs]
             for factors, out in zip(found, outs, strict=True):
-                factors += self.settle(out)
+                factors += self.compact(out)
         return found
 
     def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operator on marked tensors: by its rule, by simpler ones, or else all is pinned."""
-        name = marks.op_name(func)
+        name = units.op_name(func)
         if re.search("^new_|_like$", name):  # a constant
             return func(*tree_map_only(Marked, lambda x: torch.zeros(x.shape), args), **kwargs)
         kind = "pointwise" if torch.Tag.pointwise in func.tags else ""
@@ -211,11 +221,11 @@ class Walk(Tape):
         if name not in self.passing:
             unary = len(taps) == len({id(x) for x in xs}) == 1
             taps = [Tap(found[0], (taps[0].pre or taps[0]) if unary else None)]
-        args, kwargs = tree_map_only(Tensor, marks.bare, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, units.bare, (args, kwargs))
         try:
             out = func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
-            raise marks.SymmetryError(
+            raise units.SymmetryError(
                 f"find: {name} needs values{self.where()}; it says: {str(error).splitlines()[0]} "
                 "Cure: control flow must not depend on the data (torch.where instead of if); or "
                 "take the part of the network without it."

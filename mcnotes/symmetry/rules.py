@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mcnotes.marks import UNIT, Marked, axes, bare, op_name
-from mcnotes.walk import Walk
+from mcnotes.symmetry.trace import Walk
+from mcnotes.symmetry.units import UNIT, Marked, axes, bare, op_name
 
 
 def entrywise(walk: Walk, *xs: Any) -> list[Any]:
     """An operator that acts entry by entry; constants have now another value."""
-    return [[f.where(f >= UNIT, 0) for f in walk.meet(*xs)]]
+    return [[f.where(f >= UNIT, 0) for f in walk.combine_pointwise(*xs)]]
 
 
 def shift(walk: Walk, first: Any, *rest: Any) -> list[Any] | None:
@@ -45,7 +45,7 @@ def cat(walk: Walk, xs: Sequence[Tensor], dim: int = 0) -> list[Any]:
         return Marked(walk, bare(x) if on else bare(x).narrow(dim, 0, 1), factors)
 
     (beside,) = walk.move(lambda parts: torch.cat(parts, dim), *(part(x, True) for x in xs))
-    return [beside + walk.meet(*(part(x, False) for x in xs))]
+    return [beside + walk.combine_pointwise(*(part(x, False) for x in xs))]
 
 
 def pad(walk: Walk, x: Marked, sizes: Sequence[int], value: float = 0) -> list[Any]:
@@ -61,7 +61,7 @@ def reduce(walk: Walk, x: Marked, *_: Any) -> list[Any]:
     dims, keep = walk.named.get("dim"), bool(walk.named.get("keepdim"))
     dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))}
     for f in (f for f in x.factors if axes(f) & dims):
-        walk.stay(f, axes(f) - dims)
+        walk.hold_axes(f, axes(f) - dims)
     left = [f.amax(tuple(dims), keepdim=keep) for f in x.factors if not axes(f) & dims]
     return [left] * len(walk.func._schema.returns)
 
@@ -104,7 +104,11 @@ def embedding(walk: Walk, w: Marked, index: Tensor, *_: Any) -> Tensor | None:
 def norm(walk: Walk, x: Tensor, *params: Any) -> list[Any]:
     """Scales, shifts and statistics of channels."""
     rest = [None for _ in range(x.dim() - 2)]
-    return [walk.meet(x, *(p[(slice(None), *rest)] for p in params if isinstance(p, Tensor)))]
+    return [
+        walk.combine_pointwise(
+            x, *(p[(slice(None), *rest)] for p in params if isinstance(p, Tensor))
+        )
+    ]
 
 
 def group_norm(
@@ -117,7 +121,7 @@ def group_norm(
 
 def layer_norm(walk: Walk, x: Tensor, shape: Sequence[int], w: Any, b: Any, _: float) -> Any:
     """Statistics along the last axes; then scales and shifts."""
-    return [walk.meet(x - x.mean([*range(-len(shape), 0)], keepdim=True), w, b)]
+    return [walk.combine_pointwise(x - x.mean([*range(-len(shape), 0)], keepdim=True), w, b)]
 
 
 RULES: dict[str, Callable[..., Any]] = {

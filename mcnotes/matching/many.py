@@ -11,10 +11,11 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from mcnotes import align, matchers
-from mcnotes.bundles import Blocks, bundles, solve, tiles
 from mcnotes.curves import Theta, combine
 from mcnotes.data import Split
+from mcnotes.matching.activations import At, Cost, similarity, stream
+from mcnotes.matching.assignment import Blocks, bundles, solve, tiles
+from mcnotes.matching.weights import weight_matching
 from mcnotes.symmetry import Perm, Symmetry
 
 Improve = Callable[[int, list[int], list[Perm]], Perm]
@@ -23,7 +24,7 @@ Seen = dict[tuple[int, int, str], Tensor]  # i, j, group: similarities [units of
 
 def match_many(
     net: nn.Module, thetas: Sequence[Theta], images: Split, sym: Symmetry, *,
-    method: str = "activations", at: align.At = "post", cost: align.Cost = "correlation",
+    method: str = "activations", at: At = "post", cost: Cost = "correlation",
     batch_size: int | None = None, sweeps: int = 100
 ) -> list[Perm]:  # fmt: skip
     """For each network a permutation into one common order: that of the first, which stays.
@@ -31,7 +32,7 @@ def match_many(
     They maximise the similarity summed over all pairs by coordinate ascent: one network at a time
     is matched to all others as they lie, until nothing gains. No cycle contradicts itself then
     (Crisostomi et al. 2024 ask for the same, by Frank–Wolfe over weights). Arguments as in
-    `align.match`; method "weights" uses no images; without it, units that are not seen stay.
+    `matching.match`; method "weights" uses no images; without it, units that are not seen stay.
     Raises ValueError for fewer than two networks and for other methods, AlignmentError as there.
     """
     if len(thetas) < 2:
@@ -44,9 +45,9 @@ def match_many(
         seen: Seen = {}
         for i, j in combinations(range(len(thetas)), 2):
             ends = thetas[i], thetas[j]
-            moments = align.stream(net, *ends, images, sym, at=at, batch_size=batch_size)
+            moments = stream(net, *ends, images, sym, at=at, batch_size=batch_size)
             for name in (n for n, taps in moments.items() if taps):
-                seen[i, j, name] = align.similarity(moments[name], cost)
+                seen[i, j, name] = similarity(moments[name], cost)
                 seen[j, i, name] = seen[i, j, name].T
         parts = {n: b for n, b in bundles(sym).items() if all((0, 1, m) in seen for m in b[0])}
         improve = partial(_by_activations, parts, seen)
@@ -70,7 +71,7 @@ def _by_weights(
     """Network k matched by its weights to the mean of the others."""
     placed = [sym.permute(thetas[i], perms[i]) for i in others]
     mean = combine(placed, [1 / len(placed)] * len(placed))
-    return matchers.by_weights(net, mean, thetas[k], sym, start=perms[k])
+    return weight_matching(net, mean, thetas[k], sym, start=perms[k])
 
 
 def _by_activations(

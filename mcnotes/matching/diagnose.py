@@ -6,19 +6,21 @@ faults gave in chapter 9: rules of thumb for classifiers of images, no laws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mcnotes import align, evaluate, figures, perms, train
+from mcnotes import evaluate, train
 from mcnotes.curves import Theta, combine
 from mcnotes.data import Task
+from mcnotes.matching import activations, assignment
+from mcnotes.matching.methods import match
 from mcnotes.symmetry import Perm, Symmetry
 
-RULES = {  # fault: from where on it is one (-x: below x); what was measured; what to do
+FAULTS = {  # fault: from where on it is one (-x: below x); what was measured; what to do
     "inputs": (0.1, "{} is right on {:.0%} of the images, on {:.0%} if they are {}",
         "show the images to each network as it was trained on them"),
     "labels": (0.1, "{} is right on {:.0%} of the images, on {:.0%} if its classes are renamed",
@@ -40,11 +42,11 @@ RULES = {  # fault: from where on it is one (-x: below x); what was measured; wh
     "narrow": (0.12, "among twice as many units the best partner correlates by {:.2f} more",
         "wider layers: each unit then finds a better partner"),
     "collapse": (-0.6, "half-way, the units of {} vary {:.2f} times as much as A's",
-        "repair.repair, or networks with BatchNorm"),
+        "matching.repair, or networks with BatchNorm"),
     "direction": (0.1, "matched units correlate by {:.2f}, under the inverse by {:.2f}",
         "apply the inverse: new[i] = old[p[i]], and to network B"),
     "permutation": (0.1, "matched units correlate by {:.2f}, by a fresh matching by {:.2f}",
-        "apply to B what align.match returns, once and whole"),
+        "apply to B what matching.match returns, once and whole"),
 }  # fmt: skip
 ENDS = {"inputs", "labels", "broken"}  # with one of these the rest means nothing
 INPUTS: dict[str, Callable[..., Tensor]] = {  # of images, their mean and deviation
@@ -58,14 +60,14 @@ INPUTS: dict[str, Callable[..., Tensor]] = {  # of images, their mean and deviat
 class Finding(NamedTuple):
     """One measured number, and what it says."""
 
-    fault: str  # a name in `RULES`
+    fault: str  # a name in `FAULTS`
     number: float
     text: str
 
     @property
     def serious(self) -> bool:
         """Is it beyond the limit, or no number at all?"""
-        limit = RULES[self.fault][0]
+        limit = FAULTS[self.fault][0]
         return not (self.number <= limit if limit > 0 else self.number >= -limit)
 
 
@@ -90,15 +92,8 @@ def diagnose(
     return [f for f in found if every or f.serious]
 
 
-def report(findings: Sequence[Finding]) -> Any:
-    """A table, for notebooks."""
-    rows = [[f.fault, f"{f.number:.3g}", f.text, RULES[f.fault][2]] for f in findings]
-    nothing = ["nothing", "", "none of the faults that were looked for", ""]
-    return figures.table(["fault", "measured", "what it means", "what to do"], rows or [nothing])
-
-
 def _say(fault: str, number: float, *words: object) -> Finding:
-    return Finding(fault, number, RULES[fault][1].format(*words))
+    return Finding(fault, number, FAULTS[fault][1].format(*words))
 
 
 def _end(net: nn.Module, name: str, theta: Theta, task: Task) -> Found:
@@ -111,7 +106,7 @@ def _end(net: nn.Module, name: str, theta: Theta, task: Task) -> Found:
     yield _say("inputs", best - now.accuracy, name, now.accuracy, best, how)
     guess = evaluate.probabilities(net, theta, val).argmax(1)
     counts = (guess * k + val.labels).bincount(minlength=k * k).view(k, k).double().cpu()
-    renamed = float(counts.gather(1, perms.assign(counts)[:, None]).sum()) / len(val)
+    renamed = float(counts.gather(1, assignment.assign(counts)[:, None]).sum()) / len(val)
     yield _say("labels", renamed - now.accuracy, name, now.accuracy, renamed)
     fresh = evaluate.batchnorm(net, theta, task.train)
     reset, constant = evaluate.score(net, fresh, val), float(val.labels.bincount().max()) / len(val)
@@ -126,7 +121,7 @@ def _end(net: nn.Module, name: str, theta: Theta, task: Task) -> Found:
 
 def _pair(net: nn.Module, a: Theta, b: Theta, task: Task, sym: Symmetry) -> Found:
     """Of both together."""
-    found = align.match(net, a, b, task.train, sym)
+    found = match(net, a, b, task.train, sym)
     one, two = (evaluate.probabilities(net, theta, task.val) for theta in (a, b))
     apart = float((one - two).abs().mean())
     before, after = (float(torch.cat([*c.values()]).mean()) for c in (found.before, found.after))
@@ -134,7 +129,7 @@ def _pair(net: nn.Module, a: Theta, b: Theta, task: Task, sym: Symmetry) -> Foun
     yield from pair
     if any(f.serious for f in pair):
         return
-    moments = align.stream(net, a, b, task.train, sym)
+    moments = activations.stream(net, a, b, task.train, sym)
     still = torch.cat([taps[0].variances().flatten() == 0 for taps in moments.values()])
     yield _say("dead", float(still.double().mean()), int(still.sum()), len(still))
     least = min(found.after, key=lambda n: float(found.after[n].mean()))
@@ -143,7 +138,7 @@ def _pair(net: nn.Module, a: Theta, b: Theta, task: Task, sym: Symmetry) -> Foun
     yield _say("narrow", sum(gains) / len(gains), sum(gains) / len(gains))
     half = combine([a, sym.permute(b, found.perm)], [0.5, 0.5])
     middle = evaluate.batchnorm(net, half, task.train)
-    seen = align.stream(net, middle, a, task.train, sym)
+    seen = activations.stream(net, middle, a, task.train, sym)
     spread = {n: torch.stack([m.variances() for m in ms]).sum(0).sqrt() for n, ms in seen.items()}
     ratio, name = min((float(here.mean() / there.mean()), n) for n, (here, there) in spread.items())
     yield _say("collapse", ratio, name, ratio)
@@ -152,7 +147,7 @@ def _pair(net: nn.Module, a: Theta, b: Theta, task: Task, sym: Symmetry) -> Foun
 def _order(net: nn.Module, a: Theta, b: Theta, task: Task, sym: Symmetry, perm: Perm) -> Found:
     """Of the permutation that was used, its inverse, and a fresh one."""
     moved = (sym.permute(b, p) for p in (perm, sym.inverse(perm)))
-    one, two = (align.match(net, a, theta, task.train, sym) for theta in moved)
+    one, two = (match(net, a, theta, task.train, sym) for theta in moved)
     every = (one.before, two.before, one.after)
     mine, other, best = (float(torch.cat([*found.values()]).mean()) for found in every)
     yield _say("direction", other - mine, mine, other)

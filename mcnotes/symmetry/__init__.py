@@ -1,0 +1,14 @@
+"""Which units of a network may change places: discovered, proved, applied (chapter 3).
+
+`find` gives a `Symmetry`, a value that permutes parameters and verifies itself. Read `permutations`
+first, then `find`; behind them `units` labels the entries of tensors, `trace` follows the labels
+through one run of the network by the `rules` of its operators, `groups` sorts what it saw, and
+`activations` reads the units' activations out of a running network.
+"""
+
+from mcnotes.symmetry.find import Perm, Symmetry, find
+from mcnotes.symmetry.groups import Group, Pinned, Place
+from mcnotes.symmetry.rules import RULES
+from mcnotes.symmetry.units import SymmetryError
+
+__all__ = ["RULES", "Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "find"]
