@@ -9,7 +9,7 @@ BIN   := $(VENV)/bin
 BOOK  := $(BIN)/python -m tools.book
 READY := $(VENV)/.ready
 ALL   := '.[book,batch,test]'
-QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
+QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1 MCNOTES_CELL_TIMEOUT=1800
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book html notebooks figures test zoo clean
@@ -41,7 +41,7 @@ test: setup  ## everything that must pass
 
 zoo: setup  ## compute all of data/zoo again, by running the chapters
 	rm -f data/zoo/*.safetensors data/zoo/*.json
-	MCNOTES_CELL_TIMEOUT=0 MCNOTES_STORE=$(CURDIR)/data/zoo $(BOOK) run --force --jobs $(JOBS)
+	MCNOTES_STORE=$(CURDIR)/data/zoo $(BOOK) run --force --jobs $(JOBS)
 
 clean:  ## remove what was built, keep .venv and data
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis

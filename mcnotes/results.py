@@ -11,7 +11,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from mcnotes import evaluate, store
-from mcnotes.zoo import METHODS, SHAPES, Experiment
+from mcnotes.parameters import METHODS, SHAPES
+from mcnotes.zoo import Experiment
 
 FORMAT = 1
 ORIGIN = ("hardware", "torch", "seconds")  # what the provenance of every part says

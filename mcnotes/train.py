@@ -45,8 +45,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Recipe: schedule {self.schedule!r}, expected one of {[*SCHEDULES]}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"Recipe: precision {self.precision!r}, expected float32 or bfloat16")
+        if self.precision not in PRECISIONS:
+            known = " or ".join(PRECISIONS)
+            raise ValueError(f"Recipe: precision {self.precision!r}, expected {known}")
         for name in ("epochs", "batch_size", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Recipe: {name}={getattr(self, name)}, expected more than 0")
@@ -66,6 +67,7 @@ SCHEDULES: dict[str, Callable[[float, int], float]] = {
     "robust": lambda epoch, epochs: min(1.0, max(0.01, 1 - 0.99 * (epoch / epochs - 0.5) / 0.4)),
 }
 """Learning-rate factor by (epoch, a float; epochs)."""
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Fit(NamedTuple):

@@ -109,9 +109,8 @@ def test_pam_is_kept_with_its_permutation(tmp_path: Path, monkeypatch: pytest.Mo
 def test_pam_spends_as_many_epochs_on_the_curve_as_plain_training() -> None:
     for epochs in (1, 3, 12, 250):
         for schedule in ("linear", "paper"):
-            lab = replace(TINY, curve_epochs=epochs, schedule=schedule)
-            assert sum(lab.pam_settings().epochs) == epochs
-    assert lab.pam_settings() == pam.Settings()
+            settings = replace(TINY, curve_epochs=epochs, schedule=schedule).pam_settings()
+            assert (settings.epochs, settings.p_epochs) == ((epochs,), min(4, epochs))
 
 
 def test_everything_is_kept_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +132,8 @@ def test_every_parameter_that_changes_more_than_rounding_is_in_the_configuration
     for name, default in asdict(TINY).items():
         other = {
             "dataset": "cifar10", "network": "resnet20", "schedule": "paper", "device": "cuda",
-            "precision": "bfloat16", "augment": True, "validation": 7, "between": (TINY, robust)
+            "precision": "bfloat16", "augment": True, "validation": 7, "between": (TINY, robust),
+            "compile": True, "epsilon": 0.2, "attack_step": 0.02, "pam_options": {"samples": 3}
         }.get(name) or default + 1  # fmt: skip
         same = replace(robust, **{name: other}).config() == robust.config()
         assert same == (name in ("device", "compile")), name

@@ -46,7 +46,7 @@ def html(ran: list[Path], preset: str) -> int:
     fetch()
     stage(ran, preset)
     sources = [path for path in STAGE.rglob("*") if path.is_file()]
-    key = chapters.digest(ROOT, [*sources, *ROOT.glob("mcnotes/*.py")]) + repository_url(ROOT)
+    key = chapters.digest(ROOT, [*sources, *ROOT.glob("mcnotes/**/*.py")]) + repository_url(ROOT)
     if not ((HTML / "index.html").exists() and KEY.exists() and KEY.read_text() == key):
         if status := build():
             return status
