@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from mcnotes import align, curves, evaluate, matchers, models, repair, store, train
 from mcnotes.curves import Theta
 from mcnotes.data import Split
-from mcnotes.zoo import Experiment
+from mcnotes.zoo import Experiment, curve_seed
 
 METHODS = ("identity", "random", "activations", "weights", "straight-through", "sinkhorn")
 WIDTHS = (8, 16, 32, 64, 128, 256, 512)  # of two hidden layers
@@ -189,7 +189,7 @@ def measure(cell: Cell) -> dict[str, Any]:
 
     def compute() -> dict[str, Any]:
         one, two = lab.endpoint(a), lab.endpoint(b)
-        found, seconds = match(lab, one, two, method, seed=a * 1000 + b)
+        found, seconds = match(lab, one, two, method, seed=curve_seed(a, b))
         ends = one, lab.sym.permute(two, found.perm)
         row: dict[str, Any] = {"network": name, "normalisation": normalisation, "pair": [a, b]}
         row |= {"method": method, "seconds": round(seconds, 3)}
@@ -197,7 +197,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         row |= {"line": walk(name, curves.line(*ends)), "middle": middle(name, ends)}
         if curve_epochs:
             recipe, start = lab.recipe(curve_epochs), curves.bezier(*ends)
-            curve = train.fit_curve(lab.net, start, lab.task, recipe, seed=a * 1000 + b).curve
+            curve = train.fit_curve(lab.net, start, lab.task, recipe, seed=curve_seed(a, b)).curve
             row["curve"] = {"epochs": curve_epochs} | walk(name, curve)
         return row
 

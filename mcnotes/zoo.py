@@ -35,6 +35,13 @@ from mcnotes.symmetry import Perm
 AnyAttack = attacks.PGD | attacks.Square | attacks.Ensemble
 
 
+def curve_seed(a: int, b: int) -> int:
+    """The seed of the curves from network a to network b: apart from that of any other pair."""
+    if 0 < a < 1000 and 0 < b < 1000:
+        return a * 1000 + b
+    return 1_000_000 + int(np.random.SeedSequence([a % 2**64, b % 2**64]).generate_state(1)[0])
+
+
 class Record(NamedTuple):
     """What PAM did: its permutation, after that of the start, and its outer iterations."""
 
@@ -218,7 +225,7 @@ class Experiment:
             return fresh
 
         def compute(checkpoint: store.Checkpoint) -> Theta:
-            recipe, seed = self.recipe(self.curve_epochs), a * 1000 + b
+            recipe, seed = self.recipe(self.curve_epochs), curve_seed(a, b)
             if start == method:
                 fitted = train.fit_curve(self.net, fresh, self.task, recipe, seed=seed,
                                          perturb=self.perturb, checkpoint=checkpoint)  # fmt: skip

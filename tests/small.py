@@ -43,6 +43,22 @@ def normed(dropout: float = 0.0) -> nn.Module:
     )
 
 
+class Fixed(nn.Module):
+    """Two layers of features that are not trained: units that stand in buffers, the first alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.register_buffer("first", torch.randn(8, 144, generator=g))
+        self.register_buffer("second", torch.randn(5, 8, generator=g))
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x.flatten(1) @ self.first.T).relu() @ self.second.T
+        z: Tensor = self.last(h.relu())
+        return z
+
+
 class Stopped(Checkpoint):
     """A checkpoint after whose `last` save the run is interrupted."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mcnotes import attacks, evaluate, pam, store, train
-from mcnotes.zoo import Experiment
+from mcnotes.zoo import Experiment, curve_seed
 
 TINY = Experiment(width=2, epochs=1, curve_epochs=1, points=3, statistics=100, match_images=100)
 
@@ -35,6 +35,15 @@ def test_the_permutation_that_was_found_first_stays(
     expected = TINY.sym.permute(TINY.endpoint(2), first)
     for name, x in again.pair(1, 2, "aligned")[1].items():
         assert torch.equal(x, expected[name])
+
+
+def test_no_two_pairs_share_a_seed() -> None:
+    """The pairs of data/zoo keep theirs; others meet neither these nor the seeds of networks."""
+    assert curve_seed(1, 2) == 1002
+    seeds = [-1, *range(40), 998, 999, 1000, 1001, 2001, 2**40]
+    pairs = [curve_seed(a, b) for a in seeds for b in seeds if a != b]
+    assert len(set(pairs)) == len(pairs)
+    assert not {s for s in pairs if s < 1000}, "a pair has the seed of a network"
 
 
 def test_unknown_names_are_refused() -> None:
