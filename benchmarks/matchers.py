@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mcnotes import align, curves, evaluate, matchers, models, repair, store, train
+from mcnotes import align, checks, curves, evaluate, matchers, models, repair, store, train
 from mcnotes.curves import Theta
 from mcnotes.data import Split
 from mcnotes.zoo import Experiment, curve_seed
@@ -93,6 +93,10 @@ class Transformer(nn.Module):
 @dataclass(frozen=True)
 class Lab(Experiment):
     """An experiment that knows a transformer, and multilayer perceptrons of any depth."""
+
+    rules = Experiment.rules | {
+        "network": checks.one_of([*models.BUILDERS, "transformer", "mlp-2", "mlp-5"])
+    }
 
     @cached_property
     def net(self) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -53,9 +53,11 @@ class Record(NamedTuple):
 class Experiment:
     """The parameters that every chapter and preset shares, and what follows from them.
 
-    Raises ValueError naming every one that is not what `parameters.RULES` says.
+    Raises ValueError naming every one that is not what `rules` says: `parameters.RULES`, but a
+    class that knows more networks has rules of its own.
     """
 
+    rules: ClassVar[dict[str, checks.Rule]] = RULES
     dataset: str = "fashion-mnist-small"
     network: str = "tinyten"
     width: float = 8
@@ -79,7 +81,7 @@ class Experiment:
     pam_options: Mapping[str, Any] = field(default_factory=dict)  # changes to `pam_settings`
 
     def __post_init__(self) -> None:
-        faults = checks.faults({f.name: getattr(self, f.name) for f in fields(self)}, RULES)
+        faults = checks.faults({f.name: getattr(self, f.name) for f in fields(self)}, self.rules)
         if not faults and self.network != "googlenet" and self.width != int(self.width):
             expected = f"a whole number for {self.network}: only googlenet's is a factor"
             faults.append(f"width: {checks.got(self.width, expected)}")
@@ -88,8 +90,9 @@ class Experiment:
         if faults:
             raise ValueError(f"parameters: {'; '.join(faults)}")
 
-    def _check_between(self, ends: object) -> Iterator[str]:
-        if not (isinstance(ends, tuple) and [type(end) for end in ends] == [Experiment] * 2):
+    def _check_between(self, ends: Any) -> Iterator[str]:
+        two = isinstance(ends, tuple) and len(ends) == 2
+        if not (two and all(isinstance(end, Experiment) for end in ends)):
             yield f"between: {checks.got(ends, 'a tuple of two experiments, or None')}"
             return
         for end in ends:
@@ -104,9 +107,10 @@ class Experiment:
         also: the names of the chapter's further parameters, or of fields that it takes for itself
         and leaves at their defaults here. A plain value under any other name (a misspelt papermill
         parameter) raises ValueError with the closest known name; so does a value that its rule in
-        `parameters.RULES` refuses.
+        `rules` refuses.
         """
-        known = {f.name for f in fields(cls)} - set(also)
+        own = {f.name for f in fields(cls)}
+        known = own - set(also)
         plain = {
             n for n, v in names.items()
             if not n.startswith("_") and n not in ("In", "Out")
@@ -115,8 +119,8 @@ class Experiment:
         for name in sorted(plain - known - set(also)):
             close = checks.hint(name, sorted([*known, *also]))
             raise ValueError(f"parameters: {name!r} is not a parameter of this notebook{close}")
-        further = {n: names[n] for n in also if n in names and n not in cls.__annotations__}
-        if faults := checks.faults(further, RULES):
+        further = {n: names[n] for n in also if n in names and n not in own}
+        if faults := checks.faults(further, cls.rules):
             raise ValueError(f"parameters: {'; '.join(faults)}")
         return cls(**{n: names[n] for n in known if n in names})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,16 @@ def test_ends_of_another_form_are_refused() -> None:
     for other in (Experiment(width=4), Experiment(network="resnet20")):
         with pytest.raises(ValueError, match=r"between: got .* expected tinyten of width 8"):
             Experiment(between=(Experiment(), other))
+
+
+def test_a_class_that_knows_more_networks_has_rules_of_its_own() -> None:
+    @dataclass(frozen=True)
+    class Lab(Experiment):
+        rules = Experiment.rules | {"network": checks.one_of(["transformer"])}
+
+    assert Lab(network="transformer", between=(Lab(network="transformer"),) * 2).width == 8
+    with pytest.raises(ValueError, match="network: got 'tinyten', expected one of transformer"):
+        Lab()
 
 
 @pytest.mark.parametrize(
