@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mcnotes import evaluate, train
 from mcnotes.cache import Checkpoint
@@ -206,6 +207,22 @@ def shift(net: nn.Module, old: Curve, new: Curve) -> float:
     return math.sqrt(sum(float((x - y).double().square().sum()) for x, y in pairs))
 
 
+def check_only_parameters_move(net: nn.Module, sym: Symmetry) -> None:
+    """Raise ValueError where units stand in a buffer that a network reads while it trains.
+
+    The permutation step moves parameters. BatchNorm's statistics may stay: it takes the batch's.
+    """
+    norms = [name for name, module in net.named_modules() if isinstance(module, _NormBase)]
+    statistics = tuple(f"{name}." if name else "" for name in norms)
+    buffers = {name for name, _ in net.named_buffers() if not name.startswith(statistics)}
+    for group in sym.groups.values():
+        if found := sorted(buffers.intersection(place.name for place in group.places)):
+            raise ValueError(
+                f"pam: units stand in the buffer {found[0]!r}, which the permutation step does not "
+                "move; make it a parameter, or match by activations or weights"
+            )
+
+
 class PermutationStep(train.Step):
     """Projected SGD on the matrices; `train.run` drives it as it drives any step."""
 
@@ -213,6 +230,7 @@ class PermutationStep(train.Step):
         self, net: nn.Module, curve: Curve, end: Theta, recipe: train.Recipe,
         device: torch.device, sym: Symmetry, old: Perm, settings: Settings
     ) -> None:  # fmt: skip
+        check_only_parameters_move(net, sym)
         super().__init__(net, curve, slice(0, 0), recipe, device)
         self.end, self.sym, self.settings = end, sym, settings
         self.old = {n: doubly_stochastic.matrix(p) for n, p in old.items()}
