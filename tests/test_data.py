@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mcnotes import data
+from mcnotes import cache, data
 from mcnotes.data import DataError, Split, Task, sources
 from mcnotes.data.augment import Augment
 
