@@ -10,9 +10,10 @@ BOOK  := $(BIN)/python -m tools.book
 READY := $(VENV)/.ready
 ALL   := '.[book,batch,test]'
 QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
+LIMIT := 1800
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html notebooks figures test zoo clean
+.PHONY: help setup book html notebooks figures test smoke portable zoo clean
 
 help:  ## say what the targets do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | column -t -s '|'
@@ -35,9 +36,14 @@ test: setup  ## everything that must pass
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(QUIET) $(BIN)/pytest -n $(JOBS) --dist loadfile
-	$(QUIET) $(BIN)/pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env book
-	$(QUIET) $(BOOK) run --preset smoke --jobs $(JOBS)
+	$(QUIET) MCNOTES_CELL_TIMEOUT=$(LIMIT) $(BIN)/pytest -n $(JOBS) --dist loadfile
+	$(QUIET) $(BIN)/pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=$(LIMIT) book
+
+smoke: setup  ## run the chapters at the smallest preset
+	$(QUIET) MCNOTES_CELL_TIMEOUT=$(LIMIT) $(BOOK) run --preset smoke --jobs $(JOBS)
+
+portable: setup  ## the tests as on other processors (SETTINGS='avx2-1 default-2': only these)
+	$(BIN)/python -m tools.portable $(if $(SETTINGS),--settings $(SETTINGS))
 
 zoo: setup  ## compute all of data/zoo again, by running the chapters
 	rm -f data/zoo/*.safetensors data/zoo/*.json
