@@ -9,11 +9,12 @@ BIN   := $(VENV)/bin
 BOOK  := $(BIN)/python -m tools.book
 READY := $(VENV)/.ready
 ALL   := '.[book,batch,test]'
-QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1 MCNOTES_CELL_TIMEOUT=1800
+QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
+LIMIT := 1800
 QUICK := $(addprefix tests/test_, project.py dependencies.py packaging.py perms.py curves.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html notebooks figures check test zoo clean
+.PHONY: help setup book html notebooks figures check test smoke portable zoo clean
 
 help:  ## say what the targets do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | column -t -s '|'
@@ -42,9 +43,14 @@ test: setup  ## everything that must pass
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(QUIET) $(BIN)/pytest -n $(JOBS) --dist loadfile
-	$(QUIET) $(BIN)/pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env book
-	$(QUIET) $(BOOK) run --preset smoke --jobs $(JOBS)
+	$(QUIET) MCNOTES_CELL_TIMEOUT=$(LIMIT) $(BIN)/pytest -n $(JOBS) --dist loadfile
+	$(QUIET) $(BIN)/pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=$(LIMIT) book
+
+smoke: setup  ## run the chapters at the smallest preset
+	$(QUIET) MCNOTES_CELL_TIMEOUT=$(LIMIT) $(BOOK) run --preset smoke --jobs $(JOBS)
+
+portable: setup  ## the tests as on other processors (SETTINGS='avx2-1 default-2': only these)
+	$(BIN)/python -m tools.portable $(if $(SETTINGS),--settings $(SETTINGS))
 
 zoo: setup  ## compute all of data/zoo again, by running the chapters
 	rm -f data/zoo/*.safetensors data/zoo/*.json

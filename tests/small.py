@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,24 @@ def rounding(terms: int, scale: float = 1.0, dtype: torch.dtype = torch.float32)
     probabilistic rounding error analysis, SIAM J. Sci. Comput. 41, 2019).
     """
     return 4 * math.sqrt(terms) * torch.finfo(dtype).eps * scale
+
+
+def terms(net: nn.Module) -> int:
+    """How many numbers one output of `net` adds, all layers together."""
+    return sum(p[0].numel() for p in net.parameters() if p.dim() > 1)
+
+
+def agree(
+    found: Any, expected: Any, terms: int, *, scale: float | None = None,
+    dtype: torch.dtype = torch.float32
+) -> None:  # fmt: skip
+    """Assert that two computations give the same numbers, up to `rounding`.
+
+    scale: as in `rounding`; the largest of the expected numbers, if nothing cancels.
+    """
+    one, two = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, expected))
+    margin = rounding(terms, float(two.abs().max()) if scale is None else scale, dtype)
+    torch.testing.assert_close(one, two, rtol=0, atol=margin)
 
 
 class Stopped(Checkpoint):

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from small import normed, plain, rounding, task
+from small import agree, normed, plain, rounding, task, terms
 from torch import nn
 
 from mcnotes import curves, evaluate, matching, models, symmetry, train
@@ -32,6 +32,12 @@ def pictures(n: int, channels: int = 1, size: int = 28) -> Split:
     return Split(images, torch.zeros(n, dtype=torch.long))
 
 
+def lost(moments: Moments) -> float:
+    """How many times larger a unit's mean square is than its variance, which is what is left."""
+    shares = moments.squares / moments.samples / moments.variances()
+    return float(shares[shares.isfinite()].max())
+
+
 def about_first(a: torch.Tensor, b: torch.Tensor) -> Moments:
     return Moments.about(torch.stack([a[0], b[0]]))
 
@@ -51,11 +57,12 @@ def test_moments_agree_with_a_direct_computation(
     for part in parts:
         moments.merge(part)
     exact = torch.corrcoef(torch.cat([a.T, b.T]).double())[:7, 7:]
-    torch.testing.assert_close(moments.correlation(), exact, rtol=0, atol=1e-5)
+    agree(moments.correlation(), exact, 64, scale=lost(moments))  # added up in float64
     cov = torch.cov(torch.cat([a.T, b.T]).double(), correction=0)[:7, 7:]
-    torch.testing.assert_close(moments.covariance(), cov, rtol=0, atol=1e-4 * scale)
+    square = float((moments.squares / moments.samples).max())
+    agree(moments.covariance(), cov, 64, scale=square)
     distance = (a.double()[:, :, None] - b.double()[:, None, :]).square().mean(0)
-    torch.testing.assert_close(-moments.similarity("l2"), distance, rtol=1e-5, atol=1e-4)
+    agree(-moments.similarity("l2"), distance, 64, scale=4 * square + 2 * float(distance.max()))
 
 
 @pytest.mark.parametrize(("size", "images"), [(64, 2), (64, 64), (64, 65), (50, 333), (400, 1999)])
@@ -77,7 +84,8 @@ def test_every_image_is_followed_once_whatever_the_number_of_cores(size: int, im
     for streams in found[1:]:
         ((moments,),) = streams.values()
         assert moments.samples == images
-        torch.testing.assert_close(moments.covariance(), first.covariance(), rtol=1e-5, atol=1e-7)
+        square = float((first.squares / images).max())
+        agree(moments.covariance(), first.covariance(), size + terms(net), scale=square)
 
 
 @pytest.mark.parametrize("begin", [about_first, Moments.like])
@@ -194,11 +202,14 @@ def test_planted_permutation_is_recovered(name: str, at: activations.At) -> None
         len(d) for d in found.dead.values()
     )
     for group in found.after:
-        assert found.after[group].sum() >= found.before[group].sum() - 1e-6
+        after, before = found.after[group], found.before[group]
+        assert after.sum() >= before.sum() - rounding(len(after), len(after), torch.float64)
 
 
+# Not narrower: on processors with AVX2 but no AVX-512, PyTorch's gradient of a 1 x 1 convolution of
+# stride 2 that reads fewer than 8 channels is wrong, or crashes, or hangs (oneDNN's issue 6035).
 END_TO_END = {
-    "resnet32": lambda: models.build("resnet32", num_classes=3, in_channels=1, width=4),
+    "resnet32": lambda: models.build("resnet32", num_classes=3, in_channels=1, width=8),
     "googlenet": lambda: models.build("googlenet", num_classes=3, in_channels=1, width=0.125),
     "attention": Patches,
 }
@@ -220,7 +231,8 @@ def test_from_two_networks_to_a_curve(name: str) -> None:
         evaluate.profile(net, c, split, statistics=split, points=3)
         for c in (curves.line(a, b), fitted)
     )
-    assert path.loss[[0, 2]] == pytest.approx(line.loss[[0, 2]], rel=1e-4)  # the same functions
+    # The same functions. BatchNorm over few images may divide by a tenth of what comes in.
+    agree(path.loss[[0, 2]], line.loss[[0, 2]], terms(net), scale=10 * line.loss.max())
     assert math.isfinite(path.loss[1])
     assert path.loss[1] != line.loss[1]
 
@@ -252,10 +264,8 @@ def test_batch_size_does_not_matter() -> None:
         matching.match(net, a, b, data.train, sym, batch_size=n) for n in (7, len(data.train))
     )
     for group, (moments,) in matching.stream(net, a, b, data.train, sym).items():
-        # The variance is what is left of the mean square, the mean taken off: that much is lost.
-        cancelled = float((moments.squares / moments.samples / moments.variances()).max())
-        margin = rounding(moments.samples, cancelled)
-        torch.testing.assert_close(small.after[group], large.after[group], rtol=0, atol=margin)
+        agree(small.after[group], large.after[group], moments.samples, scale=lost(moments))
+        margin = rounding(moments.samples, lost(moments))
         assert margin < 0.1 / len(data.train), "an image left out would not be seen"
 
 

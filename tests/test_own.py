@@ -129,7 +129,8 @@ class TestNormalised:
         net = checkpoints.normalised(plain, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), channels=3)
         x = torch.rand(5, 1, 12, 12)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
-        assert torch.allclose(net(x), plain((x.expand(-1, 3, -1, -1) - mean) / std), atol=1e-5)
+        expected = plain((x.expand(-1, 3, -1, -1) - mean) / std)
+        small.agree(net(x), expected, small.terms(plain), scale=float(1 / std.min()))
         assert net.state_dict().keys() == plain.state_dict().keys()
         assert not plain._forward_pre_hooks, "the network that came in is left alone"
 
@@ -566,7 +567,7 @@ class TestChapter:
                 made_from = json.loads(file.metadata()["made_from"])
             assert made_from["a"] == checkpoints.load(user / "a.ckpt", net).sha256
         fresh.load_state_dict(two)
-        assert torch.allclose(outputs["aligned_b"], fresh(x), atol=1e-4)
+        small.agree(outputs["aligned_b"], fresh(x), small.terms(fresh))
         assert not torch.allclose(outputs["average"], fresh(x), atol=1e-2)
         ran = notebooks.read(user / "run.ipynb")
         shown = str([cell.outputs for cell in notebooks.code_cells(ran)])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import agree, terms
 from torch import Tensor, nn
 
 from mcnotes import models, symmetry
@@ -424,7 +425,7 @@ def test_taps_follow_permutations(name: str, at: Any) -> None:
                 assert a.dim() == 2
                 assert a.shape[1] == sym.groups[group].size
                 if group in p:
-                    torch.testing.assert_close(a[:, p[group]], b, rtol=1e-4, atol=1e-5)
+                    agree(a[:, p[group]], b, terms(net), scale=10 * float(a.abs().max()))
 
 
 def test_taps_are_what_the_layers_compute() -> None:
@@ -435,10 +436,10 @@ def test_taps_are_what_the_layers_compute() -> None:
         post, pre = (sym.tapper(net, at)(theta, x) for at in ("post", "pre"))  # type: ignore[arg-type]
         pooled, normed = net[:4](x), net[:2](x)
         hidden = net[:8](x)
-    torch.testing.assert_close(post["0"][0], pooled.movedim(1, -1).reshape(-1, 8))
-    torch.testing.assert_close(pre["0"][0], normed.movedim(1, -1).reshape(-1, 8))
-    torch.testing.assert_close(pre["7"][0], hidden)
-    torch.testing.assert_close(post["7"][0], F.relu(hidden))
+    agree(post["0"][0], pooled.movedim(1, -1).reshape(-1, 8), terms(net))
+    agree(pre["0"][0], normed.movedim(1, -1).reshape(-1, 8), terms(net))
+    agree(pre["7"][0], hidden, terms(net))
+    agree(post["7"][0], F.relu(hidden), terms(net), scale=float(hidden.abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -493,7 +494,7 @@ def test_taps_of_the_training_mode_are_those_of_evaluation() -> None:
     )
     theta, x = weights(net), torch.rand(7, 4)
     taps = [symmetry.find(net, x, train=t).tapper(net)(theta, x)["0"][0] for t in (False, True)]
-    torch.testing.assert_close(*taps)
+    agree(*taps, terms(net))
 
 
 def test_channels_last_is_tapped_without_a_copy() -> None:

@@ -1,0 +1,44 @@
+"""The tests as on other processors: settings reach the process, failures reach the exit status."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import portable
+
+SHOW = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
+
+
+def test_a_setting_reaches_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert "ATEN_CPU_CAPABILITY" not in portable.environment("best-1", tmp_path)
+    given = portable.environment("default-2", tmp_path)
+    assert given["MCNOTES_STORE"] == str(tmp_path)
+    shown = subprocess.run([sys.executable, "-c", SHOW], env=given, check=True, capture_output=True)
+    assert shown.stdout.split() == [b"DEFAULT", b"2"]
+
+
+@pytest.mark.parametrize("setting", ["avx1024-1", "best", "best-3", ""])
+def test_an_unknown_setting_is_refused_before_anything_runs(setting: str) -> None:
+    with pytest.raises(ValueError, match=r"got setting .* expected one of best-1, .*default-2"):
+        portable.main(["best-1", setting], None, None, 1)
+
+
+def test_an_instruction_set_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(ValueError, match="has no AVX2"):
+        portable.main(["avx2-1"], None, None, 1)
+
+
+def test_failures_are_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "test_some.py"
+    file.write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
+    assert portable.main(["default-1"], [str(file)], None, 1) == 1
+    line, failure = capsys.readouterr().out.splitlines()
+    assert line.startswith("default-1  tests     1 passed, 1 failed in ")
+    assert "test_bad" in failure
+    file.write_text("def test_good(): pass\n")
+    assert portable.main(["default-1"], [str(file)], None, 1) == 0

@@ -1,0 +1,122 @@
+"""Run the tests as on other processors: `python -m tools.portable`, usually `make portable`.
+
+PyTorch, oneDNN and MKL choose their kernels by the processor's instructions and the number of
+threads, and each choice rounds in another way. A setting is INSTRUCTIONS-THREADS, as `avx2-1`:
+`best` are all instructions that this processor has, `avx2` those of most laptops, `default` only
+the oldest. One line is printed for each setting and part; the exit status is 1 if a test failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tools import chapters
+
+INSTRUCTIONS = {
+    "best": {},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_CBWR": "AVX2",
+    },
+    "default": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_CBWR": "COMPATIBLE",
+    },
+}
+THREADS = (1, 2)
+SETTINGS = [f"{name}-{threads}" for name in INSTRUCTIONS for threads in THREADS]
+NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=3600"]
+
+
+def environment(setting: str, store: Path) -> dict[str, str]:
+    """What a process has to be started with, for it to compute as `setting` says.
+
+    store: an empty folder, so that nothing is loaded that another setting computed. Raises
+    ValueError for a setting that there is not.
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"got setting {setting!r}, expected one of {', '.join(SETTINGS)}")
+    name, threads = setting.split("-")
+    chosen = {v for values in INSTRUCTIONS.values() for v in values} | {"OMP_NUM_THREADS"}
+    others = {k: v for k, v in os.environ.items() if k not in chosen}
+    path = os.pathsep.join([str(chapters.ROOT), *filter(None, [others.get("PYTHONPATH")])])
+    own = {"OMP_NUM_THREADS": threads, "MCNOTES_STORE": str(store), "PYTHONPATH": path}
+    return others | chapters.ENVIRONMENT | INSTRUCTIONS[name] | own
+
+
+def run(setting: str, part: str, arguments: list[str], jobs: int) -> bool:
+    """Run pytest on one part, print one line (and what failed); True if nothing failed."""
+    start = time.perf_counter()
+    workers = ["-n", str(max(1, jobs // int(setting.split("-")[1]))), "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *workers, *arguments]
+    with tempfile.TemporaryDirectory() as store:
+        done = subprocess.run(
+            command,
+            cwd=chapters.ROOT,
+            env=environment(setting, Path(store)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    lines = done.stdout.splitlines()
+    counts = Counter({how: int(n) for n, how in re.findall(r"(\d+) (\w+)", lines[-1])})
+    failed = counts["failed"] + counts["error"] + counts["errors"]
+    seconds = time.perf_counter() - start
+    print(f"{setting:<10} {part:<9} {counts['passed']} passed, {failed} failed in {seconds:.0f} s")
+    if done.returncode:
+        names = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        print("\n".join(f"    {line}" for line in names or lines[-20:]))
+    sys.stdout.flush()
+    return done.returncode == 0
+
+
+def check(settings: list[str]) -> None:
+    """Refuse, before anything runs, what this processor cannot do. Raises ValueError."""
+    for setting in settings:
+        environment(setting, Path())
+    from torch.backends import cpu  # heavy
+
+    here = cpu.get_cpu_capability()
+    if any(setting.startswith("avx2") for setting in settings) and "AVX" not in here:
+        raise ValueError(f"this processor has no AVX2 (PyTorch found {here}); leave avx2 out")
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, help="all by default")
+    parser.add_argument("--only", nargs="+", metavar="TESTS", help="these, as pytest takes them")
+    parser.add_argument("--chapters", nargs="*", help="those whose names hold one of these words")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cores to use")
+    return parser.parse_args(arguments)
+
+
+def main(settings: list[str], only: list[str] | None, words: list[str] | None, jobs: int) -> int:
+    """With neither tests nor chapters named, everything runs; the exit status."""
+    check(settings)
+    parts = {}
+    if only or words is None:
+        parts["tests"] = only or ["tests"]
+    if words is not None or not only:
+        parts["chapters"] = [*NBVAL, *map(str, chapters.select(words or []))]
+    passed = [run(setting, *part, jobs) for setting in settings for part in parts.items()]
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    given = options()
+    try:
+        sys.exit(main(given.settings, given.only, given.chapters, given.jobs))
+    except ValueError as error:
+        sys.exit(f"portable: {error}")
