@@ -50,6 +50,7 @@ ORDER = [
     "evaluate",
     "train",
     "checkpoints",
+    "matching.pair",
     "matching.assignment",
     "matching.doubly_stochastic",
     "matching.activations",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import hashlib
 import os
 import shlex
@@ -23,6 +22,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from mcnotes.names import suggest
 from tools import chapters, notebooks, presets
 
 ROOT = presets.ROOT
@@ -68,7 +68,7 @@ def plan(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if not isinstance(given[name], list) or not given[name]:
             raise PlanError(f"{name}: got {given[name]!r}, expected a list such as [a, b]")
     for method in given["methods"]:
-        _one_of("methods", method, list(experiment.METHODS))
+        _one_of("methods", method, list(experiment.ALIGNMENTS))
     for shape in given["shapes"]:
         _one_of("shapes", shape, list(experiment.SHAPES))
     found = {}
@@ -186,9 +186,7 @@ def assignments(words: list[str]) -> dict[str, Any]:
 
 def _one_of(what: str, name: str, known: list[str]) -> None:
     if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
-        raise PlanError(f"{what}: got {name!r}; {hint}")
+        raise PlanError(f"{what}: got {name!r}{suggest(name, known)}")
 
 
 def main(arguments: list[str]) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from mcnotes.names import suggest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "experiments" / "presets"
@@ -20,7 +21,7 @@ def load(name: str) -> dict[str, Any]:
     """The parameters of preset `name`; an unknown name says which ones there are."""
     path = FOLDER / f"{name}.yaml"
     if not path.exists():
-        raise ValueError(f"no preset {name!r} in {FOLDER}{_hint(name, names())}")
+        raise ValueError(f"no preset {name!r} in {FOLDER}{suggest(name, names())}")
     values = yaml.safe_load(path.read_text("utf8")) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `name: value` lines, got a {type(values).__name__}")
@@ -33,7 +34,7 @@ def check(preset: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
     papermill only warns about a name that the notebook does not have, and runs with the default.
     """
     faults = [
-        f"it has no parameter {name!r}{_hint(name, list(parameters))}"
+        f"it has no parameter {name!r}{suggest(name, list(parameters))}"
         for name in preset
         if name not in parameters
     ]
@@ -49,8 +50,3 @@ def _alike(value: object, default: object) -> bool:
     """Same type, or both a number (True and False are none)."""
     numbers = (int, float)
     return type(value) is type(default) or (type(value) in numbers and type(default) in numbers)
-
-
-def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"

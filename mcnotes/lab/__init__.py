@@ -5,6 +5,6 @@ the batch get all their numbers through `Experiment`. `results` is what a full-s
 `figures` is the book's style.
 """
 
-from mcnotes.lab.experiment import METHODS, SHAPES, Experiment
+from mcnotes.lab.experiment import ALIGNMENTS, SHAPES, Experiment
 
-__all__ = ["METHODS", "SHAPES", "Experiment"]
+__all__ = ["ALIGNMENTS", "SHAPES", "Experiment"]

@@ -6,7 +6,6 @@ them need is computed once. `make zoo` fills data/zoo by running the chapters.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -19,10 +18,11 @@ from torch import nn
 from mcnotes import attacks, cache, curves, data, evaluate, matching, models, symmetry, train
 from mcnotes.curves import Curve, Theta
 from mcnotes.matching import pam
+from mcnotes.names import suggest
 from mcnotes.symmetry import Perm
 
 AnyAttack = attacks.PGD | attacks.Square | attacks.Ensemble
-METHODS = ("unaligned", "aligned", "pam-unaligned", "pam-aligned")
+ALIGNMENTS = ("unaligned", "aligned", "pam-unaligned", "pam-aligned")
 SHAPES = ("line", "bezier", "chain")
 
 
@@ -72,9 +72,8 @@ class Experiment:
             and isinstance(v, bool | int | float | str | list | tuple | dict | None)
         }  # fmt: skip
         for name in sorted(plain - known - set(also)):
-            close = difflib.get_close_matches(name, [*known, *also], n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted([*known, *also])}"
-            raise ValueError(f"parameters: {name!r} is not a parameter of this notebook; {hint}")
+            close = suggest(name, sorted([*known, *also]))
+            raise ValueError(f"parameters: {name!r} is not a parameter of this notebook{close}")
         return cls(**{n: names[n] for n in known if n in names})
 
     @cached_property
@@ -139,8 +138,8 @@ class Experiment:
 
         "pam-…": the order to which PAM leads with a Bézier curve, from the order of "…".
         """
-        if method not in METHODS:
-            raise ValueError(f"pair: got method {method!r}, expected one of {METHODS}")
+        if method not in ALIGNMENTS:
+            raise ValueError(f"pair: got method {method!r}, expected one of {ALIGNMENTS}")
         start = method.removeprefix("pam-")
         theta_a, theta_b = self.ends(a, b)
         if start == "aligned":
