@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -45,8 +46,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Recipe: schedule {self.schedule!r}, expected one of {[*SCHEDULES]}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"Recipe: precision {self.precision!r}, expected float32 or bfloat16")
+        if self.precision not in PRECISIONS:
+            known = " or ".join(PRECISIONS)
+            raise ValueError(f"Recipe: precision {self.precision!r}, expected {known}")
         for name in ("epochs", "batch_size", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Recipe: {name}={getattr(self, name)}, expected more than 0")
@@ -66,6 +68,7 @@ SCHEDULES: dict[str, Callable[[float, int], float]] = {
     "robust": lambda epoch, epochs: min(1.0, max(0.01, 1 - 0.99 * (epoch / epochs - 0.5) / 0.4)),
 }
 """Learning-rate factor by (epoch, a float; epochs)."""
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Fit(NamedTuple):
@@ -166,11 +169,19 @@ def _epoch(step: "Step", curve: Curve, task: Task, seed: int, epoch: int) -> flo
     total = torch.zeros((), dtype=torch.float64, device=device)
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with evaluate.mode(step.net, training=True), forked:
-        torch.manual_seed(seed)  # dropout
+        # Dropout has a stream of its own. An attack's noise keeps that of the shuffling, with which
+        # the robust networks of data/zoo were trained.
+        torch.manual_seed(seed if step.perturb else _apart(seed))
         for i, (x, y) in enumerate(data):
             lr = recipe.lr * SCHEDULES[recipe.schedule](epoch + i / batches, recipe.epochs)
             total += step(x, y, weights[i], lr) * len(y)
     return float(total) / len(task.train)
+
+
+def _apart(seed: int) -> int:
+    """Another seed, whose stream is independent of that of `seed` itself."""
+    mixed = np.random.SeedSequence(seed % 2**64, spawn_key=(1,))
+    return int(mixed.generate_state(1, np.uint64)[0])
 
 
 def cost(logits: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:

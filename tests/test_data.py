@@ -414,7 +414,7 @@ class TestLoad:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("MCNOTES_DATA", raising=False)
-        monkeypatch.setattr(tasks, "HOME", tmp_path / "site-packages/data")
+        monkeypatch.setattr(data.tasks, "HOME", tmp_path / "site-packages/data")
         with pytest.raises(DataError, match=r"not in its repository.*set MCNOTES_DATA"):
             data.default_folder()
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import Bounds, LinearConstraint, minimize
-from small import Stopped, normed, plain, task
+from small import Fixed, Stopped, normed, plain, task
 from torch import Tensor, nn
 
-from mcnotes import curves, data, evaluate, symmetry, train
+from mcnotes import curves, data, evaluate, matching, symmetry, train
 from mcnotes.cache import Checkpoint
 from mcnotes.curves import Curve, Theta
 from mcnotes.data import Task
@@ -346,3 +346,14 @@ def test_settings_are_checked() -> None:
         with pytest.raises(ValueError, match=words):
             replace(SMALL, **wrong)  # type: ignore[arg-type]
     assert math.isnan(pam.Iteration(1, 1, 1, 0, 0, 0).after)
+
+
+def test_units_in_buffers_that_would_stay_are_refused() -> None:
+    """The gradient would be that of a network half of which is permuted."""
+    net = Fixed()
+    a, b = (train.initialise(net, seed) for seed in (1, 2))
+    sym = symmetry.find(net, task().example)
+    with pytest.raises(ValueError, match="units stand in the buffer 'first'"):
+        pam.fit(net, curves.bezier(a, b), task(), RECIPE, sym, SMALL, seed=1)
+    with pytest.raises(ValueError, match="units stand in the buffer 'first'"):
+        matching.loss_matching(net, a, b, task().train, sym, epochs=1)

@@ -100,6 +100,47 @@ def test_curve_gradient_is_the_chain_rule() -> None:
         torch.testing.assert_close(moved[name], (v - 0.1 * g).detach())
 
 
+class Draws(nn.Module):
+    """A linear network that keeps what it draws while it trains, where others draw dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.seen = nn.Linear(144, 3), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.append(torch.rand(4, dtype=torch.float64))
+        z: Tensor = self.linear(x.flatten(1))
+        return z
+
+
+@pytest.mark.parametrize("seed", [0, 1, -3, 4000])
+def test_dropout_is_independent_of_the_shuffling(seed: int) -> None:
+    """Each epoch has two streams: one for t, order and augmentation, one for the network."""
+    net = Draws()
+    train.fit(net, task(), replace(RECIPE, batch_size=96), seed=seed)
+    assert len(net.seen) == RECIPE.epochs
+    starts = {tuple(x.tolist()) for x in net.seen}
+    for s in (seed, *(seed * 1_000_003 + epoch for epoch in range(RECIPE.epochs))):
+        g = torch.Generator().manual_seed(s)
+        starts.add(tuple(torch.rand(4, generator=g, dtype=torch.float64).tolist()))
+    # For seed 0 the first epoch has the seed from which the network was drawn.
+    assert len(starts) == 2 * RECIPE.epochs + (seed != 0)
+
+
+def test_attacks_draw_as_when_the_zoo_was_trained() -> None:
+    seen = []
+
+    def perturb(model: object, x: Tensor, y: Tensor) -> Tensor:
+        seen.append(torch.rand(4, dtype=torch.float64))
+        return x
+
+    train.fit(plain(), task(), replace(RECIPE, batch_size=96), seed=5, perturb=perturb)
+    for epoch, got in enumerate(seen):
+        g = torch.Generator().manual_seed(5 * 1_000_003 + epoch)
+        assert torch.equal(got, torch.rand(4, generator=g, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_run_is_bit_identical(stop: int, tmp_path: Path) -> None:
     net, data = normed(dropout=0.3), task(augment=Augment(padding=1, flip=True))

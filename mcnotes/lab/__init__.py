@@ -5,6 +5,7 @@ the batch get all their numbers through `Experiment`. `results` is what a full-s
 `figures` is the book's style.
 """
 
-from mcnotes.lab.experiment import ALIGNMENTS, SHAPES, Experiment
+from mcnotes.lab.experiment import Experiment
+from mcnotes.lab.parameters import ALIGNMENTS, SHAPES
 
 __all__ = ["ALIGNMENTS", "SHAPES", "Experiment"]

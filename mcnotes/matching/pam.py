@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mcnotes import evaluate, train
 from mcnotes.cache import Checkpoint
@@ -206,16 +207,34 @@ def shift(net: nn.Module, old: Curve, new: Curve) -> float:
     return math.sqrt(sum(float((x - y).double().square().sum()) for x, y in pairs))
 
 
+def check_only_parameters_move(net: nn.Module, sym: Symmetry) -> None:
+    """Raise ValueError where units stand in a buffer that a network reads while it trains.
+
+    The permutation step moves parameters. BatchNorm's statistics may stay: it takes the batch's.
+    """
+    norms = [name for name, module in net.named_modules() if isinstance(module, _NormBase)]
+    statistics = tuple(f"{name}." if name else "" for name in norms)
+    buffers = {name for name, _ in net.named_buffers() if not name.startswith(statistics)}
+    for group in sym.groups.values():
+        if found := sorted(buffers.intersection(place.name for place in group.places)):
+            raise ValueError(
+                f"pam: units stand in the buffer {found[0]!r}, which the permutation step does not "
+                "move. Fix: make it a parameter, or match by activations or weights"
+            )
+
+
 class MovedEnd:
     """The last point of a curve, moved by matrices, and the slopes of the loss in the matrices.
 
     step: it holds the control points as its `rows`, and takes gradients at points of the curve.
-    end: the last point before any matrix acts. follow: as in `move_end`.
+    end: the last point before any matrix acts. follow: as in `move_end`. Raises ValueError as
+    `check_only_parameters_move`.
     """
 
     def __init__(
         self, step: train.Step, curve: Curve, end: Theta, sym: Symmetry, follow: bool = False
     ) -> None:
+        check_only_parameters_move(step.net, sym)
         n = curve.degree
         share = [i / n if follow else 0.0 for i in range(n)] + [1.0]
         self.step, self.end, self.sym = step, end, sym
