@@ -42,7 +42,7 @@ RATES = {"straight-through": 3.0, "sinkhorn": 0.3}
 
 @dataclass(frozen=True)
 class Descent:
-    """How `loss_matching` descends. Raises ValueError for an action that is not known."""
+    """How `loss_matching` descends. Raises ValueError for what no descent can be."""
 
     action: str = "straight-through"  # a name in `ACTIONS`
     epochs: int = 10
@@ -55,10 +55,11 @@ class Descent:
             raise ValueError(f"Descent: got action {self.action!r}, expected one of {[*ACTIONS]}")
         if self.samples < 0:
             raise ValueError(f"Descent: got samples={self.samples}, expected at least 0")
+        _ = self.recipe  # which checks the rest
 
     @property
     def recipe(self) -> train.Recipe:
-        """As the training loop knows it. Raises ValueError for numbers that are not positive."""
+        """As the training loop knows it."""
         lr = RATES[self.action] if self.lr is None else self.lr
         return train.Recipe(self.epochs, self.batch_size, lr, weight_decay=0.0, schedule="linear",
                             augment=False)  # fmt: skip
