@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from mcnotes import evaluate
 from mcnotes.attacks import Perturb
-from mcnotes.cache import Checkpoint
-from mcnotes.curves import Curve, Theta, views
+from mcnotes.cache import Checkpoint, State
+from mcnotes.curves import Curve, Theta, check_same_space, views
 from mcnotes.data import Task
 
 
@@ -141,10 +141,8 @@ def run(step: "Step", curve: Curve, task: Task, seed: int, checkpoint: Checkpoin
 
     Raises TrainingError as soon as an epoch's mean loss is not finite.
     """
-    epochs, losses = step.recipe.epochs, []
-    if checkpoint and (state := checkpoint.load()):
-        step.restore(state)
-        losses = state["losses"].tolist()
+    epochs = step.recipe.epochs
+    losses = _resume(step, checkpoint) if checkpoint else []
     bar = tqdm(range(len(losses), epochs), "epoch", epochs, leave=False, initial=len(losses))
     for epoch in bar:
         losses.append(_epoch(step, curve, task, seed, epoch))
@@ -152,9 +150,27 @@ def run(step: "Step", curve: Curve, task: Task, seed: int, checkpoint: Checkpoin
             raise TrainingError(f"train: the loss is {losses[-1]} in epoch {epoch + 1}; lower lr "
                                 f"(now {step.recipe.lr}) or look for broken inputs")  # fmt: skip
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
-        if checkpoint and epoch + 1 < epochs:
+        if checkpoint:
             checkpoint.save(step.state() | {"losses": torch.tensor(losses, dtype=torch.float64)})
     return Fit(curve.with_points(step.points(curve)), losses)
+
+
+def _resume(step: "Step", checkpoint: Checkpoint) -> list[float]:
+    """Take over the stored state, if it is one of this step; the losses of the epochs so far."""
+    epochs = step.recipe.epochs
+
+    def fits(state: State) -> None:
+        done = state.get("losses", torch.empty(0)).numel()
+        if not 1 <= done <= epochs:
+            raise ValueError(f"it holds the losses of {done} epochs, expected 1 to {epochs}")
+        losses = {"losses": torch.empty(done, dtype=torch.float64)}
+        check_same_space(step.state() | losses, state, "checkpoint")
+
+    state = checkpoint.load(fits)
+    if state is None:
+        return []
+    step.restore(state)
+    return [float(loss) for loss in state["losses"]]
 
 
 def _epoch(step: "Step", curve: Curve, task: Task, seed: int, epoch: int) -> float:

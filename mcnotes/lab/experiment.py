@@ -218,16 +218,21 @@ class Experiment:
 
     def curve(self, a: int, b: int, method: str, shape: str = "bezier") -> Curve:
         """The trained curve between two networks ("line": nothing to train)."""
-        if shape not in SHAPES:
-            raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
-        if self.perturb and method.startswith("pam-"):
-            raise ValueError(f"curve: got {method!r} of a robust experiment; PAM trains standard "
-                             "curves only: epsilon=0, or another method")  # fmt: skip
-        start = method.removeprefix("pam-")
-        theta_a, theta_b = self.pair(a, b, method if shape == "line" else start)
-        fresh: Curve = getattr(curves, shape)(theta_a, theta_b)
+        self._check(method, shape)
         if shape == "line":
-            return fresh
+            return curves.line(*self.pair(a, b, method))
+        fresh, found = self._trained(a, b, method, shape)
+        theta_a, theta_b = fresh.points[0], fresh.points[-1]
+        if method.startswith("pam-"):
+            perm = {n: found.pop(f"perm {n}").cpu() for n in self.sym.groups}
+            theta_b = self.sym.permute(theta_b, perm)
+        found.pop("history", None)
+        return fresh.with_points([theta_a, found, theta_b])
+
+    def _trained(self, a: int, b: int, method: str, shape: str) -> tuple[Curve, Theta]:
+        """The curve before training, and the entry: the inner point, and what PAM found besides."""
+        start = method.removeprefix("pam-")
+        fresh: Curve = getattr(curves, shape)(*self.pair(a, b, start))
 
         def compute(checkpoint: cache.Checkpoint) -> Theta:
             recipe, seed = self.recipe(self.curve_epochs), curve_seed(a, b)
@@ -240,12 +245,17 @@ class Experiment:
             perm = {f"perm {n}": p for n, p in found.perm.items()}
             return found.curve.points[1] | perm | {"history": torch.tensor(found.history).double()}
 
-        found = self._tensors(self.curve_config(a, b, method, shape), compute)
-        if start != method:
-            perm = {n: found.pop(f"perm {n}").cpu() for n in self.sym.groups}
-            theta_b = self.sym.permute(theta_b, perm)
-        found.pop("history", None)
-        return fresh.with_points([theta_a, found, theta_b])
+        return fresh, self._tensors(self.curve_config(a, b, method, shape), compute)
+
+    def _check(self, method: str, shape: str) -> None:
+        """Raise ValueError unless there is such a curve."""
+        if method not in ALIGNMENTS:
+            raise ValueError(f"curve: got method {method!r}, expected one of {ALIGNMENTS}")
+        if shape not in SHAPES:
+            raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
+        if self.perturb and method.startswith("pam-"):
+            raise ValueError(f"curve: got {method!r} of a robust experiment; PAM trains standard "
+                             "curves only: epsilon=0, or another method")  # fmt: skip
 
     def pam_settings(self) -> pam.Settings:
         """How PAM runs: shorter than in the paper, unless `pam_options` says otherwise.
@@ -257,11 +267,14 @@ class Experiment:
         return pam.Settings((self.curve_epochs,), **short | dict(self.pam_options))
 
     def proximal(self, a: int, b: int, method: str, shape: str = "bezier") -> Record:
-        """What PAM did on its way to `curve(a, b, "pam-…", shape)`."""
+        """What PAM did on its way to `curve(a, b, "pam-…", shape)`, which is trained if need be."""
+        if not method.startswith("pam-") or shape == "line":
+            raise ValueError(f"proximal: got {method!r}, {shape!r}; PAM trains a 'bezier' or a "
+                             "'chain' by 'pam-unaligned' or 'pam-aligned'")  # fmt: skip
+        self._check(method, shape)
 
         def compute() -> dict[str, Any]:
-            self.curve(a, b, method, shape)
-            found = self._tensors(config, lambda _: {})
+            _, found = self._trained(a, b, method, shape)
             perm = {n: found[f"perm {n}"].tolist() for n in self.sym.groups}
             return {"perm": perm, "history": found["history"].tolist()}
 
@@ -333,7 +346,13 @@ class Experiment:
             config |= {"attack_statistics": "batch"} if self.perturb else {}
         if method.startswith("pam-"):
             config["pam"] = asdict(self.pam_settings())
-        return config
+        return config | cache.versions(*self._rests_on(method, shape))
+
+    def _rests_on(self, method: str, shape: str) -> list[str]:
+        """The kinds of entries that a curve rests on besides its ends, itself included."""
+        used = {"matching": not method.endswith("unaligned"), "pam": method.startswith("pam-")}
+        used["curve"] = used["pam"] or shape != "line"
+        return [kind for kind, is_used in used.items() if is_used]
 
     def path_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a measured path depends on: its entry's configuration in the store."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mcnotes import attacks, cache, evaluate, train
+from mcnotes.cache import StoreWarning
 from mcnotes.lab import Experiment
 from mcnotes.lab.experiment import curve_seed
 from mcnotes.matching import pam
@@ -115,6 +116,41 @@ def test_pam_is_kept_with_its_permutation(tmp_path: Path, monkeypatch: pytest.Mo
     assert curve.points[1].keys() == end.keys()
     np.testing.assert_array_equal(TINY.path(1, 2, "pam-aligned").loss, path.loss)
     assert TINY.curve(1, 2, "pam-aligned", "line").degree == 1
+
+
+def test_a_pam_curve_that_could_not_be_kept_leaves_nothing_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that is full for the curve, its record is still right, and the curve is trained."""
+    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
+    monkeypatch.setenv("MCNOTES_ZOO", str(tmp_path / "none"))
+    real, trained = cache.write_atomic, []
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name.startswith("curve-"):
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    fit = pam.fit
+    monkeypatch.setattr(pam, "fit", lambda *a, **k: trained.append(1) or fit(*a, **k))
+    monkeypatch.setattr(cache, "write_atomic", full)
+    with pytest.warns(StoreWarning, match="No space left"):
+        record = TINY.proximal(1, 2, "pam-unaligned")
+    assert trained == [1]
+    assert not list(tmp_path.glob("curve-*"))
+    monkeypatch.setattr(cache, "write_atomic", real)
+    curve = TINY.curve(1, 2, "pam-unaligned")
+    end = TINY.sym.permute(TINY.endpoint(2), record.perm)
+    assert all(torch.equal(curve.points[-1][n], end[n]) for n in end)
+    assert TINY.proximal(1, 2, "pam-unaligned").history == record.history
+
+
+def test_a_record_is_of_a_curve_that_pam_trained() -> None:
+    for method, shape in (("aligned", "bezier"), ("pam-aligned", "line"), ("best", "chain")):
+        with pytest.raises(ValueError, match="PAM trains a 'bezier' or a 'chain' by"):
+            TINY.proximal(1, 2, method, shape)
+    with pytest.raises(ValueError, match="got shape 'spline'"):
+        TINY.proximal(1, 2, "pam-aligned", "spline")
 
 
 def test_pam_spends_as_many_epochs_on_the_curve_as_plain_training() -> None:
