@@ -72,7 +72,7 @@ def plain(args: argparse.Namespace, *others: str) -> str:
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
     net, thetas, every, sym = set_up(args, args.images)
-    images = every.first(args.images)
+    images, pair = every.first(args.images), matching.Pair(net, sym, *thetas)
 
     def forwards() -> None:
         with torch.no_grad():
@@ -96,8 +96,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "micro forwards": lambda: activations._side_jobs(
             share_of_forwards, [images.first(size), *activations._shares(images, size, cores)]
         ),
-        "same batch": lambda: activations.stream(net, *thetas, images, sym, batch_size=args.batch),
-        "micro-batches": lambda: activations.stream(net, *thetas, images, sym),
+        "same batch": lambda: activations.stream(pair, images, batch_size=args.batch),
+        "micro-batches": lambda: activations.stream(pair, images),
     }
     for each in work.values():
         each()

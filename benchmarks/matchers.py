@@ -39,9 +39,9 @@ from mcnotes.curves import Theta
 from mcnotes.data import Split
 from mcnotes.lab import Experiment
 from mcnotes.lab.experiment import curve_seed
-from mcnotes.matching import loss, methods
+from mcnotes.matching import Descent, Pair
 
-METHODS = ("identity", "random", "activations", "weights", "straight-through", "sinkhorn")
+COMPARED = ("identity", "random", "activations", "weights", "straight-through", "sinkhorn")
 WIDTHS = (8, 16, 32, 64, 128, 256, 512)  # of two hidden layers
 PAIRS = ((1, 2), (3, 4), (5, 6))
 FEW = ((1, 2), (3, 4), (1, 4))  # of GoogLeNet, of which there are four
@@ -156,13 +156,14 @@ def walk(name: str, curve: curves.Curve) -> dict[str, Any]:
 
 def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> tuple[matching.Matching, float]:
     """As `matching.match`; and the CPU seconds of the matching alone."""
-    args = lab.net, a, b, lab.task.train.first(lab.match_images), lab.sym
+    pair, images = Pair(lab.net, lab.sym, a, b), lab.task.train.first(lab.match_images)
     start = time.process_time()  # what runs beside it does not count
     if method == "activations":
-        return matching.match(*args), time.process_time() - start
-    perm = methods.METHODS[method](*args, seed)
+        found = matching.match(lab.net, a, b, images, lab.sym)
+        return found, time.process_time() - start
+    perm = matching.METHODS[method](pair, images, seed)
     seconds = time.process_time() - start
-    found = matching.match(lab.net, a, lab.sym.permute(b, perm), *args[3:], method="identity")
+    found = matching.match(lab.net, a, pair.permuted(perm), images, lab.sym, method="identity")
     return dataclasses.replace(found, perm=perm), seconds
 
 
@@ -184,7 +185,7 @@ def configuration(cell: Cell) -> dict[str, Any]:
                               "method": method, "match_images": lab.match_images, "clock": "CPU",
                               "statistics": KNOWN, "points": POINTS, "tested": TESTED}  # fmt: skip
     config |= {"curve_epochs": curve_epochs} if curve_epochs else {}
-    config |= {"lr": loss.RATES[method]} if method in loss.RATES else {}
+    config |= {"lr": matching.RATES[method]} if method in matching.RATES else {}
     return config | ({"half": True} if name in LARGE else {})
 
 
@@ -215,15 +216,14 @@ def choose(name: str, rates: list[float], pairs: tuple[tuple[int, int], ...]) ->
     """Step sizes of the methods that descend, by the validation loss at the middle."""
     lab = CASES[name][0]
     known, matched = lab.task.train.first(KNOWN), lab.task.train.first(lab.match_images)
-    for action in loss.ACTIONS:
+    for action in matching.ACTIONS:
         for lr in rates:
             losses = []
             for a, b in pairs:
                 one, two = lab.endpoint(a), lab.endpoint(b)
-                perm = matching.loss_matching(
-                    lab.net, one, two, matched, lab.sym, action=action, lr=lr
-                )
-                half = curves.line(one, lab.sym.permute(two, perm))(0.5)
+                pair = Pair(lab.net, lab.sym, one, two)
+                perm = matching.loss_matching(pair, matched, Descent(action, lr=lr))
+                half = curves.line(one, pair.permuted(perm))(0.5)
                 fresh = evaluate.batchnorm(lab.net, half, known)
                 losses.append(round(evaluate.score(lab.net, fresh, lab.task.val).loss, 4))
             found = {"network": name, "method": action, "lr": lr, "losses": losses}
@@ -234,8 +234,8 @@ def save(rows: list[dict[str, Any]]) -> None:
     """Write the record that chapter 9 reads: one line for each cell, and where it was computed."""
     origins = [row.pop("provenance") for row in rows]
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    record = {"methods": METHODS, "tested": TESTED, "points": POINTS, "statistics": KNOWN,
-              "rates": loss.RATES, "collected": today}  # fmt: skip
+    record = {"methods": COMPARED, "tested": TESTED, "points": POINTS, "statistics": KNOWN,
+              "rates": matching.RATES, "collected": today}  # fmt: skip
     for name in ("hardware", "torch", "commit"):
         record[name] = sorted({origin[name] for origin in origins})
     head = json.dumps(record | {"provenance": cache.provenance(0.0)}, indent=1)
@@ -249,7 +249,9 @@ def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--networks", nargs="+", default=[*CASES], choices=[*CASES], metavar="NAME")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", default=COMPARED, choices=COMPARED, metavar="METHOD"
+    )
     parser.add_argument("--pairs", type=int, default=len(PAIRS), help="of seeds, at most three")
     parser.add_argument("--curve-epochs", type=int, default=3, help="of TinyTen's curves; 0: none")
     parser.add_argument("--choose", nargs="+", type=float, metavar="LR", help="only try step sizes")

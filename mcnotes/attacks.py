@@ -32,7 +32,7 @@ def dlr(z: Tensor, y: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": lambda z, y: cross_entropy(z, y, reduction="none"), "margin": margin, "dlr": dlr,
 }  # fmt: skip
-SCHEDULES = ("constant", "linear")  # linear: down to 0
+STEP_SCHEDULES = ("constant", "linear")  # linear: down to 0
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class Attack:
     loss: str = "ce"  # a name in `LOSSES`
     targeted: bool = False  # the labels are classes to reach, not to leave
     step: float | None = None  # default 2.5 · eps / steps
-    schedule: str = "constant"  # of the step, a name in `SCHEDULES`
+    schedule: str = "constant"  # of the step, a name in `STEP_SCHEDULES`
     start: bool = True  # at a random point of the ball
     best: bool = True  # the worst point met, x included (to evaluate), or the last (to train)
 
     def __post_init__(self) -> None:
-        for name, known in (("norm", ("linf", "l2")), ("loss", LOSSES), ("schedule", SCHEDULES)):
+        names = {"norm": ("linf", "l2"), "loss": LOSSES, "schedule": STEP_SCHEDULES}
+        for name, known in names.items():
             if (got := getattr(self, name)) not in known:
                 raise ValueError(f"attack: got {name} {got!r}, expected one of {[*known]}")
         if not (self.eps >= 0 and self.steps >= 1 and self.restarts >= 1):

@@ -1,21 +1,15 @@
 """What a parameter may be: rules that say in words what was got and what is expected.
 
 A rule takes a value and returns what is wrong with it, "" where nothing is. Rules are made by the
-functions below, and of one another: `listed(whole(1))`. The book's table is `parameters.RULES`.
+functions below, and of one another: `listed(whole(1))`. The book's table is `parameters.ALLOWED`.
 """
 
-import difflib
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+
+from mcnotes.names import suggest
 
 Rule = Callable[[object], str]
-
-
-def hint(name: object, known: Iterable[str]) -> str:
-    """What may have been meant by an unknown name, else what there is; begins with "; "."""
-    names = list(known)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names)}"
 
 
 def faults(values: Mapping[str, object], rules: Mapping[str, Rule]) -> list[str]:
@@ -74,7 +68,7 @@ def one_of(known: Collection[str]) -> Rule:
     def rule(value: object) -> str:
         if isinstance(value, str) and value in known:
             return ""
-        close = hint(value, known)
+        close = suggest(value, known)
         return got(value, f"one of {', '.join(known)}") + (close if "did you mean" in close else "")
 
     return rule
@@ -109,8 +103,9 @@ def mapping(rules: Mapping[str, Rule]) -> Rule:
     def rule(value: object) -> str:
         if not isinstance(value, Mapping):
             return got(value, f"names and values; names: {', '.join(rules)}")
-        unknown = [f"got name {name!r}{hint(name, rules)}" for name in value if name not in rules]
-        return "; ".join(unknown + faults(value, rules))
+        unknown = [name for name in value if name not in rules]
+        odd = [f"got name {name!r}{suggest(name, rules)}" for name in unknown]
+        return "; ".join(odd + faults(value, rules))
 
     return rule
 

@@ -7,7 +7,6 @@ Weights are drawn from torch's global generator, in the distributions of the aut
 (IBM/NeuronAlignment), which also settles the shortcuts of ResNet and the size of GoogLeNet.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mcnotes.names import suggest
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -254,9 +255,7 @@ def build(
     `image_size`. Raises ValueError for an unknown name and for an MLP without `image_size`.
     """
     if name not in BUILDERS:
-        close = difflib.get_close_matches(name.lower(), BUILDERS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"build: got name {name!r}, expected one of {', '.join(BUILDERS)}{hint}")
+        raise ValueError(f"build: got {name!r}, expected a network{suggest(name, BUILDERS)}")
     if name == "mlp":
         if image_size is None:
             raise ValueError("build: an MLP needs to know its inputs; pass image_size, such as 28")

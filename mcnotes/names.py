@@ -1,5 +1,7 @@
 """Names that users give: what they mean, and what they may have meant."""
 
+import difflib
+from collections.abc import Collection
 from importlib import import_module
 from typing import Any
 
@@ -12,3 +14,13 @@ def resolve(path: str) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         cause = f"cannot import {path!r} ({error})"
         raise ValueError(f"{cause}, expected module:name on PYTHONPATH") from error
+
+
+def suggest(name: object, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: "; did you mean 'x'?", or "; there are: x, y".
+
+    Capitals do not matter.
+    """
+    spelt = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(str(name).lower(), spelt, n=1, cutoff=0.5)
+    return f"; did you mean {spelt[close[0]]!r}?" if close else f"; there are: {', '.join(known)}"

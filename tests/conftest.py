@@ -1,6 +1,7 @@
 """What all tests share: reproducible property tests without time limits, no progress bars."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,3 +40,14 @@ def alone() -> Iterator[None]:
     before = shared()
     yield
     assert shared() == before, "the test changed what others share"
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on Python's path, with a module of the user's, `small.USERS_NET`."""
+    import small  # not before TQDM_DISABLE is set
+
+    (tmp_path / "users_net.py").write_text(small.USERS_NET)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "users_net", raising=False)
+    return tmp_path

@@ -209,7 +209,7 @@ def test_the_schedule_scales_the_steps() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
     far = {}
-    for schedule in attacks.SCHEDULES:
+    for schedule in attacks.STEP_SCHEDULES:
         attack = PGD(0.4, 4, step=0.01, schedule=schedule, start=False, best=False, loss="margin")
         far[schedule] = distance(attack(model, x, y), x, "linf")
     assert far["constant"] == pytest.approx(0.04, abs=1e-6)

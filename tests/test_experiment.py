@@ -168,7 +168,7 @@ def test_everything_is_kept_and_reused(tmp_path: Path, monkeypatch: pytest.Monke
     first = {s: TINY.path(1, 2, "aligned", s) for s in ("line", "bezier", "chain")}
     monkeypatch.setattr(train, "fit", None)
     monkeypatch.setattr(train, "fit_curve", None)
-    monkeypatch.setattr(evaluate, "along", None)
+    monkeypatch.setattr(evaluate, "profile", None)
     for shape, path in first.items():
         again = replace(TINY, device="cpu").path(1, 2, "aligned", shape)
         np.testing.assert_array_equal(again.loss, path.loss)

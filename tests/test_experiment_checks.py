@@ -60,7 +60,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
 def test_the_table_knows_every_field() -> None:
     names = {f.name for f in fields(Experiment)}
     assert names == WRONG.keys()
-    assert names - parameters.RULES.keys() == {"between"}, "which only an experiment can check"
+    assert names - parameters.ALLOWED.keys() == {"between"}, "which only an experiment can check"
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -165,11 +165,11 @@ def test_a_field_may_be_the_chapters_own() -> None:
 
 def test_every_parameter_of_the_book_has_a_rule() -> None:
     """But for names and files, and what chapter 10 checks itself."""
-    free = {"folder", "factory", "factory_arguments", "checkpoint_a", "checkpoint_b", "part"}
+    free = {"folder", "factory", "factory_arguments", "checkpoint_a", "checkpoint_b", "prefix"}
     for path in [*chapters.chapters(), *presets.ROOT.glob("experiments/*.ipynb")]:
         known = notebooks.parameters(notebooks.read(path))
-        assert known.keys() - parameters.RULES.keys() <= free | {"output", "preset", "out"}
-        faults = checks.faults(known, parameters.RULES)
+        assert known.keys() - parameters.ALLOWED.keys() <= free | {"output", "preset", "out"}
+        faults = checks.faults(known, parameters.ALLOWED)
         assert not faults, f"{path.name}: {faults}"
 
 

@@ -162,9 +162,11 @@ class TestAuxiliaryHeads:
 
 class TestErrors:
     def test_an_unknown_network_names_the_known_and_the_closest(self) -> None:
-        with pytest.raises(ValueError, match=r"expected one of mlp, tinyten.*mean 'resnet32'"):
+        with pytest.raises(ValueError, match=r"got 'ResNet-32', expected .* mean 'resnet32'"):
             models.build("ResNet-32", num_classes=10, in_channels=3)
-        with pytest.raises(ValueError, match=r"got name 'zzz', expected .* googlenet$"):
+        with pytest.raises(
+            ValueError, match=r"got 'zzz', expected a network; there are: .* googlenet$"
+        ):
             models.build("zzz", num_classes=10, in_channels=3)
 
     def test_an_mlp_needs_the_image_size(self) -> None:

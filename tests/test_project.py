@@ -51,6 +51,7 @@ ORDER = [
     "evaluate",
     "train",
     "checkpoints",
+    "matching.pair",
     "matching.assignment",
     "matching.doubly_stochastic",
     "matching.activations",

@@ -64,8 +64,8 @@ def plan(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     rules = {
         "presets": checks.listed(checks.text),
         "parameters": names_and_values,
-        "methods": parameters.RULES["methods"],
-        "shapes": parameters.RULES["shapes"],
+        "methods": parameters.ALLOWED["methods"],
+        "shapes": parameters.ALLOWED["shapes"],
         "runs_per_gpu": checks.whole(1),
         "out": folder,
         "results": folder,

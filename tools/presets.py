@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mcnotes.checks import hint
+from mcnotes.names import suggest
 
 if TYPE_CHECKING:
     from mcnotes.lab import Experiment
@@ -27,7 +27,7 @@ def load(name: str) -> dict[str, Any]:
     """The parameters of preset `name`; an unknown name says which ones there are."""
     known = names() + names("*/*.yaml")
     if name not in known:  # and so no file of another folder
-        raise ValueError(f"no preset {name!r} in {FOLDER}{hint(name, known)}")
+        raise ValueError(f"no preset {name!r} in {FOLDER}{suggest(name, known)}")
     return read(FOLDER / f"{name}.yaml")
 
 
@@ -73,7 +73,7 @@ def check(preset: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
     papermill only warns about a name that the notebook does not have, and runs with the default.
     """
     faults = [
-        f"it has no parameter {name!r}{hint(name, parameters)}"
+        f"it has no parameter {name!r}{suggest(name, parameters)}"
         for name in preset
         if name not in parameters
     ]

@@ -33,7 +33,7 @@ def dataset(source: str, image_size: int | None = None, device: str = "auto") ->
         given, names = _folder(Path(source), image_size)
     elif ":" not in source:
         kinds = f"a folder, 'package.module:callable', or one of {[*SOURCES]}"
-        raise DataError(f"data.dataset: {source!r} is not here; expected {kinds}")
+        raise DataError(f"data.dataset: found no {source!r}, expected {kinds}")
     elif isinstance(made := resolve(source)(), Task):
         return made
     else:
@@ -52,6 +52,7 @@ def dataset(source: str, image_size: int | None = None, device: str = "auto") ->
 
 
 def _folder(root: Path, size: int | None) -> tuple[dict[str, Any], Sequence[Any]]:
+    """For each split (images uint8 [N, H, W] or [N, H, W, 3], labels [N]); the classes' names."""
     from torchvision.datasets import ImageFolder  # takes a second
 
     places = {n: root / n for n in SPLITS if (root / n).is_dir()}
@@ -61,24 +62,30 @@ def _folder(root: Path, size: int | None) -> tuple[dict[str, Any], Sequence[Any]
     except FileNotFoundError as error:
         raise DataError(f"data.dataset: {error}; expected {root}/CLASS/PICTURE") from error
     if len(classes := {str(f.classes): n for n, f in found.items()}) > 1:
-        raise DataError(f"data.dataset: {root} must hold the same classes in each, has {classes}")
+        raise DataError(
+            f"data.dataset: {root} has other classes in each of its folders, {classes}, expected "
+            "the same"
+        )
     pictures = {path: _picture(path, size) for f in found.values() for path, _ in f.samples}
     if len(sizes := {p.size: path for path, p in pictures.items()}) > 1:
-        raise DataError(f"data.dataset: pictures differ in size, {sizes}; pass an image_size"[:400])
+        raise DataError(
+            f"data.dataset: pictures differ in size, {sizes!s:.300}. Fix: pass an image_size"
+        )
     mode = max(p.mode for p in pictures.values())  # one in colour makes all RGB
     pixels = {path: np.asarray(p.convert(mode)) for path, p in pictures.items()}
-    pair = {n: (np.stack([pixels[x] for x, _ in f.samples]), f.targets) for n, f in found.items()}
-    return pair, found["train"].classes
+    splits = {n: (np.stack([pixels[x] for x, _ in f.samples]), f.targets) for n, f in found.items()}
+    return splits, found["train"].classes
 
 
 def _picture(path: str, size: int | None) -> Image.Image:
+    """A picture in grey or in colour, cut to size x size. Raises DataError, naming the file."""
     try:
         with Image.open(path) as raw:
             if raw.mode[0] in "IF":
                 raise OSError("more than 8 bits for a pixel")
             picture = raw.convert("L" if raw.mode in ("1", "L") else "RGB")
     except OSError as error:
-        raise DataError(f"data.dataset: cannot read {path} ({error}); mend or remove it") from error
+        raise DataError(f"data.dataset: cannot read {path} ({error}). Fix: remove it") from error
     return ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR) if size else picture
 
 
@@ -89,9 +96,9 @@ def _split(one: Any, source: str, size: int | None, device: str) -> Split:
     x, y = (torch.as_tensor(values).cpu() for values in one)
     if x.is_floating_point():
         if (low := x.min()) < 0 or x.max() > 1:
-            found = f"pixels from {low:.2f} to {x.max():.2f}, not in [0, 1]"
             raise DataError(
-                f"data.dataset: {source} has {found}; leave Normalize to checkpoints.normalised"
+                f"data.dataset: {source} has pixels from {low:.2f} to {x.max():.2f}, expected "
+                "[0, 1]. Fix: leave out Normalize, and use checkpoints.normalised"
             )
         x = (255 * x).round().byte()
     x = x[..., None] if x.ndim == 3 else x if x.shape[3] in (1, 3) else x.movedim(1, 3)

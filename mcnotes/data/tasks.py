@@ -5,7 +5,6 @@ is a fair and class-balanced sample. The last images of train in that order are 
 validation; the test set is the data set's own, untouched.
 """
 
-import difflib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from mcnotes import cache
 from mcnotes.data.augment import Augment
 from mcnotes.data.sources import Arrays, DataError, fair_order, read
+from mcnotes.names import suggest
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,7 @@ def load(
     unknown name or an impossible `validation`, DataError for files that are missing or damaged.
     """
     if name not in SOURCES:
-        close = difflib.get_close_matches(name.lower(), SOURCES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"data.load: got {name!r}, expected one of {', '.join(SOURCES)}{hint}")
+        raise ValueError(f"data.load: got {name!r}, expected a data set{suggest(name, SOURCES)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     source = SOURCES[name]

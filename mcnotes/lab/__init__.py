@@ -6,6 +6,6 @@ the batch get all their numbers through `Experiment`. `results` is what a full-s
 """
 
 from mcnotes.lab.experiment import Experiment
-from mcnotes.lab.parameters import METHODS, SHAPES
+from mcnotes.lab.parameters import ALIGNMENTS, SHAPES
 
-__all__ = ["METHODS", "SHAPES", "Experiment"]
+__all__ = ["ALIGNMENTS", "SHAPES", "Experiment"]

@@ -28,8 +28,9 @@ from mcnotes import (
     train,
 )
 from mcnotes.curves import Curve, Theta
-from mcnotes.lab.parameters import METHODS, RULES, SHAPES
+from mcnotes.lab.parameters import ALIGNMENTS, ALLOWED, SHAPES
 from mcnotes.matching import pam
+from mcnotes.names import suggest
 from mcnotes.symmetry import Perm
 
 AnyAttack = attacks.PGD | attacks.Square | attacks.Ensemble
@@ -53,11 +54,11 @@ class Record(NamedTuple):
 class Experiment:
     """The parameters that every chapter and preset shares, and what follows from them.
 
-    Raises ValueError naming every one that is not what `rules` says: `lab.parameters.RULES`, but a
-    class that knows more networks has rules of its own.
+    Raises ValueError naming every one that is not what `rules` says: `lab.parameters.ALLOWED`, but
+    a class that knows more networks has rules of its own.
     """
 
-    rules: ClassVar[dict[str, checks.Rule]] = RULES
+    rules: ClassVar[dict[str, checks.Rule]] = ALLOWED
     dataset: str = "fashion-mnist-small"
     network: str = "tinyten"
     width: float = 8
@@ -117,7 +118,7 @@ class Experiment:
             and isinstance(v, bool | int | float | str | list | tuple | dict | None)
         }  # fmt: skip
         for name in sorted(plain - known - set(also)):
-            close = checks.hint(name, sorted([*known, *also]))
+            close = suggest(name, sorted([*known, *also]))
             raise ValueError(f"parameters: {name!r} is not a parameter of this notebook{close}")
         further = {n: names[n] for n in also if n in names and n not in own}
         if faults := checks.faults(further, cls.rules):
@@ -205,8 +206,8 @@ class Experiment:
 
         "pam-…": the order to which PAM leads with a Bézier curve, from the order of "…".
         """
-        if method not in METHODS:
-            raise ValueError(f"pair: got method {method!r}, expected one of {METHODS}")
+        if method not in ALIGNMENTS:
+            raise ValueError(f"pair: got method {method!r}, expected one of {ALIGNMENTS}")
         start = method.removeprefix("pam-")
         theta_a, theta_b = self.ends(a, b)
         if start == "aligned":
@@ -248,8 +249,8 @@ class Experiment:
 
     def _check(self, method: str, shape: str) -> None:
         """Raise ValueError unless there is such a curve."""
-        if method not in METHODS:
-            raise ValueError(f"curve: got method {method!r}, expected one of {METHODS}")
+        if method not in ALIGNMENTS:
+            raise ValueError(f"curve: got method {method!r}, expected one of {ALIGNMENTS}")
         if shape not in SHAPES:
             raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
         if self.perturb and method.startswith("pam-"):

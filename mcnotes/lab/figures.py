@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mcnotes.matching import FAULTS, Finding
+from mcnotes.matching import Finding
 
 Array = NDArray[np.float64]
 
@@ -121,7 +121,7 @@ def table(
 
 def findings(found: Sequence[Finding]) -> Markdown:
     """What `matching.diagnose` found, as a table."""
-    rows = [[f.fault, f"{f.number:.3g}", f.text, FAULTS[f.fault][2]] for f in found]
+    rows = [[f.fault, f"{f.number:.3g}", f.text, f.fix] for f in found]
     nothing = ["nothing", "", "none of the faults that were looked for", ""]
     return table(["fault", "measured", "what it means", "what to do"], rows or [nothing])
 

@@ -6,7 +6,7 @@
 from mcnotes import checks, data, models, train
 from mcnotes.matching import doubly_stochastic
 
-METHODS = ("unaligned", "aligned", "pam-unaligned", "pam-aligned")
+ALIGNMENTS = ("unaligned", "aligned", "pam-unaligned", "pam-aligned")
 SHAPES = ("line", "bezier", "chain")
 SEED = checks.whole(0, 2**32 - 1)
 PAM_OPTIONS = {
@@ -41,7 +41,7 @@ def some_pairs(value: object) -> str:
 
 # First the fields of `Experiment`, then what chapters and the steps of a run have besides. Only
 # `Experiment` itself can tell what `between` may be; the data settles `Experiment.check_size`.
-RULES: dict[str, checks.Rule] = {
+ALLOWED: dict[str, checks.Rule] = {
     "dataset": checks.one_of(data.SOURCES),
     "network": checks.one_of(models.BUILDERS),
     "width": checks.number(0, above=True),
@@ -66,8 +66,8 @@ RULES: dict[str, checks.Rule] = {
     "seed": SEED,
     "a": SEED,
     "b": SEED,
-    "method": checks.one_of(METHODS),
-    "methods": checks.listed(checks.one_of(METHODS)),
+    "method": checks.one_of(ALIGNMENTS),
+    "methods": checks.listed(checks.one_of(ALIGNMENTS)),
     "shape": checks.one_of(SHAPES),
     "shapes": checks.listed(checks.one_of(SHAPES)),
     "forks": checks.listed(checks.whole(0)),

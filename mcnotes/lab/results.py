@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from mcnotes import cache, evaluate
 from mcnotes.lab.experiment import Experiment
-from mcnotes.lab.parameters import METHODS, SHAPES
+from mcnotes.lab.parameters import ALIGNMENTS, SHAPES
 
 FORMAT = 1
 ORIGIN = ("hardware", "torch", "seconds")  # what the provenance of every part says
@@ -86,7 +86,8 @@ def check(record: Mapping[str, Any], where: str) -> None:
         must(_known(net.get("provenance")), f"network {net['seed']} has no full provenance")
     for curve in record["curves"]:
         label = f"curve {curve.get('pair')} {curve.get('method')} {curve.get('shape')}"
-        must(curve.get("method") in METHODS and curve.get("shape") in SHAPES, f"unknown: {label}")
+        known = curve.get("method") in ALIGNMENTS and curve.get("shape") in SHAPES
+        must(known, f"unknown: {label}")
         origins = curve.get("provenance", {})
         must("path" in origins, f"{label} has no provenance")
         must(all(map(_known, origins.values())), f"{label} has no full provenance")

@@ -1,17 +1,20 @@
 """Every way to find the order of one network's units that fits another's (chapters 4, 7 and 9).
 
-`match` gives a `Matching` by the method of your choice. Read `activations` first, which is neuron
-alignment; `assignment` solves what all methods come down to; `weights` and `loss` are other ways to
-match, `doubly_stochastic` and `pam` the paper's verification, `many` brings more than two networks
+`match` gives a `Matching` by the method of your choice; `match_many` and `diagnose` are called
+alike. What they are made of takes a `Pair`: both networks and their symmetry, as one value. Read
+`pair` and `activations` first, which is neuron alignment; `assignment` solves what all methods come
+down to; `weights` and `loss` are other ways to match, `methods` puts them behind one call;
+`doubly_stochastic` and `pam` are the paper's verification, `many` brings more than two networks
 into one order, `repair` and `diagnose` are for what can go wrong.
 """
 
-from mcnotes.matching.activations import AlignmentError, At, Cost, Moments, stream
-from mcnotes.matching.assignment import assign, bundles, solve
-from mcnotes.matching.diagnose import ENDS, FAULTS, Finding, diagnose
-from mcnotes.matching.loss import ACTIONS, RATES, loss_matching, soft
+from mcnotes.matching.activations import At, Cost, Moments, stream
+from mcnotes.matching.assignment import Bundle, assign, bundles, solve
+from mcnotes.matching.diagnose import ENDS, FAULTS, Fault, Finding, diagnose
+from mcnotes.matching.loss import ACTIONS, RATES, Descent, loss_matching, soft
 from mcnotes.matching.many import match_many
 from mcnotes.matching.methods import METHODS, Matching, match
+from mcnotes.matching.pair import AlignmentError, Pair
 from mcnotes.matching.repair import channel_statistics, repair
 from mcnotes.matching.weights import weight_matching
 
@@ -23,10 +26,14 @@ __all__ = [
     "RATES",
     "AlignmentError",
     "At",
+    "Bundle",
     "Cost",
+    "Descent",
+    "Fault",
     "Finding",
     "Matching",
     "Moments",
+    "Pair",
     "assign",
     "bundles",
     "channel_statistics",

@@ -11,23 +11,18 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mcnotes import evaluate
-from mcnotes.curves import Theta, check_same_space
 from mcnotes.data import Split
 from mcnotes.matching.assignment import bundles
-from mcnotes.symmetry import Symmetry
+from mcnotes.matching.pair import AlignmentError, Pair
 
 Cost = Literal["correlation", "covariance", "l2"]
 At = Literal["post", "pre"]
 PIECE = 2**18  # numbers that stay in the cache
 Streams = dict[str, list["Moments"]]  # by group, one for each tap
-
-
-class AlignmentError(ValueError):
-    """The two networks cannot be matched; the text says why and what to do."""
 
 
 @dataclass
@@ -105,27 +100,23 @@ def similarity(taps: list[Moments], cost: Cost) -> Tensor:
     return torch.stack([m.similarity(cost) for m in taps]).sum(0).cpu()
 
 
-def stream(
-    net: nn.Module, theta_a: Theta, theta_b: Theta, images: Split, sym: Symmetry, *,
-    at: At = "post", batch_size: int | None = None
-) -> Streams:  # fmt: skip
+def stream(pair: Pair, images: Split, *, at: At = "post", batch_size: int | None = None) -> Streams:
     """The moments of every tap of every group, in one pass over `images`, evaluation mode.
 
-    Groups within blocks stand under the first block's, over the units of all blocks. batch_size:
-    images at a time; default 512 on a GPU, 64 a core on a CPU, where each core takes its share.
+    Groups within blocks stand under the first block's, over the units of all blocks. at: as in
+    `match`. batch_size: images at a time; default 512 on a GPU, 64 a core on a CPU, where each
+    core takes its share. Raises AlignmentError for fewer than two images, and for activations
+    that are not finite.
     """
-    try:
-        check_same_space(theta_a, theta_b, "match")
-    except ValueError as error:
-        raise AlignmentError(str(error)) from error
     if len(images) < 2:
         raise AlignmentError(f"match: got {len(images)} images, expected 2 or more (thousands)")
     device = images.images.device
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     size = -(-batch_size // cores) if batch_size else 64 if device.type == "cpu" else 512
-    kinds = [names for blocks in bundles(sym).values() for names in zip(*blocks, strict=True)]
-    tap = sym.tapper(net, at=at)
-    a, b = ({n: x.to(device) for n, x in theta.items()} for theta in (theta_a, theta_b))
+    kinds = [names for bundle in bundles(pair.sym) for names in bundle.kinds]
+    tap = pair.sym.tapper(pair.net, at=at)
+    states = pair.theta_a, pair.theta_b
+    a, b = ({n: x.to(device) for n, x in theta.items()} for theta in states)
     bar = tqdm(total=len(images), desc="correlating", leave=False)
 
     def take_in(x: Tensor, found: Streams) -> None:  # activations live no longer than this
@@ -145,7 +136,7 @@ def stream(
             take_in(x, found)
         return found
 
-    with evaluate.mode(net, training=False), bar:
+    with evaluate.mode(pair.net, training=False), bar:
         moments = follow(images.first(size), {})
         for found in _side_jobs(partial(follow, start=moments), _shares(images, size, cores)):
             for name, taps in found.items():

@@ -1,24 +1,20 @@
 """Matching by the loss at the middle of the line between two networks (chapter 9)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mcnotes.curves import Curve, Theta, check_same_space
+from mcnotes import curves, train
+from mcnotes.curves import Curve
 from mcnotes.data import Split, Task
 from mcnotes.matching import doubly_stochastic, pam
+from mcnotes.matching.pair import Pair
 from mcnotes.matching.weights import weight_matching
-from mcnotes.symmetry import Perm, Symmetry
-from mcnotes.train import Recipe, run
+from mcnotes.symmetry import Perm
 
-
-class Midpoint(Curve):
-    """The middle of a line, whatever t: the network whose loss Git Re-Basin minimises."""
-
-    def weights(self, t: Tensor) -> Tensor:
-        """Of both ends, one half each: [n, 2]."""
-        return torch.full((*t.shape, 2), 0.5, dtype=t.dtype, device=t.device)
+Action = Callable[[Tensor], Tensor]  # of a free matrix [n, n]: the matrix that acts
 
 
 def through(x: Tensor) -> Tensor:
@@ -27,7 +23,10 @@ def through(x: Tensor) -> Tensor:
 
 
 def soft(x: Tensor, temperature: float = 0.1, rounds: int = 20) -> Tensor:
-    """exp(x / temperature) scaled by Sinkhorn's rounds to doubly stochastic; differentiable."""
+    """exp(x / temperature), scaled to a doubly stochastic matrix by Sinkhorn's rounds.
+
+    x, result: [n, n]. The slope runs back through the rounds.
+    """
     x = x / temperature
     for _ in range(rounds):
         x = x - x.logsumexp(1, keepdim=True)
@@ -35,71 +34,97 @@ def soft(x: Tensor, temperature: float = 0.1, rounds: int = 20) -> Tensor:
     return x.exp()
 
 
-ACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"straight-through": through, "sinkhorn": soft}
+ACTIONS: dict[str, Action] = {"straight-through": through, "sinkhorn": soft}
 """How a free matrix acts while its loss is minimised."""
 RATES = {"straight-through": 3.0, "sinkhorn": 0.3}
 """Step sizes, chosen by validation loss (benchmarks/matchers.py --choose, chapter 9)."""
 
 
-class Descent(pam.PermutationStep):
-    """Adam on one free matrix for each group; what acts on the network is `ACTIONS[action]` of it.
+@dataclass(frozen=True)
+class Descent:
+    """How `loss_matching` descends. Raises ValueError for what no descent can be."""
 
-    The matrices begin at the permutation `old`, and are never projected.
+    action: str = "straight-through"  # a name in `ACTIONS`
+    epochs: int = 10
+    lr: float | None = None  # Adam's largest step size; None: `RATES[action]`
+    batch_size: int = 100
+    samples: int = 16  # Birkhoff–von Neumann terms that are tried at the end ("sinkhorn")
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"Descent: got action {self.action!r}, expected one of {[*ACTIONS]}")
+        if self.samples < 0:
+            raise ValueError(f"Descent: got samples={self.samples}, expected at least 0")
+        _ = self.recipe  # which checks the rest
+
+    @property
+    def recipe(self) -> train.Recipe:
+        """As the training loop knows it."""
+        lr = RATES[self.action] if self.lr is None else self.lr
+        return train.Recipe(self.epochs, self.batch_size, lr, weight_decay=0.0, schedule="linear",
+                            augment=False)  # fmt: skip
+
+
+class MiddleStep(train.Step):
+    """A step of Adam on one free matrix for each group, by the loss at the middle of the line.
+
+    The middle is taken whatever t is drawn. The matrices begin at the permutation `start`, and
+    are never projected; what acts on B is `act` of them.
     """
 
-    def __init__(self, *args: object, action: str) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self.act = ACTIONS[action]
-        self.matrices = {n: m.requires_grad_() for n, m in self.matrices.items()}
+    def __init__(
+        self, pair: Pair, line: Curve, recipe: train.Recipe, start: Perm, act: Action,
+        device: torch.device
+    ) -> None:  # fmt: skip
+        super().__init__(pair.net, line, slice(0, 0), recipe, device)
+        self.end = pam.MovedEnd(self, line, pair.theta_b, pair.sym)
+        self.half = torch.full([2], 0.5).to(self.rows)  # the weights of both ends
+        self.act = act
+        self.matrices = {n: doubly_stochastic.matrix(p).requires_grad_() for n, p in start.items()}
         self.adam = torch.optim.Adam(self.matrices.values())
 
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor, lr: float) -> Tensor:
         """As `train.Step`."""
         acting = {n: self.act(m) for n, m in self.matrices.items()}
-        moved = self.sym.apply_matrices(self.end, acting)
-        flat = torch.cat([moved[n].to(self.rows).flatten() for n in self.names])
-        torch.add(self.base, torch.outer(self.share, flat.detach()), out=self.rows)
-        loss, g = self.gradient(x, y, weights)
-        self.adam.zero_grad()
-        flat.backward((weights @ self.share) * g)
+        loss, slopes = self.end.slopes(acting, self.matrices, x, y, self.half)
+        for name, matrix in self.matrices.items():
+            matrix.grad = slopes[name]
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         return loss
 
 
 def loss_matching(
-    net: nn.Module, theta_a: Theta, theta_b: Theta, images: Split, sym: Symmetry, *,
-    action: str = "straight-through", start: Perm | None = None, epochs: int = 10,
-    lr: float | None = None, samples: int = 16, batch_size: int = 100, seed: int = 0
-) -> Perm:  # fmt: skip
+    pair: Pair, images: Split, how: Descent, *, start: Perm | None = None, seed: int = 0
+) -> Perm:
     """A permutation P that makes the loss at the middle of θ_A and Pθ_B small, on `images`.
 
-    action "straight-through": the nearest permutation acts, and its slope moves a free matrix (as
+    Action "straight-through": the nearest permutation acts, and its slope moves a free matrix (as
     Ainsworth et al. 2023, 3.3, who keep free weights instead). "sinkhorn": a doubly stochastic
     matrix acts, Sinkhorn's scaling of a free one, and slopes run back through the unrolled rounds
     (Peña et al. 2023 differentiate implicitly). Starts at the weight matching unless there is a
-    `start`. Of the start, the nearest permutation and `samples` Birkhoff–von Neumann terms, the one
-    with the lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images).
-    lr: Adam's largest step size; default `RATES[action]`.
+    `start`. Of the start, the nearest permutation and Birkhoff–von Neumann terms, the one with the
+    lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images). Raises
+    TrainingError if the loss is not finite.
     """
-    check_same_space(theta_a, theta_b, "loss_matching")
-    old = start or weight_matching(net, theta_a, theta_b, sym, seed=seed)
-    task = Task("matching", images, images, images, ())
-    curve = Midpoint((theta_a, sym.permute(theta_b, old)))
-    lr = RATES[action] if lr is None else lr
-    recipe = Recipe(epochs, batch_size, lr, weight_decay=0.0, schedule="linear", augment=False)
-    settings = pam.Settings(p_epochs=epochs)
-    step = Descent(net, curve, theta_b, recipe, task.device, sym, old, settings, action=action)
-    run(step, curve, task, seed, None)
+    old = start or weight_matching(pair, seed=seed)
+    line = curves.line(pair.theta_a, pair.permuted(old))
+    nothing = images.first(0)
+    task = Task("matching", images, nothing, nothing, ())  # nothing is validated or tested
+    step = MiddleStep(pair, line, how.recipe, old, ACTIONS[how.action], task.device)
+    train.run(step, line, task, seed, None)
     found = {n: m.detach() for n, m in step.matrices.items()}
-    if action == "sinkhorn":
+    samples = 0
+    if how.action == "sinkhorn":
         found = {n: doubly_stochastic.project(soft(m)) for n, m in found.items()}
-    generator = torch.Generator().manual_seed(seed)
-    drawn = samples if action == "sinkhorn" else 0
+        samples = how.samples
     probe = images.first(1000)
 
-    def score(perm: Perm) -> float:
-        middle = Midpoint((theta_a, sym.permute(theta_b, perm)))
-        return pam.objective(net, middle, probe, nodes=1)
+    def at_the_middle(perm: Perm) -> float:
+        line = curves.line(pair.theta_a, pair.permuted(perm))
+        return pam.objective(pair.net, line, probe, nodes=1)
 
-    return pam.choose(pam.candidates(found, old, drawn, generator), score)[1]
+    generator = torch.Generator().manual_seed(seed)
+    offers = pam.candidates(found, old, samples, generator)
+    _, perm, _ = pam.choose(offers, at_the_middle)
+    return perm

@@ -5,7 +5,6 @@ return to their places. Here each network gets one permutation into an order tha
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import combinations
 
 import torch
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 from mcnotes.curves import Theta, combine
 from mcnotes.data import Split
 from mcnotes.matching.activations import At, Cost, similarity, stream
-from mcnotes.matching.assignment import Blocks, bundles, solve, tiles
+from mcnotes.matching.assignment import Bundle, bundles, solve
+from mcnotes.matching.pair import Pair
 from mcnotes.matching.weights import weight_matching
 from mcnotes.symmetry import Perm, Symmetry
 
 Improve = Callable[[int, list[int], list[Perm]], Perm]
-Seen = dict[tuple[int, int, str], Tensor]  # i, j, group: similarities [units of i, units of j]
+"""A better permutation of network k, matched to these others, as all of them lie."""
+Similarities = dict[tuple[int, int, str], Tensor]  # i, j, group: [units of i, units of j]
 
 
 def match_many(
@@ -40,17 +41,16 @@ def match_many(
     if method not in ("activations", "weights"):
         raise ValueError(f"match_many: method {method!r}, expected 'activations' or 'weights'")
     if method == "weights":
-        improve: Improve = partial(_by_weights, net, thetas, sym)
+        improve = _by_weights(net, thetas, sym)
     else:
-        seen: Seen = {}
+        seen: Similarities = {}
         for i, j in combinations(range(len(thetas)), 2):
-            ends = thetas[i], thetas[j]
-            moments = stream(net, *ends, images, sym, at=at, batch_size=batch_size)
+            pair = Pair(net, sym, thetas[i], thetas[j])
+            moments = stream(pair, images, at=at, batch_size=batch_size)
             for name in (n for n, taps in moments.items() if taps):
                 seen[i, j, name] = similarity(moments[name], cost)
                 seen[j, i, name] = seen[i, j, name].T
-        parts = {n: b for n, b in bundles(sym).items() if all((0, 1, m) in seen for m in b[0])}
-        improve = partial(_by_activations, parts, seen)
+        improve = _by_activations(sym, seen)
     perms, everyone = [sym.identity() for _ in thetas], range(len(thetas))
     for sweep in range(sweeps):
         before = list(perms)
@@ -64,40 +64,49 @@ def match_many(
     return [sym.compose(p, home) for p in perms]
 
 
-def _by_weights(
-    net: nn.Module, thetas: Sequence[Theta], sym: Symmetry,
-    k: int, others: list[int], perms: list[Perm]
-) -> Perm:  # fmt: skip
-    """Network k matched by its weights to the mean of the others."""
-    placed = [sym.permute(thetas[i], perms[i]) for i in others]
-    mean = combine(placed, [1 / len(placed)] * len(placed))
-    return weight_matching(net, mean, thetas[k], sym, start=perms[k])
+def _by_weights(net: nn.Module, thetas: Sequence[Theta], sym: Symmetry) -> Improve:
+    """Network k is matched by its weights to the mean of the others."""
+
+    def improve(k: int, others: list[int], perms: list[Perm]) -> Perm:
+        placed = [sym.permute(thetas[i], perms[i]) for i in others]
+        mean = combine(placed, [1 / len(placed)] * len(placed))
+        return weight_matching(Pair(net, sym, mean, thetas[k]), start=perms[k])
+
+    return improve
 
 
-def _by_activations(
-    parts: dict[str, Blocks], seen: Seen, k: int, others: list[int], perms: list[Perm]
-) -> Perm:
-    """Network k matched to the others by their similarities, which are summed."""
-    perm = dict(perms[k])
-    for name, blocks in parts.items():
-        similar: dict[tuple[str, ...], Tensor] = {}
-        for names in zip(*blocks, strict=True):
-            rows = [seen[i, k, names[0]][_flat(name, names, perms[i])] for i in others]
-            similar[names] = torch.stack(rows).sum(0)
-        better = perm | solve(name, blocks, [tiles(s, len(blocks)) for s in similar.values()])
-        gain = _value(name, better, similar) - (now := _value(name, perm, similar))
-        if gain > 1e-9 * abs(now):
-            perm = better
-    return perm
+def _by_activations(sym: Symmetry, seen: Similarities) -> Improve:
+    """Network k is matched to the others by their similarities, which are summed."""
+    parts = [b for b in bundles(sym) if all((0, 1, names[0]) in seen for names in b.kinds)]
+
+    def improve(k: int, others: list[int], perms: list[Perm]) -> Perm:
+        perm = dict(perms[k])
+        for bundle in parts:
+            similar = []  # for each kind of group: [units of the common order, units of k]
+            for names in bundle.kinds:
+                rows = [seen[i, k, names[0]][_units(bundle, names, perms[i])] for i in others]
+                similar.append(torch.stack(rows).sum(0))
+            better = perm | solve(bundle, [bundle.tiles(matrix) for matrix in similar])
+            now = _value(bundle, similar, perm)
+            if _value(bundle, similar, better) - now > 1e-9 * abs(now):
+                perm = better
+        return perm
+
+    return improve
 
 
-def _value(name: str, perm: Perm, similar: dict[tuple[str, ...], Tensor]) -> float:
-    """The similarity of units that `perm` brings together, in one bundle."""
-    pairs = ((s, _flat(name, names, perm)) for names, s in similar.items())
-    return sum(float(s[range(len(s)), flat].sum()) for s, flat in pairs)
+def _value(bundle: Bundle, similar: list[Tensor], perm: Perm) -> float:
+    """The similarity of the units that `perm` brings together, in one bundle."""
+    total = 0.0
+    for names, matrix in zip(bundle.kinds, similar, strict=True):
+        total += float(matrix[range(len(matrix)), _units(bundle, names, perm)].sum())
+    return total
 
 
-def _flat(name: str, names: tuple[str, ...], perm: Perm) -> Tensor:
-    """The order of the units of all blocks, one after the other; names: one group of each block."""
-    order = perm[name].tolist() if names != (name,) else [0]
-    return torch.cat([j * len(perm[names[j]]) + perm[names[j]] for j in order])
+def _units(bundle: Bundle, names: tuple[str, ...], perm: Perm) -> Tensor:
+    """`perm` as an order [units] of the units of all blocks, one block after the other.
+
+    names: the groups of one kind, one of each block.
+    """
+    inner = [perm[name] for name in names]
+    return torch.cat([j * len(inner[j]) + inner[j] for j in bundle.partners(perm)])

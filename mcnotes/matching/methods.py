@@ -3,17 +3,19 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mcnotes.curves import Theta
 from mcnotes.data import Split
-from mcnotes.matching.activations import At, Cost, Streams, similarity, stream
-from mcnotes.matching.assignment import Blocks, bundles, solve, tiles
-from mcnotes.matching.loss import ACTIONS, loss_matching
+from mcnotes.matching.activations import At, Cost, Moments, Streams, similarity, stream
+from mcnotes.matching.assignment import Bundle, bundles, solve
+from mcnotes.matching.loss import ACTIONS, Descent, loss_matching
+from mcnotes.matching.pair import Pair
 from mcnotes.matching.weights import weight_matching
+from mcnotes.names import suggest
 from mcnotes.symmetry import Perm, Symmetry
 
 
@@ -32,22 +34,20 @@ class Matching:
     seconds: float
 
 
-Method = Callable[[nn.Module, Theta, Theta, Split, Symmetry, int], Perm]
+Method = Callable[[Pair, Split, int], Perm]  # of the images and a seed
 
 
-def _by_action(
-    action: str, net: nn.Module, a: Theta, b: Theta, images: Split, sym: Symmetry, seed: int
-) -> Perm:
-    return loss_matching(net, a, b, images, sym, action=action, seed=seed)
+def _by_loss(action: str) -> Method:
+    return lambda pair, images, seed: loss_matching(pair, images, Descent(action), seed=seed)
 
 
 METHODS: dict[str, Method] = {
-    "weights": lambda net, a, b, _, sym, seed: weight_matching(net, a, b, sym, seed=seed),
-    **{action: partial(_by_action, action) for action in ACTIONS},
-    "random": lambda net, a, b, _, sym, seed: sym.random(torch.Generator().manual_seed(seed)),
-    "identity": lambda net, a, b, _, sym, seed: sym.identity(),
+    "weights": lambda pair, images, seed: weight_matching(pair, seed=seed),
+    **{action: _by_loss(action) for action in ACTIONS},
+    "random": lambda pair, images, seed: pair.sym.random(torch.Generator().manual_seed(seed)),
+    "identity": lambda pair, images, seed: pair.sym.identity(),
 }
-"""All but alignment, by the name that `match` knows: from (net, A, B, images, sym, seed)."""
+"""All but alignment, by the name that `match` knows."""
 
 
 def match(
@@ -68,43 +68,82 @@ def match(
     ValueError for a method that is not known.
     """
     if method not in (known := ["activations", *METHODS]):
-        raise ValueError(f"match: got method {method!r}, expected one of {known}")
+        raise ValueError(f"match: got method {method!r}{suggest(method, known)}")
+    pair = Pair(net, sym, theta_a, theta_b)
     start = time.perf_counter()
-    moments = stream(net, theta_a, theta_b, images, sym, at=at, batch_size=batch_size)
-    parts = bundles(sym)
-    seen = {n: b for n, b in parts.items() if all(moments[kind] for kind in b[0])}
+    moments = stream(pair, images, at=at, batch_size=batch_size)
     if method == "activations":
-        perm = sym.identity()
-        for name, blocks in seen.items():
-            kinds = [similarity(moments[kind], cost) for kind in blocks[0]]
-            perm |= solve(name, blocks, [tiles(kind, len(blocks)) for kind in kinds])
-        if unseen := parts.keys() - seen.keys():
-            perm = weight_matching(net, theta_a, theta_b, sym, start=perm, only=unseen)
+        perm = _by_activations(pair, moments, cost)
     else:
         start = time.perf_counter()
-        perm = METHODS[method](net, theta_a, theta_b, images, sym, seed)
-    found = Matching(perm, {}, {}, {}, {}, time.perf_counter() - start)
-    for name, blocks in seen.items():
-        _report(name, blocks, moments, found)
-    return found
+        perm = METHODS[method](pair, images, seed)
+    seconds = time.perf_counter() - start
+    return _report(perm, _seen(sym, moments), moments, seconds)
 
 
-def _report(name: str, blocks: Blocks, moments: Streams, found: Matching) -> None:
-    """How well the units agree that `found.perm` brings together: fills in the rest of `found`."""
-    nested = blocks != ((name,),)
-    order = found.perm[name].tolist() if nested else [0]
-    for names in zip(*blocks, strict=True):
-        taps = moments[names[0]]
-        correlation = torch.stack([m.correlation() / len(taps) for m in taps]).sum(0)
-        similar = tiles(correlation, len(blocks))
-        still = torch.stack([m.variances()[0] == 0 for m in taps]).all(0).cpu()
-        for i, (j, dead) in enumerate(zip(order, still.chunk(len(blocks)), strict=True)):
-            mine, p = names[i], found.perm[names[j]]
-            after = similar[i, j].gather(1, p[:, None])
-            rivals = (similar[i, j] > after - 0.01).sum(1) > 1
-            found.before[mine], found.after[mine] = similar[i, i].diagonal().clone(), after[:, 0]
-            found.dead[mine] = dead.nonzero().flatten()
-            found.ambiguous[mine] = (rivals & ~dead).nonzero().flatten()
-    if nested:
-        for values in (found.before, found.after):
-            values[name] = torch.stack([torch.cat([values[g] for g in b]).mean() for b in blocks])
+def _seen(sym: Symmetry, moments: Streams) -> list[Bundle]:
+    """The bundles of which every unit is seen at a tap at least."""
+    return [b for b in bundles(sym) if all(moments[names[0]] for names in b.kinds)]
+
+
+def _by_activations(pair: Pair, moments: Streams, cost: Cost) -> Perm:
+    """Neuron alignment (paper, algorithm 1); units that are not seen are matched by weights."""
+    perm, seen = pair.sym.identity(), _seen(pair.sym, moments)
+    for bundle in seen:
+        similar = [similarity(moments[names[0]], cost) for names in bundle.kinds]
+        perm |= solve(bundle, [bundle.tiles(matrix) for matrix in similar])
+    unseen = {bundle.name for bundle in bundles(pair.sym)} - {bundle.name for bundle in seen}
+    return weight_matching(pair, start=perm, only=unseen) if unseen else perm
+
+
+class _Agreement(NamedTuple):
+    """How well the units [U] of one group agree; the fields are those of `Matching`."""
+
+    before: Tensor
+    after: Tensor
+    dead: Tensor
+    ambiguous: Tensor
+
+
+def _agreement(standing: Tensor, matched: Tensor, p: Tensor, dead: Tensor) -> _Agreement:
+    """Of one group of A. standing, matched: correlations [U, U] with the group of B in its place.
+
+    `standing` before the matching, `matched` after, where p [U] pairs the units. dead: bool [U].
+    """
+    after = matched.gather(1, p[:, None])
+    rivals = (matched > after - 0.01).sum(1) > 1
+    ambiguous = (rivals & ~dead).nonzero().flatten()
+    return _Agreement(standing.diagonal().clone(), after[:, 0], dead.nonzero().flatten(), ambiguous)
+
+
+def _correlation(taps: list[Moments]) -> Tensor:
+    """Mean over the taps: [U, U]."""
+    return torch.stack([m.correlation() / len(taps) for m in taps]).sum(0)
+
+
+def _report(perm: Perm, parts: list[Bundle], moments: Streams, seconds: float) -> Matching:
+    """How well the units of these bundles agree that `perm` brings together."""
+    units: dict[str, _Agreement] = {}
+    blocks: dict[str, tuple[Tensor, Tensor]] = {}  # before and after: [blocks] each
+    for bundle in parts:
+        partners = bundle.partners(perm)
+        for names in bundle.kinds:
+            taps = moments[names[0]]
+            tiles = bundle.tiles(_correlation(taps))
+            constant = torch.stack([m.variances()[0] == 0 for m in taps]).all(0).cpu()
+            dead = constant.view(len(names), -1)
+            for i, j in enumerate(partners):
+                p = perm[names[j]]
+                units[names[i]] = _agreement(tiles[i, i], tiles[i, j], p, dead[i])
+        if bundle.nested:
+            before = [torch.cat([units[n].before for n in block]).mean() for block in bundle.blocks]
+            after = [torch.cat([units[n].after for n in block]).mean() for block in bundle.blocks]
+            blocks[bundle.name] = torch.stack(before), torch.stack(after)
+    return Matching(
+        perm,
+        before={n: u.before for n, u in units.items()} | {n: b for n, (b, _) in blocks.items()},
+        after={n: u.after for n, u in units.items()} | {n: a for n, (_, a) in blocks.items()},
+        dead={n: u.dead for n, u in units.items()},
+        ambiguous={n: u.ambiguous for n, u in units.items()},
+        seconds=seconds,
+    )

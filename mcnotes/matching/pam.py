@@ -307,8 +307,43 @@ def check_only_parameters_move(net: nn.Module, sym: Symmetry) -> None:
         if found := sorted(buffers.intersection(place.name for place in group.places)):
             raise ValueError(
                 f"pam: units stand in the buffer {found[0]!r}, which the permutation step does not "
-                "move; make it a parameter, or match by activations or weights"
+                "move. Fix: make it a parameter, or match by activations or weights"
             )
+
+
+class MovedEnd:
+    """The last point of a curve, moved by matrices, and the slopes of the loss in the matrices.
+
+    step: it holds the control points as its `rows`, and takes gradients at points of the curve.
+    end: the last point before any matrix acts. follow: as in `move_end`. Raises ValueError as
+    `check_only_parameters_move`.
+    """
+
+    def __init__(
+        self, step: train.Step, curve: Curve, end: Theta, sym: Symmetry, follow: bool = False
+    ) -> None:
+        check_only_parameters_move(step.net, sym)
+        n = curve.degree
+        share = [i / n if follow else 0.0 for i in range(n)] + [1.0]
+        self.step, self.end, self.sym = step, end, sym
+        self.share = torch.tensor(share).to(step.rows)  # of the end's move, by control point
+        self.base = step.rows - torch.outer(self.share, step.rows[-1])
+        self.names = [name for name, _ in step.net.named_parameters()]
+
+    def slopes(
+        self, acting: Matrices, free: Matrices, x: Tensor, y: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Matrices]:
+        """The loss [] where the matrices `acting` move the end, and its slopes in `free`.
+
+        free: the leaves of which `acting` is made. x [B, C, H, W], y [B]; weights [k]: those of
+        the control points, w(t), on the device. The rows of the step stay moved.
+        """
+        moved = self.sym.apply_matrices(self.end, acting)
+        flat = torch.cat([moved[n].to(self.step.rows).flatten() for n in self.names])
+        torch.add(self.base, torch.outer(self.share, flat.detach()), out=self.step.rows)
+        loss, g = self.step.gradient(x, y, weights)
+        slopes = torch.autograd.grad(flat, list(free.values()), (weights @ self.share) * g)
+        return loss, dict(zip(free, slopes, strict=True))
 
 
 class PermutationStep(train.Step):
@@ -318,29 +353,19 @@ class PermutationStep(train.Step):
         self, net: nn.Module, curve: Curve, end: Theta, recipe: train.Recipe,
         device: torch.device, sym: Symmetry, old: Perm, settings: Settings
     ) -> None:  # fmt: skip
-        check_only_parameters_move(net, sym)
         super().__init__(net, curve, slice(0, 0), recipe, device)
-        self.end, self.sym, self.settings = end, sym, settings
+        self.end, self.settings = MovedEnd(self, curve, end, sym, settings.follow), settings
         self.old = {n: doubly_stochastic.matrix(p) for n, p in old.items()}
         self.matrices = {n: m.clone() for n, m in self.old.items()}
-        n = curve.degree
-        share = [0.0, *((i / n if settings.follow else 0.0) for i in range(1, n)), 1.0]
-        self.share = torch.tensor(share).to(self.rows)  # of the end's move, by control point
-        self.base = self.rows - torch.outer(self.share, self.rows[-1])
-        self.names = [name for name, _ in net.named_parameters()]
 
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor, lr: float) -> Tensor:
         """As `train.Step`; one step on the matrices, the control points stay."""
         through = self.settings.relaxation == "straight-through"
         at = {n: doubly_stochastic.nearest(m) if through else m for n, m in self.matrices.items()}
         leaves = {n: m.clone().requires_grad_() for n, m in at.items()}
-        moved = self.sym.apply_matrices(self.end, leaves)
-        flat = torch.cat([moved[n].to(self.rows).flatten() for n in self.names])
-        torch.add(self.base, torch.outer(self.share, flat.detach()), out=self.rows)
-        loss, g = self.gradient(x, y, weights)
-        slopes = torch.autograd.grad(flat, list(leaves.values()), (weights @ self.share) * g)
-        for (n, m), slope in zip(self.matrices.items(), slopes, strict=True):
-            m = m - lr * (slope + (at[n] - self.old[n]) / self.settings.nu)
+        loss, slopes = self.end.slopes(leaves, leaves, x, y, weights)
+        for n, m in self.matrices.items():
+            m = m - lr * (slopes[n] + (at[n] - self.old[n]) / self.settings.nu)
             self.matrices[n] = (
                 m if through else doubly_stochastic.PROJECTIONS[self.settings.relaxation](m)
             )

@@ -1,8 +1,7 @@
 """REPAIR: give the units of an averaged network the statistics of its ends (chapter 9)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.func import functional_call
 from mcnotes import evaluate
 from mcnotes.curves import Theta
 from mcnotes.data import Split
+from mcnotes.symmetry.activations import listen
 
 Statistics = tuple[Tensor, Tensor]  # mean and deviation of each channel, float64
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -31,11 +31,11 @@ def repair(
     layers = _layers(net, theta, images)[:-1]
     if not layers:
         raise ValueError("repair: found no linear or convolution layer before the last; there is "
-                         "nothing to mend")  # fmt: skip
+                         "nothing to repair")  # fmt: skip
     for layer in layers:
         if f"{layer}.bias" not in theta:
-            raise ValueError(f"repair: {layer!r} has no bias to shift; build the network with one, "
-                             "or use evaluate.batchnorm if it has BatchNorm")  # fmt: skip
+            raise ValueError(f"repair: {layer!r} has no bias to shift. Fix: build the network with "
+                             "one, or use evaluate.batchnorm if it has BatchNorm")  # fmt: skip
     goal = [channel_statistics(net, end, images, layers) for end in ends]
     out = dict(theta)
     for layer in layers:
@@ -51,21 +51,23 @@ def repair(
 
 
 def channel_statistics(
-    net: nn.Module, theta: Theta, images: Split, layers: list[str] | None = None
+    net: nn.Module, theta: Theta, images: Split, layers: Sequence[str] | None = None
 ) -> dict[str, Statistics]:
     """Mean and deviation of each channel of what these layers give, over images and places.
 
     layers: names of linear and convolution layers; default: all, in the order in which they work.
+    By layer, two float64 tensors [channels].
     """
     layers = layers or _layers(net, theta, images)
     sums: dict[str, list[Tensor]] = {name: [] for name in layers}
+    axes = {n: 1 if isinstance(net.get_submodule(n), CONVOLUTIONS) else -1 for n in layers}
 
-    def take(name: str, module: nn.Module, _: object, y: Tensor) -> None:
-        x = y.movedim(1 if isinstance(module, CONVOLUTIONS) else -1, -1).flatten(0, -2).double()
+    def take(name: str, y: Tensor) -> None:
+        x = y.movedim(axes[name], -1).flatten(0, -2).double()
         count = x.new_tensor(len(x)).expand(x.shape[1])
         sums[name].append(torch.stack([count, x.sum(0), x.square().sum(0)]))
 
-    with _heard(net, layers, take), evaluate.mode(net, training=False), torch.no_grad():
+    with _listening(net, layers, take), evaluate.mode(net, training=False), torch.no_grad():
         for x, _ in images.batches(500):
             functional_call(net, theta, (x,))
     totals = {name: torch.stack(parts).sum(0) for name, parts in sums.items()}
@@ -75,24 +77,26 @@ def channel_statistics(
 
 def _layers(net: nn.Module, theta: Theta, images: Split) -> list[str]:
     """Names of the linear and convolution layers, in the order in which they work."""
-    kinds, order = (nn.Linear, *CONVOLUTIONS), list[str]()
+    kinds = (nn.Linear, *CONVOLUTIONS)
     names = [name for name, m in net.named_modules() if isinstance(m, kinds)]
+    order: list[str] = []
 
-    def take(name: str, *_: object) -> None:
+    def take(name: str, _: Tensor) -> None:
         order.append(name)
 
-    with _heard(net, names, take), evaluate.mode(net, training=False), torch.no_grad():
+    with _listening(net, names, take), evaluate.mode(net, training=False), torch.no_grad():
         functional_call(net, theta, (next(images.first(2).batches(2))[0],))
     return list(dict.fromkeys(order))
 
 
 @contextmanager
-def _heard(
-    net: nn.Module, layers: list[str], take: Callable[[str, nn.Module, object, Tensor], None]
+def _listening(
+    net: nn.Module, layers: Sequence[str], take: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """For a while, `take` gets name, layer, inputs and output whenever one of `layers` ran."""
-    with ExitStack() as stack:
-        for name in layers:
-            handle = net.get_submodule(name).register_forward_hook(partial(take, name))
-            stack.callback(handle.remove)
+    """For a while, `take` gets the name and the output of each of `layers` whenever it has run."""
+    hooks = listen(net, [(name, "out") for name in layers], lambda spot, y: take(spot[0], y))
+    try:
         yield
+    finally:
+        for hook in hooks.values():
+            hook.remove()

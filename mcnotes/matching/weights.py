@@ -3,44 +3,46 @@
 from collections.abc import Callable, Collection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mcnotes.curves import Theta, check_same_space
+from mcnotes.curves import Theta
 from mcnotes.matching import doubly_stochastic
-from mcnotes.matching.assignment import Blocks, bundles, solve
+from mcnotes.matching.assignment import Bundle, bundles, solve
+from mcnotes.matching.pair import Pair
 from mcnotes.symmetry import Perm, Symmetry
+
+Agreement = Callable[[Theta], Tensor]  # ⟨θ_A, θ⟩ [], float64
 
 
 def weight_matching(
-    net: nn.Module, theta_a: Theta, theta_b: Theta, sym: Symmetry, *, start: Perm | None = None,
-    only: Collection[str] | None = None, seed: int = 0, sweeps: int = 100
+    pair: Pair, *, start: Perm | None = None, only: Collection[str] | None = None, seed: int = 0,
+    sweeps: int = 100
 ) -> Perm:  # fmt: skip
     """Weight matching: a permutation P that makes ⟨θ_A, Pθ_B⟩ large (Ainsworth et al. 2023, 3.2).
 
     No data is needed. Block coordinate ascent: one group at a time, the others held fixed, is a
-    linear assignment (blocks come with the units within, as in alignment); in random order, until
-    a sweep gains nothing. It begins at `start` (default: the identity) and ends in a local optimum.
-    Where a group stands on both axes of a tensor, the assignment is that of the linear part.
-    only: the names (of `bundles`) that may change.
+    linear assignment (blocks come with the units within, as in alignment); in random order, drawn
+    from `seed`, until a sweep gains nothing, but at most `sweeps` times. It begins at `start`
+    (default: the identity) and ends in a local optimum. Where a group stands on both axes of a
+    tensor, the assignment is that of the linear part. only: the names (of `bundles`) that may
+    change. Raises ValueError for weights that are not finite.
     """
-    check_same_space(theta_a, theta_b, "weight_matching")
-    names = [name for name, _ in net.named_parameters()]
-    fixed = {name: theta_a[name].double() for name in names}
-    exact = {n: x.double() if x.is_floating_point() else x for n, x in theta_b.items()}
+    sym, names = pair.sym, pair.names
+    fixed = {name: pair.theta_a[name].double() for name in names}
+    exact = {n: x.double() if x.is_floating_point() else x for n, x in pair.theta_b.items()}
 
     def agreement(theta: Theta) -> Tensor:
         return torch.stack([(fixed[name] * theta[name]).sum() for name in names]).sum()
 
-    parts = {n: blocks for n, blocks in bundles(sym).items() if only is None or n in only}
-    perm = start or sym.identity()
+    parts = [bundle for bundle in bundles(sym) if only is None or bundle.name in only]
     generator = torch.Generator().manual_seed(seed)
+    perm = start or sym.identity()
     best = float(agreement(sym.permute(exact, perm)))
     for _ in range(sweeps):
         before = best
         for k in torch.randperm(len(parts), generator=generator).tolist():
-            name, blocks = list(parts.items())[k]
             here = sym.permute(exact, perm)
-            step = solve(name, blocks, *_slopes(sym, name, blocks, here, agreement))
+            step = solve(parts[k], *_pairings(sym, parts[k], here, agreement))
             trial = sym.compose(perm, step)
             value = float(agreement(sym.permute(exact, trial)))
             if value > best + 1e-9 * abs(best):
@@ -50,34 +52,47 @@ def weight_matching(
     return perm
 
 
-def _slopes(
-    sym: Symmetry, name: str, blocks: Blocks, theta: Theta, agreement: Callable[[Theta], Tensor]
+def _pairings(
+    sym: Symmetry, bundle: Bundle, theta: Theta, agreement: Agreement
 ) -> tuple[list[Tensor], Tensor]:
-    """What `solve` needs: the agreement that each pairing of units, and of blocks, brings.
+    """The agreement that each pairing brings: what `solve` needs, as it needs it.
 
-    It is linear in the matrices that act on one bundle, so its slopes are these numbers. For units
-    within blocks the blocks are shifted cyclically: each stands once in each other's place.
+    Of units: for each kind of group, [blocks, blocks, n, n]. Of blocks, besides that of their
+    units, such as from a bias for each head: [blocks, blocks]. Units are compared between blocks
+    that stand in each other's place, so the blocks are shifted cyclically.
     """
-    count, nested = len(blocks), blocks != ((name,),)
-    size = {group: sym.groups[group].size for block in blocks for group in block}
-    similar = [torch.zeros(count, count, size[g], size[g]).double() for g in blocks[0]]
-    outer = torch.zeros(count, count, dtype=torch.float64)
+    count = len(bundle.blocks)
+    sizes = [sym.groups[name].size for name in bundle.blocks[0]]
+    units = [torch.zeros(count, count, n, n, dtype=torch.float64) for n in sizes]
+    blocks = torch.zeros(count, count, dtype=torch.float64)
     for shift in range(count):
         order = torch.arange(count).roll(-shift)
-        leaves = {g: torch.eye(n, dtype=torch.float64) for g, n in size.items()}
-        leaves |= {name: doubly_stochastic.matrix(order)} if nested else {}
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-        value = agreement(sym.apply_matrices(theta, leaves))
-        # Adds 0: units that stand in buffers alone have a slope, too.
-        value = value + 0 * torch.stack([leaf.sum() for leaf in leaves.values()]).sum()
-        slopes = torch.autograd.grad(value, list(leaves.values()))
-        slope = dict(zip(leaves, slopes, strict=True))
+        slope = _slopes(sym, bundle, theta, agreement, order)
         for i, j in enumerate(order.tolist()):
-            for tile, group in zip(similar, blocks[j], strict=True):
-                tile[i, j] = slope[group]
-            if nested:
-                outer[i, j] = slope[name][i, j]
-    if nested:  # what is left when the units' part is taken away, such as a bias for each head
-        outer -= torch.stack([t.diagonal(dim1=2, dim2=3).sum(2) for t in similar]).sum(0)
-    return similar, outer
+            for tile, names in zip(units, bundle.kinds, strict=True):
+                tile[i, j] = slope[names[j]]
+            if bundle.nested:
+                blocks[i, j] = slope[bundle.name][i, j]
+    if bundle.nested:  # the slope of a block holds what its units bring where they stand
+        standing = [tile.diagonal(dim1=2, dim2=3).sum(2) for tile in units]
+        blocks -= torch.stack(standing).sum(0)
+    return units, blocks
+
+
+def _slopes(
+    sym: Symmetry, bundle: Bundle, theta: Theta, agreement: Agreement, order: Tensor
+) -> dict[str, Tensor]:
+    """By group, the slope [n, n] of the agreement in the matrix that acts on it.
+
+    The agreement is linear in these matrices, so the slope is what each pairing brings. order
+    [blocks]: how the blocks stand; the units within stand as they do in `theta`.
+    """
+    groups = [name for block in bundle.blocks for name in block]
+    acting = {n: torch.eye(sym.groups[n].size, dtype=torch.float64) for n in groups}
+    if bundle.nested:
+        acting[bundle.name] = doubly_stochastic.matrix(order)
+    leaves = [matrix.requires_grad_() for matrix in acting.values()]
+    value = agreement(sym.apply_matrices(theta, acting))
+    # Adds 0: units that stand in buffers alone have a slope, too.
+    value = value + 0 * torch.stack([leaf.sum() for leaf in leaves]).sum()
+    return dict(zip(acting, torch.autograd.grad(value, leaves), strict=True))

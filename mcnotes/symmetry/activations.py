@@ -1,21 +1,43 @@
 """Read activations out of a running network (chapter 4)."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functionalize
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from mcnotes.symmetry.groups import call, inference_copy, unfused_attention
 from mcnotes.symmetry.units import SymmetryError, Tape
 
 Theta = dict[str, Tensor]
 Inputs = tuple[Tensor, ...]
+Spot = tuple[str, Literal["in", "out"]]  # a module's name, and a side of it
+
+
+def listen(
+    net: nn.Module, spots: Iterable[Spot], take: Callable[[Spot, Any], None]
+) -> dict[Spot, RemovableHandle]:
+    """From now on, `take(spot, x)` gets what enters or leaves a module at each of these spots.
+
+    Of several values x is the first. Returns the hooks, which whoever listens removes in the end.
+    """
+
+    def hook(spot: Spot, _: nn.Module, *values: Any) -> None:
+        for x in tree_leaves(values[-1])[:1]:
+            take(spot, x)
+
+    hooks = {}
+    for name, side in spots:
+        m = net.get_submodule(name)
+        add = m.register_forward_pre_hook if side == "in" else m.register_forward_hook
+        hooks[name, side] = add(partial(hook, (name, side)))
+    return hooks
 
 
 class Recorder(Tape):
@@ -44,7 +66,7 @@ class Recorder(Tape):
             if self.count[kind] != int(total):
                 raise SymmetryError(
                     f"tapper: {kind} ran {self.count[kind]} times, expected {total}: on this "
-                    "device, PyTorch runs the network by other operators. Cure: align on the CPU."
+                    "device, PyTorch runs the network by other operators. Fix: align on the CPU."
                 )
 
 
@@ -62,10 +84,9 @@ class Reader:
         self.flags = {m: m.training for m in self.net.modules()}
         self.names, self.seen = names, dict[Any, list[Any]]()
         self.spots: dict[str, tuple[Any, int]] = {}  # for each name a hook, and its k-th call
-        hooks = {}
-        for spot, m in self.net.named_modules():
-            hooks[spot, "in"] = m.register_forward_pre_hook(partial(self.see, (spot, "in")))
-            hooks[spot, "out"] = m.register_forward_hook(partial(self.see, (spot, "out")))
+        sides: tuple[Literal["in", "out"], ...] = ("in", "out")
+        every = [(name, side) for name, _ in self.net.named_modules() for side in sides]
+        hooks = listen(self.net, every, self.see)
         self.run: Callable[..., Any] = partial(call, self.net)
         try:
             kept = self(theta, inputs)
@@ -80,9 +101,9 @@ class Reader:
             hooks[spot].remove()
         self.seen = {}
 
-    def see(self, spot: tuple[str, str], _: nn.Module, *values: Any) -> None:
-        """Keep the first tensor that enters or leaves."""
-        self.seen.setdefault(spot, []).extend(tree_leaves(values[-1])[:1])
+    def see(self, spot: Spot, x: Any) -> None:
+        """Keep what enters or leaves."""
+        self.seen.setdefault(spot, []).append(x)
 
     def __call__(self, theta: Theta, inputs: Inputs) -> Theta:
         """The results by name. Raises SymmetryError if the network ran in another way."""

@@ -1,0 +1,40 @@
+"""Two networks that are to be matched, as one value (chapter 4)."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from mcnotes.curves import Theta, check_same_space
+from mcnotes.symmetry import Perm, Symmetry
+
+
+class AlignmentError(ValueError):
+    """The two networks cannot be matched; the text says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Networks A and B of one architecture, and the permutation symmetry of that architecture.
+
+    Raises AlignmentError unless both states hold the same names, shapes and dtypes.
+    """
+
+    net: nn.Module
+    sym: Symmetry
+    theta_a: Theta
+    theta_b: Theta
+
+    def __post_init__(self) -> None:
+        try:
+            check_same_space(self.theta_a, self.theta_b, "match")
+        except ValueError as error:
+            raise AlignmentError(str(error)) from error
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the parameters; tied ones are named once."""
+        return [name for name, _ in self.net.named_parameters()]
+
+    def permuted(self, perm: Perm) -> Theta:
+        """B with its units permuted: the same function, in another order."""
+        return self.sym.permute(self.theta_b, perm)

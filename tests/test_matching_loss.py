@@ -1,0 +1,78 @@
+"""Matching by the loss at the middle: it falls, brute force, what acts, what is refused."""
+
+from itertools import permutations
+
+import pytest
+import torch
+from small import SHORT, Fixed, task, trained
+from torch import Tensor, nn
+
+from mcnotes import curves, evaluate, matching, symmetry, train
+from mcnotes.curves import Theta
+from mcnotes.matching import Descent, Pair, doubly_stochastic, loss
+
+
+@pytest.mark.parametrize(("action", "lr"), [("straight-through", 0.2), ("sinkhorn", 0.1)])
+def test_the_loss_at_the_middle_falls(action: str, lr: float) -> None:
+    net, data, (theta, *_), sym = trained()
+    copy = sym.permute(theta, sym.random(torch.Generator().manual_seed(5)))
+    how = Descent(action, epochs=20, lr=lr, batch_size=16)
+    pair = Pair(net, sym, theta, copy)
+    perm = matching.loss_matching(pair, data.train, how, start=sym.identity())
+
+    def middle(b: Theta) -> float:
+        return evaluate.score(net, curves.line(theta, b)(0.5), data.train).loss
+
+    best, start, reached = middle(theta), middle(copy), middle(sym.permute(copy, perm))
+    assert reached < best + 0.3 * (start - best)
+
+
+@pytest.mark.parametrize("action", loss.ACTIONS)
+def test_hardly_a_permutation_has_a_lower_loss_at_the_middle(action: str) -> None:
+    """All 120 orders of five units, for two networks that were trained apart."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 5), nn.ReLU(), nn.Linear(5, 3))
+    data = task()
+    a, b = (train.fit(net, data, SHORT, seed=seed).theta for seed in (1, 2))
+    sym = symmetry.find(net, data.example)
+    (group,) = sym.groups
+
+    def middle(p: Tensor) -> float:
+        end = sym.permute(b, {group: p})
+        return evaluate.score(net, curves.line(a, end)(0.5), data.train).loss
+
+    every = sorted(middle(torch.tensor(q)) for q in permutations(range(5)))
+    how = Descent(action, epochs=20, lr=0.1, batch_size=16)
+    found = matching.loss_matching(Pair(net, sym, a, b), data.train, how)
+    assert every.index(middle(found[group])) < 12  # a tenth of them
+
+
+def test_sinkhorn_scales_to_doubly_stochastic_and_slopes_pass() -> None:
+    x = torch.rand(6, 6, dtype=torch.float64, requires_grad=True)
+    y = loss.soft(x, temperature=0.5, rounds=200)
+    ones = torch.ones(6, dtype=torch.float64)
+    torch.testing.assert_close(y.sum(0), ones)
+    torch.testing.assert_close(y.sum(1), ones)
+    assert torch.autograd.gradcheck(lambda m: loss.soft(m, 0.5), x)
+    straight = loss.through(x)
+    assert torch.equal(straight.detach(), doubly_stochastic.nearest(x))
+    (slope,) = torch.autograd.grad((straight * y.detach()).sum(), x)
+    torch.testing.assert_close(slope, y.detach())
+
+
+def test_units_in_buffers_that_would_stay_are_refused() -> None:
+    """The gradient would be that of a network half of which is permuted."""
+    net = Fixed()
+    a, b = (train.initialise(net, seed) for seed in (1, 2))
+    pair = Pair(net, symmetry.find(net, task().example), a, b)
+    with pytest.raises(ValueError, match="units stand in the buffer 'first'"):
+        matching.loss_matching(pair, task().train, Descent(epochs=1))
+
+
+def test_what_no_descent_can_be_is_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match=r"got action 'sinkhron', expected one of .*'sinkhorn'"):
+        Descent("sinkhron")
+    with pytest.raises(ValueError, match="got samples=-1, expected at least 0"):
+        Descent(samples=-1)
+    for wrong in ({"epochs": 0}, {"lr": 0.0}, {"batch_size": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*expected more than 0"):
+            Descent(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,146 @@
+"""`match`: planted permutations, the best of all, each method by the same call, errors."""
+
+import math
+from dataclasses import replace
+from itertools import permutations
+
+import pytest
+import torch
+from small import (
+    NETWORKS,
+    Patches,
+    agree,
+    lost,
+    noisy,
+    normed,
+    pictures,
+    plain,
+    rounding,
+    task,
+    terms,
+    trained,
+)
+
+from mcnotes import curves, evaluate, matching, models, symmetry, train
+from mcnotes.data import Task
+from mcnotes.matching import AlignmentError, At, Pair
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("at", ["post", "pre"])
+def test_planted_permutation_is_recovered(name: str, at: At) -> None:
+    net, images = NETWORKS[name](), pictures(128)
+    theta = train.initialise(net, 1)
+    sym = symmetry.find(net, next(images.batches(2))[0])
+    planted = sym.random(torch.Generator().manual_seed(2))
+    copy = sym.permute(noisy(theta, 3), planted)
+    found = matching.match(net, theta, copy, images, sym, at=at)
+    back = sym.permute(copy, found.perm)
+    undone = sym.permute(copy, sym.inverse(planted))
+    for group, p in sym.compose(planted, found.perm).items():
+        alive = torch.ones(len(p), dtype=torch.bool)
+        alive[found.dead.get(group, [])] = False
+        assert torch.equal(p[alive], torch.arange(len(p))[alive]), group
+    assert all(torch.equal(back[n], undone[n]) for n in back) or any(
+        len(d) for d in found.dead.values()
+    )
+    for group in found.after:
+        after, before = found.after[group], found.before[group]
+        assert after.sum() >= before.sum() - rounding(len(after), len(after), torch.float64)
+
+
+# Not narrower: on processors with AVX2 but no AVX-512, PyTorch's gradient of a 1 x 1 convolution of
+# stride 2 that reads fewer than 8 channels is wrong, or crashes, or hangs (oneDNN's issue 6035).
+END_TO_END = {
+    "resnet32": lambda: models.build("resnet32", num_classes=3, in_channels=1, width=8),
+    "googlenet": lambda: models.build("googlenet", num_classes=3, in_channels=1, width=0.125),
+    "attention": Patches,
+}
+
+
+@pytest.mark.parametrize("name", END_TO_END)
+def test_from_two_networks_to_a_curve(name: str) -> None:
+    net, split = END_TO_END[name](), pictures(24)
+    split = replace(split, labels=torch.arange(24) % 3)
+    data = Task("noise", split, split, split, ("a", "b", "c"))
+    a, b = (train.initialise(net, s) for s in (1, 2))
+    sym = symmetry.find(net, data.example)
+    perm = matching.match(net, a, b, split, sym).perm
+    assert any(not torch.equal(p, torch.arange(len(p))) for p in perm.values())
+    curve = curves.bezier(a, sym.permute(b, perm))
+    recipe = train.Recipe(1, batch_size=8, lr=0.01, augment=False)
+    fitted = train.fit_curve(net, curve, data, recipe, seed=3).curve
+    line, path = (
+        evaluate.profile(net, c, split, statistics=split, points=3)
+        for c in (curves.line(a, b), fitted)
+    )
+    # The same functions. BatchNorm over few images may divide by a tenth of what comes in.
+    agree(path.loss[[0, 2]], line.loss[[0, 2]], terms(net), scale=10 * line.loss.max())
+    assert math.isfinite(path.loss[1])
+    assert path.loss[1] != line.loss[1]
+
+
+def test_matching_is_the_best_of_all_permutations() -> None:
+    net, data = (
+        torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(144, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)
+        ),
+        task(),
+    )
+    a, b = (train.initialise(net, s) for s in (1, 2))
+    sym = symmetry.find(net, data.example)
+    found = matching.match(net, a, b, data.train, sym)
+    ((group, p),) = found.perm.items()
+    matrix = matching.stream(Pair(net, sym, a, b), data.train)[group][0].correlation()
+    best = max(permutations(range(5)), key=lambda q: sum(matrix[i, j] for i, j in enumerate(q)))
+    assert p.tolist() == list(best)
+    torch.testing.assert_close(found.after[group], matrix[range(5), best])
+
+
+def test_batch_size_does_not_matter() -> None:
+    net, data = normed(), task()
+    a, b = (train.initialise(net, s) for s in (1, 2))
+    sym = symmetry.find(net, data.example)
+    small, large = (
+        matching.match(net, a, b, data.train, sym, batch_size=n) for n in (7, len(data.train))
+    )
+    for group, (moments,) in matching.stream(Pair(net, sym, a, b), data.train).items():
+        agree(small.after[group], large.after[group], moments.samples, scale=lost(moments))
+        margin = rounding(moments.samples, lost(moments))
+        assert margin < 0.1 / len(data.train), "an image left out would not be seen"
+
+
+@pytest.mark.parametrize("method", ["activations", *matching.METHODS])
+def test_each_method_answers_the_same_call(method: str) -> None:
+    net, data, (a, b, _), sym = trained()
+    found = matching.match(net, a, b, data.train, sym, method=method, seed=3)
+    again = matching.match(net, a, b, data.train, sym, method=method, seed=3)
+    ((group, p),) = found.perm.items()
+    assert torch.equal(p, again.perm[group])
+    best = matching.match(net, a, b, data.train, sym)
+    assert found.after[group].sum() <= best.after[group].sum() + 1e-9
+    torch.testing.assert_close(found.before[group], best.before[group])
+    assert (method == "identity") == torch.equal(p, torch.arange(len(p)))
+    undone = sym.permute(b, found.perm)
+    same = matching.match(net, a, undone, data.train, sym, method="identity")
+    (moments,) = matching.stream(net, a, b, data.train, sym)[group]
+    agree(same.after[group], found.after[group], len(data.train), scale=lost(moments))
+
+
+def test_an_unknown_method_is_refused_before_any_work() -> None:
+    net, data, (a, b, _), sym = trained()
+    with pytest.raises(ValueError, match=r"got method 'wieghts'; did you mean 'weights'"):
+        matching.match(net, a, b, data.train, sym, method="wieghts")
+
+
+def test_errors() -> None:
+    net, data = plain(), task()
+    sym = symmetry.find(net, data.example)
+    theta = train.initialise(net, 1)
+    with pytest.raises(AlignmentError, match="got 1 images, expected 2 or more"):
+        matching.match(net, theta, theta, data.train.first(1), sym)
+    with pytest.raises(AlignmentError, match=r"'3\.bias' is"):
+        matching.match(net, theta, theta | {"3.bias": torch.zeros(9)}, data.train, sym)
+    broken = theta | {"1.weight": theta["1.weight"] * torch.nan}
+    with pytest.raises(AlignmentError, match="not finite"):
+        matching.match(net, theta, broken, data.train, sym)
