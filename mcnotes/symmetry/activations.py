@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functionalize
 from torch.utils._pytree import tree_leaves
 
-from mcnotes.symmetry.groups import call, inference_copy, unfused_attention
+from mcnotes.symmetry.execute import call, inference_copy, unfused_attention
 from mcnotes.symmetry.units import SymmetryError, Tape
 
 Theta = dict[str, Tensor]
@@ -44,7 +43,8 @@ class Recorder(Tape):
             if self.count[kind] != int(total):
                 raise SymmetryError(
                     f"tapper: {kind} ran {self.count[kind]} times, expected {total}: on this "
-                    "device, PyTorch runs the network by other operators. Cure: align on the CPU."
+                    "device, PyTorch runs the network by other operators. To fix it: align on the "
+                    "CPU."
                 )
 
 
@@ -67,11 +67,7 @@ class Reader:
             hooks[spot, "in"] = m.register_forward_pre_hook(partial(self.see, (spot, "in")))
             hooks[spot, "out"] = m.register_forward_hook(partial(self.see, (spot, "out")))
         self.run: Callable[..., Any] = partial(call, self.net)
-        try:
-            kept = self(theta, inputs)
-        except SymmetryError:  # then by the same operators as when units were followed
-            self.run = functionalize(self.run)
-            kept = self(theta, inputs)
+        kept = self(theta, inputs)
         where = {id(x): (spot, k) for spot, xs in self.seen.items() for k, x in enumerate(xs)}
         if all(id(x) in where for x in kept.values()):
             self.spots = {name: where[id(x)] for name, x in kept.items()}
@@ -90,7 +86,7 @@ class Reader:
         self.net.train()  # to make it forget what it keeps for evaluation
         for m, flag in self.flags.items():
             m.training = flag
-        with unfused_attention(), torch.no_grad(), tape or nullcontext():
+        with unfused_attention, torch.no_grad(), tape or nullcontext():
             self.run(theta, inputs)
         if tape:
             tape.check()
