@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mcnotes import models, symmetry
+from mcnotes.symmetry import groups
 from mcnotes.symmetry.activations import Reader
 
 Theta = dict[str, Tensor]
@@ -530,6 +532,41 @@ def test_a_network_that_fixes_the_batch_size_is_tapped_all_the_same() -> None:
     sym, theta = symmetry.find(net, torch.rand(2, 4)), weights(net)
     tap = sym.tapper(net)
     assert [tap(theta, torch.rand(n, 4))["a"][0].shape[0] for n in (2, 5, 3)] == [2, 5, 3]
+
+
+def test_a_network_is_traced_once_for_each_form_of_its_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced = []
+
+    def discover(net: nn.Module, *rest: Any) -> Any:
+        traced.append(net)
+        return groups.discover(net, *rest)
+
+    monkeypatch.setattr(sys.modules["mcnotes.symmetry.find"], "discover", discover)
+    net, example = built("convnet")
+    sym, theta = symmetry.find(net, example), weights(net)
+    for x in (example[0], torch.rand(5, 3, 10, 10)):
+        sym.tapper(net)(theta, x)
+    assert len(traced) == 1
+    for x in (
+        torch.rand(n, 3, 10, 10).contiguous(memory_format=torch.channels_last) for n in (3, 4, 5)
+    ):
+        sym.tapper(net)(theta, x)
+    assert len(traced) == 2
+    other, _ = built("convnet")
+    sym.tapper(other)(theta, example[0])
+    assert traced == [net, net, other]
+
+
+def test_a_network_rebuilt_in_place_is_found_again() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    old, x = symmetry.find(net, torch.rand(2, 4)), torch.rand(2, 4)
+    net[0], net[2] = nn.Linear(4, 5), nn.Linear(5, 2)
+    new = symmetry.find(net, x)
+    assert new.tapper(net)(weights(net), x)["0"][0].shape == (2, 5)
+    with pytest.raises(symmetry.SymmetryError, match="tapper: other groups"):
+        old.tapper(net)(weights(net), x)
 
 
 def test_another_network_cannot_be_tapped() -> None:
