@@ -9,10 +9,11 @@ BIN   := $(VENV)/bin
 BOOK  := $(BIN)/python -m tools.book
 READY := $(VENV)/.ready
 ALL   := '.[book,batch,test]'
-QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
+QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1 MCNOTES_CELL_TIMEOUT=1800
+QUICK := $(addprefix tests/test_, project.py dependencies.py packaging.py perms.py curves.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html notebooks figures test zoo clean
+.PHONY: help setup book html notebooks figures check test zoo clean
 
 help:  ## say what the targets do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | column -t -s '|'
@@ -31,6 +32,12 @@ notebooks: setup  ## run the chapters, store their outputs in book/*.ipynb
 figures: setup  ## full scale: all that CONFIG names, or one PRESET; resumable
 	$(BIN)/python -m tools.batch run --config $(CONFIG) $(if $(filter command,$(firstword $(origin PRESET))),--set 'presets=[$(PRESET)]')
 
+check: setup  ## in seconds: form, types, quick tests (`make test` runs all)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(QUIET) $(BIN)/pytest -m 'not slow' $(QUICK)
+
 test: setup  ## everything that must pass
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +48,7 @@ test: setup  ## everything that must pass
 
 zoo: setup  ## compute all of data/zoo again, by running the chapters
 	rm -f data/zoo/*.safetensors data/zoo/*.json
-	MCNOTES_CELL_TIMEOUT=0 MCNOTES_STORE=$(CURDIR)/data/zoo $(BOOK) run --force --jobs $(JOBS)
+	MCNOTES_STORE=$(CURDIR)/data/zoo $(BOOK) run --force --jobs $(JOBS)
 
 clean:  ## remove what was built, keep .venv and data
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis

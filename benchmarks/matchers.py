@@ -34,10 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mcnotes import cache, curves, evaluate, matching, models, train
+from mcnotes import cache, checks, curves, evaluate, matching, models, train
 from mcnotes.curves import Theta
 from mcnotes.data import Split
 from mcnotes.lab import Experiment
+from mcnotes.lab.experiment import curve_seed
 from mcnotes.matching import loss, methods
 
 METHODS = ("identity", "random", "activations", "weights", "straight-through", "sinkhorn")
@@ -94,6 +95,10 @@ class Transformer(nn.Module):
 @dataclass(frozen=True)
 class Lab(Experiment):
     """An experiment that knows a transformer, and multilayer perceptrons of any depth."""
+
+    rules = Experiment.rules | {
+        "network": checks.one_of([*models.BUILDERS, "transformer", "mlp-2", "mlp-5"])
+    }
 
     @cached_property
     def net(self) -> nn.Module:
@@ -190,7 +195,7 @@ def measure(cell: Cell) -> dict[str, Any]:
 
     def compute() -> dict[str, Any]:
         one, two = lab.endpoint(a), lab.endpoint(b)
-        found, seconds = match(lab, one, two, method, seed=a * 1000 + b)
+        found, seconds = match(lab, one, two, method, seed=curve_seed(a, b))
         ends = one, lab.sym.permute(two, found.perm)
         row: dict[str, Any] = {"network": name, "normalisation": normalisation, "pair": [a, b]}
         row |= {"method": method, "seconds": round(seconds, 3)}
@@ -198,7 +203,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         row |= {"line": walk(name, curves.line(*ends)), "middle": middle(name, ends)}
         if curve_epochs:
             recipe, start = lab.recipe(curve_epochs), curves.bezier(*ends)
-            curve = train.fit_curve(lab.net, start, lab.task, recipe, seed=a * 1000 + b).curve
+            curve = train.fit_curve(lab.net, start, lab.task, recipe, seed=curve_seed(a, b)).curve
             row["curve"] = {"epochs": curve_epochs} | walk(name, curve)
         return row
 

@@ -5,6 +5,7 @@ Everything takes the network's state as a value: `net` is never changed.
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -193,26 +194,49 @@ def curvature(
 ) -> Array:
     """The `top` largest eigenvalues of the loss's Hessian in the parameters on `split`, descending.
 
-    Lanczos (scipy's eigsh) on Hessian–vector products, evaluation mode. Returns float64 [top].
+    Lanczos (scipy's eigsh) on Hessian–vector products, evaluation mode. Parameters that the loss
+    does not use, or only linearly, count with the zeros that their derivatives are. In float64
+    where a parameter is, else in float32. Returns float64 [top]. Raises ValueError where there is
+    no image, no such number of eigenvalues, or a product that is not finite.
     """
-    free = {n: theta[n].detach().clone().requires_grad_() for n, _ in net.named_parameters()}
+    names = [name for name, _ in net.named_parameters()]
+    dtype = reduce(torch.promote_types, (theta[name].dtype for name in names), torch.float32)
+    # Second names of tied weights are left out: they follow the first.
+    twice = {name for name, _ in net.named_parameters(remove_duplicate=False)}.difference(names)
+    state = {n: x.detach() for n, x in theta.items() if n not in twice}
+    state = {n: x.to(dtype) if x.is_floating_point() else x for n, x in state.items()}
+    free = {name: state[name].clone().requires_grad_() for name in names}
     leaves = list(free.values())
     n = sum(x.numel() for x in leaves)
+    if not (len(split) and 1 <= top < n):
+        raise ValueError(
+            f"curvature: got {len(split)} images and top={top}, expected at least 1 image and top "
+            f"from 1 to {n - 1}, below the number of parameters"
+        )
 
     def product(v: Array) -> Array:
-        flat = torch.from_numpy(v.astype(np.float32)).to(leaves[0]).flatten()
-        direction = views(flat, [x.shape for x in leaves])
-        total = torch.zeros(n, dtype=torch.float64, device=flat.device)
+        direction = views(torch.from_numpy(v).to(leaves[0]).flatten(), [x.shape for x in leaves])
+        total = torch.zeros(n, dtype=torch.float64, device=leaves[0].device)
         for x, y in split.batches(500):
-            loss = cross_entropy(functional_call(net, theta | free, (x,)), y, reduction="sum")
+            z = functional_call(net, state | free, (x.to(dtype),))
+            loss = cross_entropy(z, y, reduction="sum")
+            # Adds 0 to each product, and lets all derivatives exist, also where the loss has none.
+            loss = loss + 0 * torch.stack([p.square().sum() for p in leaves]).sum()
             slopes = torch.autograd.grad(loss, leaves, create_graph=True)
             hv = torch.autograd.grad(slopes, leaves, grad_outputs=direction)
             total += torch.cat([h.flatten() for h in hv]).double() / len(split)
+        if not total.isfinite().all():
+            raise ValueError(
+                "curvature: a Hessian–vector product is not finite; look for parameters and "
+                "outputs that are not finite, or so large that their products are not"
+            )
         return total.cpu().numpy()
 
     start = np.random.default_rng(0).standard_normal(n)
     options = {"which": "LA", "v0": start, "tol": tolerance, "return_eigenvectors": False}
     with mode(net, training=False):
+        if not product(start).any():
+            return np.zeros(top)  # H = 0, for which Lanczos has no direction to go on
         found = eigsh(LinearOperator((n, n), matvec=product, dtype=np.float64), top, **options)
     return np.sort(found)[::-1].copy()
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,8 +20,8 @@ from tqdm.auto import tqdm
 
 from mcnotes import evaluate
 from mcnotes.attacks import Perturb
-from mcnotes.cache import Checkpoint
-from mcnotes.curves import Curve, Theta, views
+from mcnotes.cache import Checkpoint, State
+from mcnotes.curves import Curve, Theta, check_same_space, views
 from mcnotes.data import Task
 
 
@@ -45,8 +46,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Recipe: schedule {self.schedule!r}, expected one of {[*SCHEDULES]}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"Recipe: precision {self.precision!r}, expected float32 or bfloat16")
+        if self.precision not in PRECISIONS:
+            known = " or ".join(PRECISIONS)
+            raise ValueError(f"Recipe: precision {self.precision!r}, expected {known}")
         for name in ("epochs", "batch_size", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Recipe: {name}={getattr(self, name)}, expected more than 0")
@@ -66,6 +68,7 @@ SCHEDULES: dict[str, Callable[[float, int], float]] = {
     "robust": lambda epoch, epochs: min(1.0, max(0.01, 1 - 0.99 * (epoch / epochs - 0.5) / 0.4)),
 }
 """Learning-rate factor by (epoch, a float; epochs)."""
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Fit(NamedTuple):
@@ -138,10 +141,8 @@ def run(step: "Step", curve: Curve, task: Task, seed: int, checkpoint: Checkpoin
 
     Raises TrainingError as soon as an epoch's mean loss is not finite.
     """
-    epochs, losses = step.recipe.epochs, []
-    if checkpoint and (state := checkpoint.load()):
-        step.restore(state)
-        losses = state["losses"].tolist()
+    epochs = step.recipe.epochs
+    losses = _resume(step, checkpoint) if checkpoint else []
     bar = tqdm(range(len(losses), epochs), "epoch", epochs, leave=False, initial=len(losses))
     for epoch in bar:
         losses.append(_epoch(step, curve, task, seed, epoch))
@@ -149,9 +150,27 @@ def run(step: "Step", curve: Curve, task: Task, seed: int, checkpoint: Checkpoin
             raise TrainingError(f"train: the loss is {losses[-1]} in epoch {epoch + 1}; lower lr "
                                 f"(now {step.recipe.lr}) or look for broken inputs")  # fmt: skip
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
-        if checkpoint and epoch + 1 < epochs:
+        if checkpoint:
             checkpoint.save(step.state() | {"losses": torch.tensor(losses, dtype=torch.float64)})
     return Fit(curve.with_points(step.points(curve)), losses)
+
+
+def _resume(step: "Step", checkpoint: Checkpoint) -> list[float]:
+    """Take over the stored state, if it is one of this step; the losses of the epochs so far."""
+    epochs = step.recipe.epochs
+
+    def fits(state: State) -> None:
+        done = state.get("losses", torch.empty(0)).numel()
+        if not 1 <= done <= epochs:
+            raise ValueError(f"it holds the losses of {done} epochs, expected 1 to {epochs}")
+        losses = {"losses": torch.empty(done, dtype=torch.float64)}
+        check_same_space(step.state() | losses, state, "checkpoint")
+
+    state = checkpoint.load(fits)
+    if state is None:
+        return []
+    step.restore(state)
+    return [float(loss) for loss in state["losses"]]
 
 
 def _epoch(step: "Step", curve: Curve, task: Task, seed: int, epoch: int) -> float:
@@ -166,11 +185,19 @@ def _epoch(step: "Step", curve: Curve, task: Task, seed: int, epoch: int) -> flo
     total = torch.zeros((), dtype=torch.float64, device=device)
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with evaluate.mode(step.net, training=True), forked:
-        torch.manual_seed(seed)  # dropout
+        # Dropout has a stream of its own. An attack's noise keeps that of the shuffling, with which
+        # the robust networks of data/zoo were trained.
+        torch.manual_seed(seed if step.perturb else _apart(seed))
         for i, (x, y) in enumerate(data):
             lr = recipe.lr * SCHEDULES[recipe.schedule](epoch + i / batches, recipe.epochs)
             total += step(x, y, weights[i], lr) * len(y)
     return float(total) / len(task.train)
+
+
+def _apart(seed: int) -> int:
+    """Another seed, whose stream is independent of that of `seed` itself."""
+    mixed = np.random.SeedSequence(seed % 2**64, spawn_key=(1,))
+    return int(mixed.generate_state(1, np.uint64)[0])
 
 
 def cost(logits: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""A data set and networks so small that a test trains in a second."""
+"""A data set and networks so small that a test trains in a second; how exact numbers can be."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,6 +42,34 @@ def normed(dropout: float = 0.0) -> nn.Module:
         nn.Flatten(),
         nn.Linear(54, 3),
     )
+
+
+class Fixed(nn.Module):
+    """Two layers of features that are not trained: units that stand in buffers, the first alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.register_buffer("first", torch.randn(8, 144, generator=g))
+        self.register_buffer("second", torch.randn(5, 8, generator=g))
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x.flatten(1) @ self.first.T).relu() @ self.second.T
+        z: Tensor = self.last(h.relu())
+        return z
+
+
+def rounding(terms: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> float:
+    """How far apart rounding alone may bring two computations of one sum, on any processor.
+
+    terms: how many numbers are added; for the output of a network, those of all layers together.
+    scale: the sum of their magnitudes, so that sums that cancel are given more. dtype: what is
+    computed in. Each sum of n terms, in whatever order, is off by no more than λ √n u Σ|xᵢ|, where
+    u = eps / 2 and λ = 4 leaves out next to nothing (Higham and Mary, A new approach to
+    probabilistic rounding error analysis, SIAM J. Sci. Comput. 41, 2019).
+    """
+    return 4 * math.sqrt(terms) * torch.finfo(dtype).eps * scale
 
 
 class Stopped(Checkpoint):

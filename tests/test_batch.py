@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,24 +14,66 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+from nbformat.v4 import new_code_cell, new_notebook
 
 from mcnotes.lab import Experiment, results
-from tools import batch, notebooks, presets
+from tools import batch, chapters, notebooks, presets
 
 ROOT = presets.ROOT
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda part: st.lists(part) | st.dictionaries(st.text(), part),
+)
 
 
 class TestPlan:
     @pytest.mark.parametrize(
         ("config", "says"),
         [
-            ({"preset": ["smoke"]}, "the configuration: got 'preset'; did you mean 'presets'"),
+            ({"preset": ["smoke"]}, "the configuration: got name 'preset'; did you mean 'presets'"),
             ({"presets": []}, r"presets: got \[\], expected a list"),
             ({"presets": ["smok"]}, "no preset 'smok'.*did you mean 'smoke'"),
-            ({"methods": ["alligned"]}, "methods: got 'alligned'; did you mean 'aligned'"),
+            (
+                {"methods": ["alligned"]},
+                "methods: got 'alligned', expected one of.*did you mean 'aligned'",
+            ),
             ({"shapes": ["spiral"]}, "shapes: got 'spiral'"),
             ({"parameters": {"epoch": 3}}, "no parameter 'epoch'; did you mean 'epochs'"),
             ({"parameters": {"epochs": "3"}}, "epochs = '3' is of type str"),
+            ({"parameters": {"points": 1}}, "'smoke'.*points: got 1, expected .* at least 2"),
+            ({"parameters": {"match_images": 1}}, "match_images: got 1"),
+            ({"parameters": {"epochs": 0}}, "epochs: got 0"),
+            ({"parameters": {"epochs": 2.5}}, "epochs: got 2.5, expected a whole number"),
+            ({"parameters": {"curve_epochs": None}}, "curve_epochs: got None"),
+            ({"parameters": {"width": 0}}, "width: got 0"),
+            ({"parameters": {"network": "tiny"}}, "network: got 'tiny'.*mean 'tinyten'"),
+            ({"parameters": {"device": "tpu"}}, "device: got 'tpu'.*auto, cpu, cuda"),
+            ({"parameters": {"lr": float("nan")}}, "lr: got nan"),
+            ({"parameters": {"statistics": 0}}, "statistics: got 0"),
+            ({"parameters": {"pairs": []}}, "pairs: got \\[\\]"),
+            ({"parameters": {"pairs": [[1]]}}, "pairs: got \\[1\\], expected a pair"),
+            ({"parameters": {"pairs": [[1, 2, 3]]}}, "pairs: got \\[1, 2, 3\\]"),
+            ({"parameters": {"pairs": [[1, 1]]}}, "two different seeds"),
+            ({"parameters": {"pam_options": {"sample": 3}}}, "did you mean 'samples'"),
+            ({"parameters": 3}, "parameters: got 3, expected names and values"),
+            ({"parameters": ["epochs"]}, "parameters: got .* names and values"),
+            ({"presets": [1]}, "presets: got 1, expected some text"),
+            ({"presets": [["smoke"]]}, "presets: got \\['smoke'\\], expected some text"),
+            ({"presets": ["smoke", "smoke"]}, "presets: .*'smoke' only once"),
+            ({"presets": ["../presets/smoke"]}, "no preset '../presets/smoke'"),
+            ({"presets": [str(presets.FOLDER / "smoke")]}, "no preset '/.*smoke'"),
+            ({"presets": ["./smoke"]}, "no preset './smoke'.*; did you mean 'smoke'"),
+            ({"presets": ["robust/../smoke"]}, "no preset 'robust/../smoke'"),
+            ({"methods": ["aligned", "aligned"]}, "methods: .*'aligned' only once"),
+            ({"methods": "aligned"}, "methods: got 'aligned', expected a list"),
+            ({"runs_per_gpu": 0}, "runs_per_gpu: got 0, expected a whole number"),
+            ({"runs_per_gpu": "4"}, "runs_per_gpu: got '4'"),
+            ({"runs_per_gpu": True}, "runs_per_gpu: got True"),
+            ({"out": None}, "out: got None"),
+            ({"out": "runs/{x}"}, "out: got 'runs/{x}', expected .* without braces"),
+            ({"results": ["a"]}, "results: got"),
         ],
     )
     def test_a_mistake_is_named_before_anything_runs(
@@ -38,6 +81,20 @@ class TestPlan:
     ) -> None:
         with pytest.raises(ValueError, match=says):
             batch.plan(config)
+
+    def test_a_few_of_several_options_may_be_changed(self) -> None:
+        config = {"presets": ["cpu-tinyten-cifar10"], "parameters": {"pam_options": {"samples": 8}}}
+        (values,) = batch.plan(config).values()
+        known = presets.load("cpu-tinyten-cifar10")["pam_options"]
+        assert values["pam_options"] == known | {"samples": 8}
+
+    def test_more_images_than_the_data_has_is_refused(self) -> None:
+        runs = batch.plan({"presets": ["smoke"], "parameters": {"statistics": 10_001}})
+        with pytest.raises(batch.PlanError, match=r"'smoke': .*statistics: got 10001.*most 10000"):
+            batch.check_machine(runs)
+        batch.check_machine(
+            batch.plan({"presets": ["smoke"], "parameters": {"statistics": 10_000}})
+        )
 
     def test_what_a_preset_leaves_open_comes_from_the_notebook(self) -> None:
         (values,) = batch.plan({"presets": ["smoke"], "parameters": {"epochs": 2}}).values()
@@ -70,6 +127,24 @@ class TestPlan:
         with pytest.raises(batch.PlanError, match="got 'epochs', expected NAME=VALUE"):
             batch.assignments(["epochs"])
 
+    @given(JSON)
+    @example("one\ntwo\n")
+    @example({"a: b": ["it's", '"', "\x85\u2028\t\\", None, {}], "": [[], [[1]]]})
+    @example("e" * 3000 + " " + "ü😀\ud800\x00\x7f" * 100)
+    @example(["null", "1e-3", "yes", "~", "2001-01-01", "# no", "- a", "{x}", "$HOME `id` \\"])
+    @example([1e-05, 1e300, -0.0, float("inf"), 10**30])
+    def test_every_value_comes_back_from_its_words(self, value: Any) -> None:
+        text = batch.words("results", {"x": value, "y": value})
+        assert "\n" not in text
+        assert text.isascii()
+        assert batch.assignments(shlex.split(text)) == {"x": value, "y": value}
+
+    def test_a_shell_hands_on_every_value(self) -> None:
+        values = {"x": "a\n\n b'\"$HOME`\\ ü😀", "y": [None, "two\nlines", [1, {"a": "\n"}]]}
+        command = f"printf '%s\\0' {batch.words('results', values)}"
+        told = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+        assert batch.assignments(told.stdout.split("\0")[:-1]) == values
+
     def test_changes_may_be_given_one_by_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[dict[str, Any]] = []
         monkeypatch.setattr(
@@ -88,6 +163,123 @@ class TestPlan:
             assert set(own) <= notebooks.parameters(notebook).keys()
             notebooks.normalise(notebook)
             assert not any(cell.outputs for cell in notebooks.code_cells(notebook)), name
+
+
+class TestCommand:
+    """What is wrong with a command is said in one line, and its exit status is not 0."""
+
+    def says(self, *words: str, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "tools.batch", *words], cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | environment
+        )  # fmt: skip
+        assert done.returncode not in (0, None)
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        return done.stderr
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            (None, "cannot be read: .*No such file"),
+            (b"presets: [smoke", "no plain YAML"),
+            (b"presets: [smoke]\n\tout: x", "no plain YAML"),
+            (b"- smoke", "got a list, expected `name: value` lines"),
+            (b"smoke", "got a str, expected `name: value` lines"),
+            (b"presets: !!python/object/apply:os.system ['true']", "no plain YAML"),
+            (b"presets: !names [smoke]", "no plain YAML"),
+            (b"runs_per_gpu: !!int four", "no plain YAML"),
+            (b"out: !!timestamp later", "no plain YAML"),
+            (b"presets: [smoke]\npresets: [laptop]", "'presets' is there twice"),
+            (b"\xff\xfe\x00", "cannot be read|no plain YAML"),
+            (b"parameters: 3", "parameters: got 3"),
+            (b"presets: [1]", "presets: got 1"),
+            (b"presets: &a [*a]", "presets: got"),
+            (b"1: 2", "got name 1"),
+        ],
+    )
+    def test_a_wrong_configuration(
+        self, content: bytes | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In this process, since a new one takes seconds."""
+        file = tmp_path / "run.yaml"
+        if content is not None:
+            file.write_bytes(content)
+        monkeypatch.setattr(subprocess, "run", None)
+        with pytest.raises(ValueError, match=says) as caught:
+            batch.main(["run", "--config", str(file)])
+        assert "\n" not in str(caught.value)
+
+    def test_a_folder_for_a_configuration(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"cannot be read: .*directory"):
+            batch.main(["run", "--config", str(tmp_path)])
+
+    def test_in_one_line(self, tmp_path: Path) -> None:
+        (tmp_path / "broken.yaml").write_text("presets: [smoke\nout: x\n")
+        assert "broken.yaml: no plain YAML" in self.says(
+            "run", "--config", str(tmp_path / "broken.yaml")
+        )
+        assert "no plain YAML" in self.says("run", "--set", "presets=[smoke")
+        missing = str(tmp_path / "none.ipynb")
+        assert "none.ipynb" in self.says("step", missing, str(tmp_path / "out.ipynb"))
+
+    def test_a_limit_that_is_none_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(subprocess, "run", None)
+        (tmp_path / "run.yaml").write_text("presets: [smoke]")
+        for wrong in ("soon", "-1", "1.5", "1h", "nan"):
+            monkeypatch.setenv("MCNOTES_CELL_TIMEOUT", wrong)
+            with pytest.raises(ValueError, match=f"MCNOTES_CELL_TIMEOUT: got '{wrong}', expected"):
+                batch.main(["run", "--config", str(tmp_path / "run.yaml")])
+
+    def test_a_number_of_runs_that_is_none_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        for wrong in ("0", "many"):
+            monkeypatch.setenv("MCNOTES_RUNS_PER_GPU", wrong)
+            with pytest.raises(ValueError, match="MCNOTES_RUNS_PER_GPU: got"), batch.gpu("auto"):
+                pass
+
+
+class TestLimit:
+    """A cell may take as long as it needs, unless a limit is set."""
+
+    def slow(self, folder: Path) -> Path:
+        cells = [new_code_cell("seconds = 3", metadata={"tags": ["parameters"]})]
+        cells.append(new_code_cell("import time\ntime.sleep(seconds)\nprint('done')"))
+        notebooks.write(folder / "slow.ipynb", new_notebook(cells=cells))
+        return folder / "slow.ipynb"
+
+    def test_a_step_goes_on_past_what_was_the_limit(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("MCNOTES_CELL_TIMEOUT", raising=False)
+        monkeypatch.setattr(chapters, "CELL_TIMEOUT", 1, raising=False)  # once 1800
+        batch.step(self.slow(tmp_path), tmp_path / "out.ipynb", {})
+        assert notebooks.read(tmp_path / "out.ipynb").cells[-1].outputs[0].text == "done\n"
+
+    def test_a_limit_that_is_set_holds(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MCNOTES_CELL_TIMEOUT", "1")
+        with pytest.raises(RuntimeError, match="longer than the 1 seconds of MCNOTES_CELL_TIMEOUT"):
+            batch.step(self.slow(tmp_path), tmp_path / "out.ipynb", {"seconds": 30})
+        assert not (tmp_path / "out.ipynb").exists()
+
+    def test_none_is_set_but_in_tests(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for value, limit in {"": None, "0": None, "7": 7}.items():
+            monkeypatch.setenv("MCNOTES_CELL_TIMEOUT", value)
+            assert chapters.cell_timeout() == limit
+        make = subprocess.run(
+            ["make", "-n", "test", "book", "notebooks", "figures", "zoo"], cwd=ROOT, text=True,
+            capture_output=True, check=True
+        ).stdout.splitlines()  # fmt: skip
+        limited = [line for line in make if "MCNOTES_CELL_TIMEOUT" in line]
+        assert any("tools.book run --preset smoke" in line for line in limited)
+        assert all("pytest" in line or "--preset smoke" in line for line in limited)
 
 
 class TestRecord:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mcnotes import data
+from mcnotes import cache, data
 from mcnotes.data import DataError, Split, Task, sources
 from mcnotes.data.augment import Augment
 
@@ -410,13 +410,15 @@ class TestLoad:
         with pytest.raises(DataError, match=r"MCNOTES_DATA is .*none, expected a folder"):
             data.default_folder()
 
-    def test_an_installed_package_without_repository_says_so(
+    def test_an_installed_package_looks_in_the_users_cache_folder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("MCNOTES_DATA", raising=False)
-        monkeypatch.setattr(tasks, "HOME", tmp_path / "site-packages/data")
-        with pytest.raises(DataError, match=r"not in its repository.*set MCNOTES_DATA"):
-            data.default_folder()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(cache, "ROOT", tmp_path / "site-packages")
+        assert tmp_path / "site-packages" not in data.default_folder().parents
+        with pytest.raises(DataError, match=r"found no fashion-mnist-small.npz.*MCNOTES_DATA"):
+            data.load("fashion-mnist-small", device="cpu")
 
 
 class TestLoadErrors:

@@ -1,10 +1,12 @@
 """Evaluation: agreement with direct computations, BatchNorm, paths, planes, curvature."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from small import normed, plain, task
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -116,20 +118,113 @@ def test_plane_passes_through_its_corners(pair: tuple[Theta, Theta]) -> None:
         evaluate.coordinates(net, (*pair, curves.line(*pair)(0.3)))
 
 
-def test_curvature_agrees_with_the_full_hessian() -> None:
-    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 2), nn.Tanh(), nn.Linear(2, 3))
-    theta = train.initialise(net, 1)
-    split = Split(task().test.images[:40], task().test.labels[:40])
+def hessian_of(net: nn.Module, theta: Theta, split: Split) -> np.ndarray:
+    """All eigenvalues of the loss's Hessian in every tensor of `theta`, descending."""
     flat = torch.cat([x.flatten() for x in theta.values()])
+    images, labels = next(split.batches(len(split)))
 
     def loss(v: torch.Tensor) -> torch.Tensor:
         parts = curves.views(v, [x.shape for x in theta.values()])
-        z = functional_call(net, dict(zip(theta, parts, strict=True)), (split.images / 255,))
-        return cross_entropy(z, split.labels)
+        state = dict(zip(theta, parts, strict=True))
+        return cross_entropy(functional_call(net, state, (images.to(v.dtype),)), labels)
 
-    exact = torch.linalg.eigvalsh(hessian(loss, flat)).flip(0)[:2].numpy()
-    got = evaluate.curvature(net, theta, split, top=2, tolerance=1e-4)
-    np.testing.assert_allclose(got, exact, rtol=1e-3)
+    eigenvalues: np.ndarray = torch.linalg.eigvalsh(hessian(loss, flat)).flip(0).numpy()
+    return eigenvalues
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_curvature_agrees_with_the_full_hessian(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 2), nn.Tanh(), nn.Linear(2, 3))
+    theta = {n: x.to(dtype) for n, x in train.initialise(net, 1).items()}
+    split = task().test.first(40)
+    exact = hessian_of(net, theta, split)[:2]
+    single = dtype == torch.float32
+    got = evaluate.curvature(net, theta, split, top=2, tolerance=1e-4 if single else 1e-12)
+    np.testing.assert_allclose(got, exact, rtol=1e-3 if single else 1e-9)
+
+
+class Partly(nn.Module):
+    """A body; a head and a parameter that `use` brings in, or not."""
+
+    def __init__(self, use: Callable[[Tensor, nn.Parameter], Tensor]) -> None:
+        super().__init__()
+        layers = nn.Linear(144, 2), nn.Tanh(), nn.Linear(2, 3)
+        self.body, self.auxiliary = nn.Sequential(nn.Flatten(), *layers), nn.Linear(3, 3)
+        self.lone, self.use = nn.Parameter(torch.ones(3)), use
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.lone)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.use(self.body(x), self.lone)
+        return self.auxiliary(z) if self.training else z
+
+
+USES: dict[str, Callable[[Tensor, nn.Parameter], Tensor]] = {
+    "unused": lambda z, p: z,
+    "without slope": lambda z, p: z + p.sign(),
+    "detached": lambda z, p: z + p.detach(),
+    "body without slope": lambda z, p: p + z.round(),
+    "linear": lambda z, p: z - p.sum(),  # softmax takes no notice of it
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_curvature_counts_what_the_loss_does_not_use_as_zeros(
+    use: Callable[[Tensor, nn.Parameter], Tensor],
+) -> None:
+    net, split = Partly(use).eval(), task().test.first(40)
+    theta = {n: x.double() for n, x in train.initialise(net, 1).items()}
+    exact = hessian_of(net, theta, split)[:2]
+    got = evaluate.curvature(net, theta, split, top=2, tolerance=1e-12)
+    np.testing.assert_allclose(got, exact, rtol=1e-9, atol=1e-12)
+    assert got[0] > 0.01
+
+
+def test_curvature_of_a_constant_is_zero() -> None:
+    net, split = Partly(lambda z, p: z.detach()), task().test.first(4)
+    assert evaluate.curvature(net, train.initialise(net, 1), split, top=2).tolist() == [0, 0]
+
+
+def test_curvature_of_tied_weights_is_that_of_both_uses() -> None:
+    """As of one layer that is called twice."""
+
+    class Twice(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.again = nn.Linear(3, 3, bias=False) if tied else None
+            if self.again:
+                self.again.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x.flatten(1)[:, 30:90:20]).tanh()
+            h = self.again(h) if self.again else h @ self.first.weight.T
+            return self.last(h.tanh())  # type: ignore[no-any-return]
+
+    split = task().test.first(40)
+    theta = {n: x.double() for n, x in train.initialise(Twice(False), 1).items()}
+    exact = hessian_of(Twice(False), theta, split)[:2]
+    both = theta | {"again.weight": theta["first.weight"].clone()}
+    got = evaluate.curvature(Twice(True), both, split, top=2, tolerance=1e-12)
+    np.testing.assert_allclose(got, exact, rtol=1e-9)
+
+
+def test_curvature_in_half_precision_is_computed_in_single() -> None:
+    net, split = plain(), task().test.first(40)
+    low = {n: x.bfloat16() for n, x in train.initialise(net, 1).items()}
+    single = {n: x.float() for n, x in low.items()}
+    assert evaluate.curvature(net, low, split) == evaluate.curvature(net, single, split)
+
+
+def test_curvature_refuses_what_has_none() -> None:
+    net, split = plain(), task().test
+    theta = train.initialise(net, 1)
+    for images, top in ((split.first(0), 1), (split, 0), (split, 10**6)):
+        with pytest.raises(ValueError, match="expected at least 1 image and top from 1 to"):
+            evaluate.curvature(net, theta, images, top=top)
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate.curvature(net, {n: x * torch.nan for n, x in theta.items()}, split)
 
 
 class Keeps(nn.Module):

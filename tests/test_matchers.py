@@ -4,7 +4,7 @@ from itertools import combinations, permutations, product
 
 import pytest
 import torch
-from small import plain, task
+from small import Fixed, plain, task
 from test_align import NETWORKS, Patches, noisy, pictures
 from torch import Tensor, nn
 
@@ -36,6 +36,21 @@ def test_a_planted_permutation_is_found_by_its_weights(name: str) -> None:
     perm = matching.weight_matching(net, theta, copy, sym, seed=4)
     for group, p in sym.compose(planted, perm).items():
         assert torch.equal(p, torch.arange(len(p))), group
+
+
+def test_units_that_stand_in_buffers_alone_keep_their_places() -> None:
+    """There is nothing by which weights could tell them apart; the others are matched."""
+    net = Fixed()
+    theta, sym = train.initialise(net, 1), symmetry.find(net, task().example)
+    names = {n: {place.name for place in group.places} for n, group in sym.groups.items()}
+    assert {"first", "second"} in names.values()
+    planted = sym.random(torch.Generator().manual_seed(2))
+    perm = matching.weight_matching(net, theta, sym.permute(theta, planted), sym)
+    found = sym.compose(planted, perm)
+    for group, standing in names.items():
+        alone = standing == {"first", "second"}
+        expected = sym.identity()[group]
+        assert torch.equal(perm[group] if alone else found[group], expected), group
 
 
 def test_no_pairing_of_heads_agrees_better() -> None:

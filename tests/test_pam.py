@@ -1,6 +1,8 @@
 """PAM: its gradients, projections and rounding; planted permutations; it stays; it resumes."""
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -10,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import Bounds, LinearConstraint, minimize
-from small import Stopped, normed, plain, task
+from small import Fixed, Stopped, normed, plain, task
 from torch import Tensor, nn
 
-from mcnotes import curves, data, evaluate, symmetry, train
-from mcnotes.cache import Checkpoint
+from mcnotes import curves, data, evaluate, matching, symmetry, train
+from mcnotes.cache import Checkpoint, StoreWarning
 from mcnotes.curves import Curve, Theta
 from mcnotes.data import Task
 from mcnotes.matching import assign, doubly_stochastic, pam
-from mcnotes.matching.pam import Settings
+from mcnotes.matching.pam import Matrices, Settings
 from mcnotes.symmetry import Perm, Symmetry
 from mcnotes.train import Recipe
 
@@ -301,21 +303,124 @@ def test_a_curve_step_that_does_harm_is_taken_back() -> None:
     assert all(torch.equal(x, fresh[n]) for n, x in found.curve.points[1].items())
 
 
-@pytest.mark.parametrize("stop", range(1, 5))
-def test_resumed_run_gives_the_same_numbers(stop: int, tmp_path: Path) -> None:
+def whole_run() -> tuple[tuple[object, ...], pam.Result]:
+    """The arguments of a run with two iterations, and what it gives when nothing stops it."""
     net = normed()
     a, b, sym = ends(net)
-    settings = replace(SMALL, p_epochs=2, epochs=(2, 2), follow=True)
+    settings = replace(SMALL, p_lr=100.0, samples=12, follow=True)  # many candidates
     arguments = (net, curves.bezier(a, b), task(), RECIPE, sym, settings)
-    whole = pam.fit(*arguments, seed=1)  # type: ignore[arg-type]
+    return arguments, pam.fit(*arguments, seed=1)  # type: ignore[arg-type]
 
-    with pytest.raises(KeyboardInterrupt):
-        pam.fit(*arguments, seed=1, checkpoint=Stopped(tmp_path / "c", stop))  # type: ignore[arg-type]
-    again = pam.fit(*arguments, seed=1, checkpoint=Checkpoint(tmp_path / "c"))  # type: ignore[arg-type]
+
+def resumed(arguments: tuple[object, ...], checkpoint: Checkpoint) -> pam.Result:
+    return pam.fit(*arguments, seed=1, checkpoint=checkpoint)  # type: ignore[arg-type]
+
+
+def assert_same(again: pam.Result, whole: pam.Result) -> None:
     assert again.history == whole.history
     assert all(torch.equal(again.perm[n], p) for n, p in whole.perm.items())
     for p, q in zip(again.curve.points, whole.curve.points, strict=True):
         assert all(torch.equal(p[n], q[n]) for n in p)
+
+
+def test_stopped_after_any_save_it_gives_the_same_numbers(tmp_path: Path) -> None:
+    """And each save is progress: what is stopped at every one of them still comes to an end."""
+    arguments, whole = whole_run()
+    for stop in itertools.count(1):
+        try:
+            resumed(arguments, Stopped(tmp_path / f"{stop}", stop))
+        except KeyboardInterrupt:
+            assert_same(resumed(arguments, Checkpoint(tmp_path / f"{stop}")), whole)
+        else:
+            break
+    assert stop > 20
+    stops = 0
+    while True:
+        try:
+            assert_same(resumed(arguments, Stopped(tmp_path / "c", 2)), whole)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+        assert stops < stop, "no progress from one stop to the next"
+    assert stops > 5
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_no_offer_is_scored_twice(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted within an evaluation of the objective, again and again: none is repeated."""
+    arguments, whole = whole_run()
+    measured: list[float] = []
+    relaxed: list[int] = []
+    real, relax = pam.objective, pam.relax
+
+    def count(*args: object, **options: object) -> Matrices:
+        relaxed.append(len(measured))
+        return relax(*args, **options)  # type: ignore[arg-type]
+
+    def fragile(*args: object, **options: object) -> float:
+        if len(measured) % stop == stop - 1 and len(measured) not in failed:
+            failed.add(len(measured))
+            raise KeyboardInterrupt
+        measured.append(real(*args, **options))  # type: ignore[arg-type]
+        return measured[-1]
+
+    failed: set[int] = set()
+    monkeypatch.setattr(pam, "relax", count)
+    resumed(arguments, Checkpoint(tmp_path / "whole"))
+    failed = {*range(1000)}
+    measured.clear(), relaxed.clear()
+    monkeypatch.setattr(pam, "objective", fragile)
+    resumed(arguments, Checkpoint(tmp_path / "counted"))
+    expected, steps = list(measured), len(relaxed)
+    measured.clear(), relaxed.clear(), failed.clear()
+    for _ in range(100):
+        try:
+            again = resumed(arguments, Checkpoint(tmp_path / "c"))
+            break
+        except KeyboardInterrupt:
+            pass
+    assert_same(again, whole)
+    assert len(failed) >= 2
+    assert measured == expected, "something was measured twice"
+    assert len(relaxed) == steps, "relaxed again"
+
+
+MISFITS: dict[str, Callable[[Theta, str], Theta]] = {
+    "other columns": lambda s, _: {"history": s["history"][:, :5]},
+    "more iterations": lambda *_: {"history": torch.zeros(7, 9).double()},
+    "a scalar": lambda *_: {"history": torch.zeros(())},
+    "another permutation": lambda _, group: {f"perm.{group}": torch.arange(2)},
+    "another network": lambda *_: {"inner.1.1.weight": torch.zeros(1, 1)},
+    "another precision": lambda s, _: {"inner.1.1.weight": s["inner.1.1.weight"].double()},
+    "a name more": lambda *_: {"outer.1.1.weight": torch.zeros(1, 1)},
+    "another matrix": lambda _, group: {f"round.matrix.{group}": torch.eye(2).double()},
+    "fewer offers": lambda s, group: {f"round.offer.{group}": s[f"round.offer.{group}"][1:]},
+    "fewer scores": lambda s, _: {"round.scores": s["round.scores"][1:]},
+}
+
+
+@pytest.mark.parametrize("change", MISFITS.values(), ids=MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_set_aside(
+    change: Callable[[Theta, str], Theta], tmp_path: Path
+) -> None:
+    net = plain()
+    a, b, sym = ends(net)
+    (group,) = sym.groups
+    settings = replace(SMALL, epochs=(1,), p_lr=100.0)
+    arguments = (net, curves.bezier(a, b), task(), RECIPE, sym, settings)
+    whole = pam.fit(*arguments, seed=1)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        resumed(arguments, Stopped(tmp_path / "c", 6))
+    checkpoint = Checkpoint(tmp_path / "c")
+    state = checkpoint.load()
+    assert state
+    assert len(state["round.scores"]) == 2
+    checkpoint.save(state | change(state, group))
+    with pytest.warns(StoreWarning, match="set aside as c.broken"):
+        again = resumed(arguments, checkpoint)
+    assert_same(again, whole)
 
 
 def test_the_inner_points_follow_by_their_share() -> None:
@@ -346,3 +451,14 @@ def test_settings_are_checked() -> None:
         with pytest.raises(ValueError, match=words):
             replace(SMALL, **wrong)  # type: ignore[arg-type]
     assert math.isnan(pam.Iteration(1, 1, 1, 0, 0, 0).after)
+
+
+def test_units_in_buffers_that_would_stay_are_refused() -> None:
+    """The gradient would be that of a network half of which is permuted."""
+    net = Fixed()
+    a, b = (train.initialise(net, seed) for seed in (1, 2))
+    sym = symmetry.find(net, task().example)
+    with pytest.raises(ValueError, match="units stand in the buffer 'first'"):
+        pam.fit(net, curves.bezier(a, b), task(), RECIPE, sym, SMALL, seed=1)
+    with pytest.raises(ValueError, match="units stand in the buffer 'first'"):
+        matching.loss_matching(net, a, b, task().train, sym, epochs=1)

@@ -37,8 +37,10 @@ def lab(
     noise(tmp_path, given.dataset, 8, 8)
     monkeypatch.setenv("MCNOTES_DATA", str(tmp_path))
     monkeypatch.setenv("MCNOTES_STORE", str(tmp_path / "store"))
-    brief = {"epochs": 1, "curve_epochs": 1, "batch_size": 4, "points": 2, "device": "cpu"}
-    return replace(given, **brief)
+    return replace(
+        given, epochs=1, curve_epochs=1, batch_size=4, points=2, statistics=8, match_images=8,
+        device="cpu", pam_options=given.pam_options | {"p_epochs": 1, "images": 8, "probe": 8}
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("lab", PAPER, indirect=True)
@@ -50,9 +52,19 @@ def test_trains_aligns_and_joins(lab: Experiment) -> None:
     assert np.isfinite(path.loss).all()
 
 
+@pytest.mark.parametrize("name", [*PAPER, *SLOW, "cpu-tinyten-cifar10"])
+def test_pam_is_the_papers(name: str) -> None:
+    """Whatever the schedule is called: 20 epochs on 50,000 images, ν = 1000, 32 samples."""
+    lab = Experiment.of(presets.load(name), also=["pairs"])
+    settings = pam.Settings(epochs=(lab.curve_epochs,))
+    assert lab.pam_settings() == settings
+    assert (settings.p_epochs, settings.p_lr, settings.nu) == (20, 0.05, 1000)
+    assert (settings.samples, settings.images, settings.follow) == (32, 50_000, False)
+
+
 @pytest.mark.parametrize("lab", ["paper-tinyten-cifar10", "paper-resnet32-cifar10"], indirect=True)
 def test_runs_through_pam(lab: Experiment) -> None:
-    assert lab.pam_settings() == pam.Settings(epochs=(1,), p_epochs=1)
+    assert lab.pam_settings() == pam.Settings(epochs=(1,), p_epochs=1, images=8, probe=8)
     (step,) = lab.proximal(1, 2, "pam-aligned").history
     assert step.before >= step.rounded >= step.after
 
@@ -64,6 +76,7 @@ BRIEF = {
     "width": 4, "epochs": 1, "curve_epochs": 1, "batch_size": 32, "points": 3, "statistics": 64,
     "match_images": 64, "device": "cpu", "pairs": [[1, 2]], "budgets": [1], "plane_points": 2,
     "plane_images": 16, "candidates": 3,
+    "pam_options": {"p_epochs": 1, "p_lr": 0.05, "images": 64, "probe": 64},
 }  # fmt: skip
 
 

@@ -75,6 +75,25 @@ class TestPresets:
     def test_a_fitting_value_is_accepted(self, value: object, default: object) -> None:
         assert presets.check({"x": value}, {"x": default}) == []
 
+    def test_a_preset_is_a_file_of_the_folder_and_plain_yaml(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(presets, "FOLDER", tmp_path / "presets")
+        (tmp_path / "presets" / "robust").mkdir(parents=True)
+        for name in ("other", "presets/one", "presets/robust/two"):
+            (tmp_path / f"{name}.yaml").write_text("seed: 1\n")
+        assert presets.load("one") == presets.load("robust/two") == {"seed": 1}
+        here = str(tmp_path / "presets" / "one")
+        for name in ("../other", "robust/../one", "../presets/one", here, "./one", "one.yaml", ""):
+            with pytest.raises(ValueError, match="no preset"):
+                presets.load(name)
+        for wrong in ("seed: 1\nseed: 2", "seed: [", "seed: !thing 1", "a: {b: 1, b: 2}"):
+            (tmp_path / "presets" / "one.yaml").write_text(wrong)
+            with pytest.raises(ValueError, match=r"one\.yaml: no plain YAML: .*"):
+                presets.load("one")
+        (tmp_path / "presets" / "one.yaml").write_text("a: &x {b: 1}\nc: {<<: *x, b: 2}")
+        assert presets.load("one")["c"] == {"b": 2}, "what was merged may be changed"
+
     def test_an_unknown_preset_names_the_closest(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -84,7 +103,7 @@ class TestPresets:
         with pytest.raises(ValueError, match="did you mean 'laptop'"):
             presets.load("labtop")
         (tmp_path / "list.yaml").write_text("- 1\n")
-        with pytest.raises(ValueError, match="expected `name: value` lines, got a list"):
+        with pytest.raises(ValueError, match="got a list, expected `name: value` lines"):
             presets.load("list")
 
 
@@ -249,6 +268,53 @@ class TestRunner:
         for file in ("data/store/a.json", "data/downloads/a.npz", "data/zoo/a.checkpoint"):
             (small_book / file).write_text("x")
         assert chapters.inputs() == keys[-1]
+
+    def test_every_tracked_file_of_package_and_data_is_in_the_key(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And so are those of subfolders to come."""
+        monkeypatch.delenv("MCNOTES_DATA", raising=False)
+        monkeypatch.delenv("MCNOTES_ZOO", raising=False)
+        listing = ["git", "ls-files", "-z", "mcnotes", "data"]
+        told = subprocess.run(listing, cwd=presets.ROOT, check=True, capture_output=True, text=True)
+        tracked = {*told.stdout.split("\0")} - {""}
+        assert {"data/paper.json", "mcnotes/slider.html"} <= tracked
+        tracked |= {"mcnotes/data/tasks.py", "mcnotes/store/locks/a.py", "data/results/a/b.json"}
+        caches = {"data/store/a.json", "data/downloads/cifar10.npz", "data/zoo/a.checkpoint",
+                  "data/zoo/locks/a.lock", "data/tiny-imagenet-200/train/a.JPEG",
+                  "mcnotes/__pycache__/a.pyc", "data/zoo/.a.json.3.part"}  # fmt: skip
+        for file in tracked | caches:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text("x")
+        monkeypatch.setattr(chapters, "ROOT", tmp_path)
+        seen: list[Path] = []
+        monkeypatch.setattr(chapters, "digest", lambda _, files: seen.extend(files) or "")
+        chapters.inputs()
+        assert {path.relative_to(tmp_path).as_posix() for path in seen} == tracked
+
+    def test_the_key_depends_on_other_folders_of_data(
+        self, small_book: Path, tmp_path_factory: pytest.TempPathFactory,
+        monkeypatch: pytest.MonkeyPatch
+    ) -> None:  # fmt: skip
+        for name in ("MCNOTES_DATA", "MCNOTES_ZOO"):
+            keys, folder = [chapters.inputs()], tmp_path_factory.mktemp("elsewhere")
+            monkeypatch.setenv(name, str(folder))
+            for file in ("a.npz", "b.json"):
+                (folder / file).write_text("x")
+                keys.append(chapters.inputs())
+            assert len(set(keys)) == 3
+
+    def test_an_impossible_preset_stops_before_anything_runs(
+        self, small_book: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delattr(chapters, "run_one")
+        (small_book / "smoke.yaml").write_text("seed: -1\n")
+        failures = chapters.run(chapters.chapters(small_book), "smoke")
+        assert len(failures) == 2
+        assert all("seed: got -1, expected a whole number" in f.reason for f in failures)
+        monkeypatch.setenv("MCNOTES_CELL_TIMEOUT", "soon")
+        with pytest.raises(ValueError, match="MCNOTES_CELL_TIMEOUT: got 'soon'"):
+            chapters.run(chapters.chapters(small_book), "laptop")
 
     def test_a_wrong_preset_stops_before_anything_runs(
         self, small_book: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from mcnotes import curves, evaluate, train
-from mcnotes.cache import Checkpoint
+from mcnotes.cache import Checkpoint, StoreWarning
 from mcnotes.curves import Theta
 from mcnotes.data.augment import Augment
 from mcnotes.train import Recipe, TrainingError
@@ -100,6 +101,47 @@ def test_curve_gradient_is_the_chain_rule() -> None:
         torch.testing.assert_close(moved[name], (v - 0.1 * g).detach())
 
 
+class Draws(nn.Module):
+    """A linear network that keeps what it draws while it trains, where others draw dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.seen = nn.Linear(144, 3), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.append(torch.rand(4, dtype=torch.float64))
+        z: Tensor = self.linear(x.flatten(1))
+        return z
+
+
+@pytest.mark.parametrize("seed", [0, 1, -3, 4000])
+def test_dropout_is_independent_of_the_shuffling(seed: int) -> None:
+    """Each epoch has two streams: one for t, order and augmentation, one for the network."""
+    net = Draws()
+    train.fit(net, task(), replace(RECIPE, batch_size=96), seed=seed)
+    assert len(net.seen) == RECIPE.epochs
+    starts = {tuple(x.tolist()) for x in net.seen}
+    for s in (seed, *(seed * 1_000_003 + epoch for epoch in range(RECIPE.epochs))):
+        g = torch.Generator().manual_seed(s)
+        starts.add(tuple(torch.rand(4, generator=g, dtype=torch.float64).tolist()))
+    # For seed 0 the first epoch has the seed from which the network was drawn.
+    assert len(starts) == 2 * RECIPE.epochs + (seed != 0)
+
+
+def test_attacks_draw_as_when_the_zoo_was_trained() -> None:
+    seen = []
+
+    def perturb(model: object, x: Tensor, y: Tensor) -> Tensor:
+        seen.append(torch.rand(4, dtype=torch.float64))
+        return x
+
+    train.fit(plain(), task(), replace(RECIPE, batch_size=96), seed=5, perturb=perturb)
+    for epoch, got in enumerate(seen):
+        g = torch.Generator().manual_seed(5 * 1_000_003 + epoch)
+        assert torch.equal(got, torch.rand(4, generator=g, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_run_is_bit_identical(stop: int, tmp_path: Path) -> None:
     net, data = normed(dropout=0.3), task(augment=Augment(padding=1, flip=True))
@@ -110,6 +152,54 @@ def test_resumed_run_is_bit_identical(stop: int, tmp_path: Path) -> None:
     resumed = train.fit(net, data, RECIPE, seed=1, checkpoint=Checkpoint(tmp_path / "c"))
     assert equal(whole.theta, resumed.theta)
     assert whole.losses == resumed.losses
+
+
+MISFITS = {
+    "phi broadcasts": lambda s: s | {"phi": torch.zeros(1, 1)},
+    "another precision": lambda s: s | {"phi": s["phi"].double()},
+    "too many epochs": lambda s: s | {"losses": torch.zeros(5, dtype=torch.float64)},
+    "no epoch": lambda s: s | {"losses": torch.zeros(0, dtype=torch.float64)},
+    "losses of low precision": lambda s: s | {"losses": s["losses"].float()},
+    "losses in a row": lambda s: s | {"losses": s["losses"][None]},
+    "another name": lambda s: {("rows" if n == "phi" else n): x for n, x in s.items()},
+    "no losses": lambda s: {n: x for n, x in s.items() if n != "losses"},
+    "another network": lambda s: s | {"buffer.1.running_mean": torch.zeros(7)},
+    "a buffer more": lambda s: s | {"buffer.2.running_mean": torch.zeros(6)},
+    "empty": lambda _: {},
+}
+
+
+@pytest.mark.parametrize("change", MISFITS.values(), ids=MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_set_aside(
+    change: Callable[[Theta], Theta], tmp_path: Path
+) -> None:
+    """A state of older code, or of another network: never used, never in the way."""
+    net, data, recipe = normed(), task(), replace(RECIPE, epochs=2)
+    whole = train.fit(net, data, recipe, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(net, data, recipe, seed=1, checkpoint=Stopped(tmp_path / "c", 1))
+    checkpoint = Checkpoint(tmp_path / "c")
+    state = checkpoint.load()
+    assert state
+    checkpoint.save(change(state))
+    with pytest.warns(StoreWarning, match="set aside as c.broken"):
+        fit = train.fit(net, data, recipe, seed=1, checkpoint=checkpoint)
+    assert equal(fit.theta, whole.theta)
+    assert fit.losses == whole.losses
+    assert (tmp_path / "c.broken").exists()
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_the_time_of_a_resumed_run_counts_in_whole(stop: int, tmp_path: Path) -> None:
+    first = Checkpoint(tmp_path / "c")
+    first._start -= 1000  # as if it had taken so long
+    first.save({"x": torch.zeros(1)})
+    for _ in range(stop):
+        again = Checkpoint(tmp_path / "c")
+        assert again.load()
+        again.save({"x": torch.zeros(1)})
+        assert again.load()
+    assert 1000 <= again.seconds < 1100
 
 
 KILLED = """
@@ -126,7 +216,7 @@ class Deadly(cache.Checkpoint):
             os.kill(os.getpid(), signal.SIGKILL)
 recipe = train.Recipe(epochs=3, batch_size=32, lr=0.05, schedule="linear")
 fit = train.fit(normed(), task(), recipe, seed=1, checkpoint=Deadly(Path(sys.argv[2])))
-cache.write_atomic(Path(sys.argv[2] + ".done"), cache._pack(fit.theta, {}))
+cache.write_atomic(Path(sys.argv[2] + ".done"), cache._pack(fit.theta, {}, {}))
 """
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import hashlib
 import os
 import shlex
@@ -23,6 +22,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from mcnotes import checks
+from mcnotes.lab import parameters
 from tools import chapters, notebooks, presets
 
 ROOT = presets.ROOT
@@ -44,7 +45,7 @@ OWN = {  # the parameters of each step besides those of the experiment
     "curve": ["a", "b", "method", "shape"],
     "results": ["preset", "methods", "shapes", "out"],
 }
-_LATER = {"pairs", "points", "statistics"}  # no network depends on these
+_LATER = {"pairs", "points", "statistics", "pam_options"}  # no network depends on these
 UNUSED = {  # parameters that a step does not depend on: it need not run again when they change
     "endpoint": _LATER | {"curve_epochs", "match_images"},
     "alignment": _LATER | {"curve_epochs"},
@@ -59,33 +60,48 @@ class PlanError(ValueError):
 
 def plan(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The parameters of each preset that `config` names; raises PlanError before anything runs."""
-    from mcnotes.lab import experiment  # brings PyTorch, which a single step leaves to its notebook
 
-    for name in config:
-        _one_of("the configuration", name, list(DEFAULTS))
-    given = DEFAULTS | config
-    for name in ("presets", "methods", "shapes"):
-        if not isinstance(given[name], list) or not given[name]:
-            raise PlanError(f"{name}: got {given[name]!r}, expected a list such as [a, b]")
-    for method in given["methods"]:
-        _one_of("methods", method, list(experiment.METHODS))
-    for shape in given["shapes"]:
-        _one_of("shapes", shape, list(experiment.SHAPES))
+    rules = {
+        "presets": checks.listed(checks.text),
+        "parameters": names_and_values,
+        "methods": parameters.RULES["methods"],
+        "shapes": parameters.RULES["shapes"],
+        "runs_per_gpu": checks.whole(1),
+        "out": folder,
+        "results": folder,
+    }
+    if fault := checks.mapping(rules)(config):
+        raise PlanError(f"the configuration: {fault}")
     found = {}
-    for preset in given["presets"]:
+    for preset in (DEFAULTS | config)["presets"]:
         values = chosen(config, preset)
         for step in OWN:
-            parameters = notebooks.parameters(notebooks.read(STEPS / f"{step}.ipynb"))
-            if faults := presets.check(values, parameters):
+            known = notebooks.parameters(notebooks.read(STEPS / f"{step}.ipynb"))
+            if faults := presets.check(values, known) or presets.impossible(known | values):
                 raise PlanError(f"preset {preset!r} for {step}.ipynb: {'; '.join(faults)}")
-        found[preset] = parameters | values
+        found[preset] = known | values
     return found
 
 
+def names_and_values(value: object) -> str:
+    """The rule of `parameters`; the notebooks know which names there are."""
+    expected = "names and values such as {epochs: 3}"
+    return "" if isinstance(value, dict) else checks.got(value, expected)
+
+
+def folder(value: object) -> str:
+    """The rule of a folder for outputs: Snakemake reads braces as wildcards."""
+    plain = isinstance(value, str) and value and not set("{}") & set(value)
+    return "" if plain else checks.got(value, "the name of a folder, without braces")
+
+
 def chosen(config: dict[str, Any], preset: str) -> dict[str, Any]:
-    """The parameters that `config` gives by name, the preset's or its own."""
-    given: dict[str, Any] = (DEFAULTS | config)["parameters"]
-    return presets.load(preset) | given
+    """The parameters that `config` gives by name, the preset's or its own; mappings are merged."""
+    values = presets.load(preset)
+    for name, given in (DEFAULTS | config)["parameters"].items():
+        both = isinstance(given, dict) and isinstance(values.get(name), dict)
+        values[name] = values[name] | given if both else given
+    return values
 
 
 def words(step: str, values: dict[str, Any]) -> str:
@@ -95,8 +111,21 @@ def words(step: str, values: dict[str, Any]) -> str:
 
 
 def _dump(value: Any) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
-    return text.splitlines()[0]
+    """YAML in one line, of printable ASCII."""
+    text: str = yaml.dump(value, Dumper=_Line, default_flow_style=True, width=float("inf"))
+    return text.splitlines()[0]  # a second one would say "..."
+
+
+class _Line(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
+    """Writes text with line breaks in double quotes, where they are escaped."""
+
+
+_Line.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),
+)
 
 
 def check_machine(runs: dict[str, dict[str, Any]], *, gpu_here: bool = True) -> None:
@@ -110,10 +139,10 @@ def check_machine(runs: dict[str, dict[str, Any]], *, gpu_here: bool = True) -> 
             raise PlanError(f"preset {preset!r} needs a GPU and this machine has none that PyTorch "
                             "sees; run it elsewhere, or set device=cpu (slow)")  # fmt: skip
         name = values["dataset"]
-        _one_of(f"preset {preset!r}, dataset", name, list(SOURCES))
         try:
-            sources.read(name, default_folder(), SOURCES[name].torchvision, download=False)
-        except sources.DataError as error:
+            there = sources.read(name, default_folder(), SOURCES[name].torchvision, download=False)
+            presets.experiment(values).check_size(len(there["train_images"]))
+        except (sources.DataError, ValueError) as error:
             raise PlanError(f"preset {preset!r}: {error}") from error
 
 
@@ -142,7 +171,7 @@ def gpu(device: str) -> Iterator[None]:
     if (count := torch.cuda.device_count()) < 2:
         yield
         return
-    slots = int(os.environ.get("MCNOTES_RUNS_PER_GPU", "1"))
+    slots = chapters.setting("MCNOTES_RUNS_PER_GPU", 1) or 1
     locks = ROOT / "_build" / "gpus"
     locks.mkdir(parents=True, exist_ok=True)
     for slot in range(slots):
@@ -159,7 +188,8 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
     """Check, then call Snakemake; the exit status."""
     import torch
 
-    config = (yaml.safe_load(config_file.read_text("utf8")) or {}) | changes
+    config = presets.read(config_file) | changes
+    chapters.cell_timeout()  # raises before anything runs
     plan(config)  # the graph checks the machine when it starts
     slots = max(1, torch.cuda.device_count()) * (DEFAULTS | config)["runs_per_gpu"]
     command = [str(Path(sys.executable).with_name("snakemake")), "-s", str(STEPS / "Snakefile")]
@@ -181,14 +211,7 @@ def assignments(words: list[str]) -> dict[str, Any]:
         if "=" not in word:
             raise PlanError(f"got {word!r}, expected NAME=VALUE")
     parts = (word.partition("=") for word in words)
-    return {name: yaml.safe_load(value) for name, _, value in parts}
-
-
-def _one_of(what: str, name: str, known: list[str]) -> None:
-    if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
-        raise PlanError(f"{what}: got {name!r}; {hint}")
+    return {name: presets.parse(value, name) for name, _, value in parts}
 
 
 def main(arguments: list[str]) -> int:
@@ -215,5 +238,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import papermill
 import yaml
 from jupyter_core.utils import ensure_event_loop
+from nbclient.exceptions import CellTimeoutError
 
 from tools import notebooks, presets
 
 ROOT = presets.ROOT
 EXECUTED = ROOT / "_build" / "executed"
-CELL_TIMEOUT = 1800  # seconds; $MCNOTES_CELL_TIMEOUT says otherwise, 0: no limit
+CACHES = ("store", "downloads", "locks", "zoo/locks", "tiny-imagenet-200")  # in the data folder
+UNFINISHED = (".checkpoint", ".part", ".broken")
 ENVIRONMENT = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}  # no bars, no times in stored outputs
 
 
@@ -58,9 +60,21 @@ def digest(root: Path, files: Iterable[Path]) -> str:
 
 def inputs() -> str:
     """Hash of all that a chapter's numbers depend on besides its own code and parameters."""
-    patterns = ("mcnotes/*.py", "data/*.npz", "data/zoo/*.safetensors", "data/*/*.json")
-    files = {path for pattern in patterns for path in ROOT.glob(pattern)}
-    return digest(ROOT, (p for p in files if p.parent.name not in ("store", "downloads")))
+    package, data = ROOT / "mcnotes", ROOT / "data"
+    state = digest(ROOT, [*files_of(package), *files_of(data, CACHES)])
+    for name in ("MCNOTES_DATA", "MCNOTES_ZOO"):  # read instead of the repository's
+        if elsewhere := os.environ.get(name):
+            state += digest(Path(elsewhere), files_of(Path(elsewhere), CACHES))
+    return state
+
+
+def files_of(folder: Path, caches: Collection[str] = ()) -> Iterator[Path]:
+    """All files in `folder`, but for those in its `caches` and what unfinished work leaves."""
+    for place, folders, names in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        kept = (n for n in folders if n != "__pycache__" and (inside / n).as_posix() not in caches)
+        folders[:] = list(kept)
+        yield from (Path(place) / name for name in names if not name.endswith(UNFINISHED))
 
 
 def changed(preset: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -68,8 +82,27 @@ def changed(preset: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in preset.items() if value != defaults[name]}
 
 
+def setting(name: str, least: int) -> int | None:
+    """A whole number from the environment, None where it is not set. Raises ValueError."""
+    if not (text := os.environ.get(name)):
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name}: got {text!r}, expected a whole number of at least {least}")
+    return number
+
+
+def cell_timeout() -> int | None:
+    """Seconds that a cell may take: $MCNOTES_CELL_TIMEOUT, for tests; None (or 0): no limit."""
+    return setting("MCNOTES_CELL_TIMEOUT", 0) or None
+
+
 def execute(path: Path, out: Path, values: dict[str, Any]) -> None:
     """Run one notebook to `out`; RuntimeError says in which cell what went wrong."""
+    limit = cell_timeout()
     bar: Any = {"leave": False, "desc": path.stem} if sys.stderr.isatty() else False
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -81,13 +114,17 @@ def execute(path: Path, out: Path, values: dict[str, Any]) -> None:
             language="python",
             cwd=path.parent,
             progress_bar=bar,
-            execution_timeout=int(os.environ.get("MCNOTES_CELL_TIMEOUT", CELL_TIMEOUT)) or None,
+            execution_timeout=limit,
             extra_arguments=["--log-level=50"],
         )
     except papermill.PapermillExecutionError as error:
         source = "\n".join("      " + line for line in error.source.splitlines()[-8:])
         where = f"code cell [{error.exec_count}]: {error.ename}: {error.evalue}"
         raise RuntimeError(f"{where}\n{source}\n      (full traceback in {out})") from error
+    except CellTimeoutError as error:
+        raise RuntimeError(
+            f"a cell ran longer than the {limit} seconds of MCNOTES_CELL_TIMEOUT; 0: no limit"
+        ) from error
 
 
 def run_one(path: Path, preset: str, key: str, force: bool) -> bool:
@@ -118,7 +155,8 @@ def check_all(paths: list[Path], preset: str) -> list[Failure]:
     values, failures = presets.load(preset), []
     for path in paths:
         try:
-            faults = presets.check(values, notebooks.parameters(notebooks.read(path)))
+            known = notebooks.parameters(notebooks.read(path))
+            faults = presets.check(values, known) or presets.impossible(known | values)
         except ValueError as error:
             faults = [str(error)]
         failures += [Failure(path.stem, f"preset {preset!r}: {fault}") for fault in faults]
@@ -129,6 +167,7 @@ def run(paths: list[Path], preset: str, force: bool = False, jobs: int = 1) -> l
     """Run chapters, `jobs` at a time; one line each when it ends; a failure stops no other."""
     if failures := check_all(paths, preset):
         return report(failures, 0)
+    cell_timeout()  # raises before anything runs
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the stored outputs were made
     key = inputs()

@@ -2,29 +2,69 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from mcnotes.checks import hint
+
+if TYPE_CHECKING:
+    from mcnotes.lab import Experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "experiments" / "presets"
 
 
-def names() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+def names(pattern: str = "*.yaml") -> list[str]:
+    """The presets of all chapters, or those whose files match: "*/*.yaml" are of one chapter."""
+    found = FOLDER.glob(pattern)
+    return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in found)
 
 
 def load(name: str) -> dict[str, Any]:
     """The parameters of preset `name`; an unknown name says which ones there are."""
-    path = FOLDER / f"{name}.yaml"
-    if not path.exists():
-        raise ValueError(f"no preset {name!r} in {FOLDER}{_hint(name, names())}")
-    values = yaml.safe_load(path.read_text("utf8")) or {}
+    known = names() + names("*/*.yaml")
+    if name not in known:  # and so no file of another folder
+        raise ValueError(f"no preset {name!r} in {FOLDER}{hint(name, known)}")
+    return read(FOLDER / f"{name}.yaml")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML file. Raises ValueError, whatever is wrong with the file."""
+    try:
+        text = path.read_text("utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    values = parse(text, str(path))
+    if values is None:
+        return {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected `name: value` lines, got a {type(values).__name__}")
+        raise ValueError(f"{path}: got a {type(values).__name__}, expected `name: value` lines")
     return values
+
+
+def parse(text: str, where: str) -> Any:
+    """What a YAML text says. Raises ValueError, on one line, for what is no plain YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # a YAMLError, or what a conversion such as `!!int x` ran into
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}: no plain YAML: {reason}") from error
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """That of `yaml.safe_load`, which takes the last of two values under one name silently."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for i, name in enumerate(seen) if name in seen[:i]]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice[0]!r} is there twice", node.start_mark
+            )
+        found: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 def check(preset: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
@@ -33,7 +73,7 @@ def check(preset: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
     papermill only warns about a name that the notebook does not have, and runs with the default.
     """
     faults = [
-        f"it has no parameter {name!r}{_hint(name, list(parameters))}"
+        f"it has no parameter {name!r}{hint(name, parameters)}"
         for name in preset
         if name not in parameters
     ]
@@ -45,12 +85,24 @@ def check(preset: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
     return faults
 
 
+def impossible(parameters: dict[str, Any]) -> list[str]:
+    """Why no experiment can have these parameters; those of no experiment are left to notebooks."""
+    try:
+        experiment(parameters)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def experiment(parameters: dict[str, Any]) -> Experiment:
+    """The experiment of a notebook with these parameters. Raises ValueError as `Experiment.of`."""
+    from mcnotes.lab import Experiment  # brings PyTorch, which a single step leaves to its notebook
+
+    fields = Experiment.__dataclass_fields__
+    return Experiment.of(parameters, also=[name for name in parameters if name not in fields])
+
+
 def _alike(value: object, default: object) -> bool:
     """Same type, or both a number (True and False are none)."""
     numbers = (int, float)
     return type(value) is type(default) or (type(value) in numbers and type(default) in numbers)
-
-
-def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mcnotes import cache
 from mcnotes.data.augment import Augment
 from mcnotes.data.sources import Arrays, DataError, fair_order, read
 
@@ -127,14 +128,16 @@ HOME = Path(__file__).resolve().parents[2] / "data"
 
 
 def default_folder() -> Path:
-    """The data folder: $MCNOTES_DATA, or the repository's `data/`. Raises DataError without it."""
+    """The data folder: $MCNOTES_DATA, or the repository's `data/`.
+
+    Without the repository: the user's cache folder, into which data sets can be downloaded. Raises
+    DataError if $MCNOTES_DATA is no folder.
+    """
     named = os.environ.get("MCNOTES_DATA")
-    path = Path(named or HOME)
-    if not path.is_dir():
-        origin = "MCNOTES_DATA is" if named else "the package is not in its repository: no"
-        raise DataError(f"data: {origin} {path}, expected a folder; set MCNOTES_DATA to the "
-                        "data, such as data/ of a clone of the repository")  # fmt: skip
-    return path
+    if named and not Path(named).is_dir():
+        raise DataError(f"data: MCNOTES_DATA is {named}, expected a folder; set it to the data, "
+                        "such as data/ of a clone of the repository")  # fmt: skip
+    return Path(named) if named else cache.home()
 
 
 def load(

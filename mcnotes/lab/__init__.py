@@ -5,6 +5,7 @@ the batch get all their numbers through `Experiment`. `results` is what a full-s
 `figures` is the book's style.
 """
 
-from mcnotes.lab.experiment import METHODS, SHAPES, Experiment
+from mcnotes.lab.experiment import Experiment
+from mcnotes.lab.parameters import METHODS, SHAPES
 
 __all__ = ["METHODS", "SHAPES", "Experiment"]

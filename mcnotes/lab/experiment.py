@@ -6,24 +6,40 @@ them need is computed once. `make zoo` fills data/zoo by running the chapters.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from mcnotes import attacks, cache, curves, data, evaluate, matching, models, symmetry, train
+from mcnotes import (
+    attacks,
+    cache,
+    checks,
+    curves,
+    data,
+    evaluate,
+    matching,
+    models,
+    symmetry,
+    train,
+)
 from mcnotes.curves import Curve, Theta
+from mcnotes.lab.parameters import METHODS, RULES, SHAPES
 from mcnotes.matching import pam
 from mcnotes.symmetry import Perm
 
 AnyAttack = attacks.PGD | attacks.Square | attacks.Ensemble
-METHODS = ("unaligned", "aligned", "pam-unaligned", "pam-aligned")
-SHAPES = ("line", "bezier", "chain")
+
+
+def curve_seed(a: int, b: int) -> int:
+    """The seed of the curves from network a to network b: apart from that of any other pair."""
+    if 0 < a < 1000 and 0 < b < 1000:
+        return a * 1000 + b
+    return 1_000_000 + int(np.random.SeedSequence([a % 2**64, b % 2**64]).generate_state(1)[0])
 
 
 class Record(NamedTuple):
@@ -35,8 +51,13 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Experiment:
-    """The parameters that every chapter and preset shares, and what follows from them."""
+    """The parameters that every chapter and preset shares, and what follows from them.
 
+    Raises ValueError naming every one that is not what `rules` says: `lab.parameters.RULES`, but a
+    class that knows more networks has rules of its own.
+    """
+
+    rules: ClassVar[dict[str, checks.Rule]] = RULES
     dataset: str = "fashion-mnist-small"
     network: str = "tinyten"
     width: float = 8
@@ -57,30 +78,75 @@ class Experiment:
     attack_steps: int = 5  # of PGD, while training
     attack_step: float = 0.0  # their size; 0: 2.5 · epsilon / attack_steps
     between: tuple[Experiment, Experiment] | None = None  # where the ends of pairs come from
+    pam_options: Mapping[str, Any] = field(default_factory=dict)  # changes to `pam_settings`
+
+    def __post_init__(self) -> None:
+        faults = checks.faults({f.name: getattr(self, f.name) for f in fields(self)}, self.rules)
+        if not faults and self.network != "googlenet" and self.width != int(self.width):
+            expected = f"a whole number for {self.network}: only googlenet's is a factor"
+            faults.append(f"width: {checks.got(self.width, expected)}")
+        if not faults and self.between is not None:
+            faults += self._check_between(self.between)
+        if faults:
+            raise ValueError(f"parameters: {'; '.join(faults)}")
+
+    def _check_between(self, ends: Any) -> Iterator[str]:
+        two = isinstance(ends, tuple) and len(ends) == 2
+        if not (two and all(isinstance(end, Experiment) for end in ends)):
+            yield f"between: {checks.got(ends, 'a tuple of two experiments, or None')}"
+            return
+        for end in ends:
+            if (end.network, end.width) != (self.network, self.width):
+                expected = f"{self.network} of width {self.width:g}, as the experiment itself"
+                yield f"between: {checks.got(f'{end.network} of width {end.width:g}', expected)}"
 
     @classmethod
     def of(cls, names: Mapping[str, Any], *, also: Collection[str] = ()) -> Experiment:
         """From a notebook's globals() after its parameters cell.
 
-        also: the names of the chapter's further parameters. A plain value under any other name (a
-        misspelt papermill parameter) raises ValueError with the closest known name.
+        also: the names of the chapter's further parameters, or of fields that it takes for itself
+        and leaves at their defaults here. A plain value under any other name (a misspelt papermill
+        parameter) raises ValueError with the closest known name; so does a value that its rule in
+        `rules` refuses.
         """
-        known = {f.name for f in fields(cls)}
+        own = {f.name for f in fields(cls)}
+        known = own - set(also)
         plain = {
             n for n, v in names.items()
             if not n.startswith("_") and n not in ("In", "Out")
             and isinstance(v, bool | int | float | str | list | tuple | dict | None)
         }  # fmt: skip
         for name in sorted(plain - known - set(also)):
-            close = difflib.get_close_matches(name, [*known, *also], n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted([*known, *also])}"
-            raise ValueError(f"parameters: {name!r} is not a parameter of this notebook; {hint}")
+            close = checks.hint(name, sorted([*known, *also]))
+            raise ValueError(f"parameters: {name!r} is not a parameter of this notebook{close}")
+        further = {n: names[n] for n in also if n in names and n not in own}
+        if faults := checks.faults(further, cls.rules):
+            raise ValueError(f"parameters: {'; '.join(faults)}")
         return cls(**{n: names[n] for n in known if n in names})
+
+    def check_size(self, images: int) -> None:
+        """Raise ValueError unless so many training images are enough for what is asked of them."""
+        usual = data.SOURCES[self.dataset].validation
+        held_out = usual if self.validation is None else self.validation
+        asked = {"statistics": self.statistics, "match_images": self.match_images}
+        for name in {"images", "probe"} & self.pam_options.keys():
+            asked[f"pam_options: {name}"] = self.pam_options[name]
+        left = images - held_out
+        if left < 1:
+            faults = [f"validation: {checks.got(held_out, f'fewer than {images}')}"]
+        else:
+            few = {name: n for name, n in asked.items() if n > left}
+            faults = [f"{name}: {checks.got(n, f'at most {left}')}" for name, n in few.items()]
+        if faults:
+            has = f"{self.dataset} has {images} training images, {held_out} of them for validation"
+            raise ValueError(f"parameters: {'; '.join(faults)}; {has}")
 
     @cached_property
     def task(self) -> data.Task:
         """The data, on the device."""
-        return data.load(self.dataset, device=self.device, validation=self.validation)
+        found = data.load(self.dataset, device=self.device, validation=self.validation)
+        self.check_size(len(found.train) + len(found.val))
+        return found
 
     @cached_property
     def net(self) -> nn.Module:
@@ -151,19 +217,24 @@ class Experiment:
 
     def curve(self, a: int, b: int, method: str, shape: str = "bezier") -> Curve:
         """The trained curve between two networks ("line": nothing to train)."""
-        if shape not in SHAPES:
-            raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
-        if self.perturb and method.startswith("pam-"):
-            raise ValueError(f"curve: got {method!r} of a robust experiment; PAM trains standard "
-                             "curves only: epsilon=0, or another method")  # fmt: skip
-        start = method.removeprefix("pam-")
-        theta_a, theta_b = self.pair(a, b, method if shape == "line" else start)
-        fresh: Curve = getattr(curves, shape)(theta_a, theta_b)
+        self._check(method, shape)
         if shape == "line":
-            return fresh
+            return curves.line(*self.pair(a, b, method))
+        fresh, found = self._trained(a, b, method, shape)
+        theta_a, theta_b = fresh.points[0], fresh.points[-1]
+        if method.startswith("pam-"):
+            perm = {n: found.pop(f"perm {n}").cpu() for n in self.sym.groups}
+            theta_b = self.sym.permute(theta_b, perm)
+        found.pop("history", None)
+        return fresh.with_points([theta_a, found, theta_b])
+
+    def _trained(self, a: int, b: int, method: str, shape: str) -> tuple[Curve, Theta]:
+        """The curve before training, and the entry: the inner point, and what PAM found besides."""
+        start = method.removeprefix("pam-")
+        fresh: Curve = getattr(curves, shape)(*self.pair(a, b, start))
 
         def compute(checkpoint: cache.Checkpoint) -> Theta:
-            recipe, seed = self.recipe(self.curve_epochs), a * 1000 + b
+            recipe, seed = self.recipe(self.curve_epochs), curve_seed(a, b)
             if start == method:
                 fitted = train.fit_curve(self.net, fresh, self.task, recipe, seed=seed,
                                          perturb=self.perturb, checkpoint=checkpoint)  # fmt: skip
@@ -173,30 +244,36 @@ class Experiment:
             perm = {f"perm {n}": p for n, p in found.perm.items()}
             return found.curve.points[1] | perm | {"history": torch.tensor(found.history).double()}
 
-        found = self._tensors(self.curve_config(a, b, method, shape), compute)
-        if start != method:
-            perm = {n: found.pop(f"perm {n}").cpu() for n in self.sym.groups}
-            theta_b = self.sym.permute(theta_b, perm)
-        found.pop("history", None)
-        return fresh.with_points([theta_a, found, theta_b])
+        return fresh, self._tensors(self.curve_config(a, b, method, shape), compute)
+
+    def _check(self, method: str, shape: str) -> None:
+        """Raise ValueError unless there is such a curve."""
+        if method not in METHODS:
+            raise ValueError(f"curve: got method {method!r}, expected one of {METHODS}")
+        if shape not in SHAPES:
+            raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
+        if self.perturb and method.startswith("pam-"):
+            raise ValueError(f"curve: got {method!r} of a robust experiment; PAM trains standard "
+                             "curves only: epsilon=0, or another method")  # fmt: skip
 
     def pam_settings(self) -> pam.Settings:
-        """How PAM runs: as in the paper where the schedule is the paper's, else shorter.
+        """How PAM runs: shorter than in the paper, unless `pam_options` says otherwise.
 
         One outer iteration, like the paper's; its curve step is as long as a plain curve's.
         """
-        total = self.curve_epochs
-        if self.schedule == "paper":
-            return pam.Settings((total,), p_epochs=-(-total * 20 // 250))
-        return pam.Settings((total,), p_epochs=min(4, total), p_lr=1.0, samples=12, images=2_000,
-                            probe=500, follow=True)  # fmt: skip
+        short = {"p_epochs": min(4, self.curve_epochs), "p_lr": 1.0, "samples": 12,
+                 "images": 2_000, "probe": 500, "follow": True}  # fmt: skip
+        return pam.Settings((self.curve_epochs,), **short | dict(self.pam_options))
 
     def proximal(self, a: int, b: int, method: str, shape: str = "bezier") -> Record:
-        """What PAM did on its way to `curve(a, b, "pam-…", shape)`."""
+        """What PAM did on its way to `curve(a, b, "pam-…", shape)`, which is trained if need be."""
+        if not method.startswith("pam-") or shape == "line":
+            raise ValueError(f"proximal: got {method!r}, {shape!r}; PAM trains a 'bezier' or a "
+                             "'chain' by 'pam-unaligned' or 'pam-aligned'")  # fmt: skip
+        self._check(method, shape)
 
         def compute() -> dict[str, Any]:
-            self.curve(a, b, method, shape)
-            found = self._tensors(config, lambda _: {})
+            _, found = self._trained(a, b, method, shape)
             perm = {n: found[f"perm {n}"].tolist() for n in self.sym.groups}
             return {"perm": perm, "history": found["history"].tolist()}
 
@@ -238,9 +315,14 @@ class Experiment:
     def config(self) -> dict[str, Any]:
         """All on which values depend: for what a chapter keeps in the store by a name."""
         special = ("device", "compile", "validation", "epsilon", "attack_steps", "attack_step",
-                   "between")  # fmt: skip
+                   "between", "pam_options")  # fmt: skip
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
         plain |= {"between": [e.config() for e in self.between]} if self.between else {}
+        # Entries keep their keys: once the schedule said whether PAM ran as in the paper.
+        usual = replace(self, pam_options={}).pam_settings()
+        usual = pam.Settings((self.curve_epochs,)) if self.schedule == "paper" else usual
+        if (used := self.pam_settings()) != usual:
+            plain["pam"] = asdict(used)
         return plain | self._special()
 
     def endpoint_config(self, seed: int) -> dict[str, Any]:
@@ -263,7 +345,13 @@ class Experiment:
             config |= {"attack_statistics": "batch"} if self.perturb else {}
         if method.startswith("pam-"):
             config["pam"] = asdict(self.pam_settings())
-        return config
+        return config | cache.versions(*self._rests_on(method, shape))
+
+    def _rests_on(self, method: str, shape: str) -> list[str]:
+        """The kinds of entries that a curve rests on besides its ends, itself included."""
+        used = {"matching": not method.endswith("unaligned"), "pam": method.startswith("pam-")}
+        used["curve"] = used["pam"] or shape != "line"
+        return [kind for kind, is_used in used.items() if is_used]
 
     def path_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a measured path depends on: its entry's configuration in the store."""

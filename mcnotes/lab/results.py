@@ -11,7 +11,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from mcnotes import cache, evaluate
-from mcnotes.lab.experiment import METHODS, SHAPES, Experiment
+from mcnotes.lab.experiment import Experiment
+from mcnotes.lab.parameters import METHODS, SHAPES
 
 FORMAT = 1
 ORIGIN = ("hardware", "torch", "seconds")  # what the provenance of every part says

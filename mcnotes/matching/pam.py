@@ -12,15 +12,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mcnotes import evaluate, train
-from mcnotes.cache import Checkpoint
-from mcnotes.curves import Curve, Theta, combine
+from mcnotes.cache import Checkpoint, State
+from mcnotes.curves import Curve, Theta, check_same_space, combine
 from mcnotes.data import Split, Task
 from mcnotes.matching import assignment, doubly_stochastic
 from mcnotes.symmetry import Perm, Symmetry
 
 Matrices = dict[str, Tensor]  # group → [units, units], float64 on the CPU
+STEPS = ("step.", "round.")  # a checkpoint's names: a step's state, the scores of candidates
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def fit(
     outer iteration is a permutation step (`relax`, `candidates`, `choose`) and a curve step
     (`train.fit_curve`). A step is kept only if it lowers Q plus its proximal term on the first
     `settings.probe` training images: there Q cannot increase. With a `checkpoint` a stopped run
-    goes on from its last epoch and ends with the same numbers. Raises TrainingError as `train`.
+    goes on from its last epoch or scored candidate and ends with the same numbers. Raises
+    TrainingError as `train`.
     """
     run = _Run(net, curve, task, recipe, sym, settings, seed, checkpoint)
     while len(run.history) < len(settings.epochs) or run.halfway:
@@ -102,51 +105,79 @@ class _Run:
         self.perm, self.history = sym.identity(), list[Iteration]()
         probe = task.train.first(settings.probe)
         self.value: Callable[[Curve], float] = lambda c: objective(net, c, probe, settings.nodes)
-        if checkpoint and (state := checkpoint.load()):
+        self.before: float | None = None  # Q, once the permutation step has measured it
+        if checkpoint and (state := checkpoint.load(self.fits)):
             self.history = [Iteration(*row) for row in state["history"].tolist()]
             self.perm = {n: state[f"perm.{n}"] for n in self.perm}
             inner = [{n: state[f"inner.{i}.{n}"].to(task.device) for n in self.end}
                      for i in range(1, curve.degree)]  # fmt: skip
             inner.append(sym.permute(self.end, self.perm))
             self.curve = curve.with_points([curve.points[0], *inner])
+            self.before = float(state["before"]) if "before" in state else None
+
+    def fits(self, state: State) -> None:
+        """Raise ValueError unless `state` is one of this run; its steps see to their own parts."""
+        rows = state.get("history", torch.empty(0)).numel() // len(Iteration._fields)
+        if rows > len(self.settings.epochs):
+            raise ValueError(f"it holds {rows} iterations, expected {len(self.settings.epochs)}")
+        expected = self.done() | {"history": torch.empty(rows, len(Iteration._fields)).double()}
+        expected |= {"before": torch.empty(()).double()} if "before" in state else {}
+        own = {n: x for n, x in state.items() if not n.startswith(STEPS)}
+        check_same_space(expected, own, "checkpoint")
 
     @property
     def halfway(self) -> bool:
         """Is the permutation step done, and the curve step not?"""
         return bool(self.history) and math.isnan(self.history[-1].after)
 
-    def part(self) -> Checkpoint | None:
-        """Where the step that comes next keeps its state, beside what the steps so far gave."""
+    def done(self) -> State:
+        """What the steps so far gave."""
         done = {f"perm.{n}": p for n, p in self.perm.items()}
         for i, point in enumerate(self.curve.points[1:-1], 1):
             done |= {f"inner.{i}.{n}": x for n, x in point.items()}
         rows = torch.tensor(self.history, dtype=torch.float64)
         done["history"] = rows.view(-1, len(Iteration._fields))
-        return self.checkpoint and _Part(self.checkpoint, done)
+        if self.before is not None:
+            done["before"] = torch.tensor(self.before, dtype=torch.float64)
+        return done
+
+    def part(self, name: str = "step.") -> "_Part | None":
+        """Where the step that comes next keeps its state, beside `done`; name: one of STEPS."""
+        return _Part(self.checkpoint, self.done(), name) if self.checkpoint else None
+
+    def keep(self) -> None:
+        """Save what was found between two steps, and the next one's state if there is one."""
+        if part := self.part():
+            part.save(part.load() or {})
 
     def step_seed(self) -> int:
         return self.seed * 1009 + 2 * len(self.history) + self.halfway
 
     def permutation_step(self) -> None:
         settings, old, seed = self.settings, self.perm, self.step_seed()
-        before = self.history[-1].after if self.history else self.value(self.curve)
-        matrices = relax(self.net, self.curve, self.end, self.task, self.recipe, self.sym, old,
-                         settings, seed=seed, checkpoint=self.part())  # fmt: skip
-
-        moved = partial(move_end, self.curve, follow=settings.follow)
+        if self.before is None:
+            self.before = self.history[-1].after if self.history else self.value(self.curve)
+            self.keep()
+        before, moved = self.before, partial(move_end, self.curve, follow=settings.follow)
 
         def score(perm: Perm) -> float:
             prox = distance(perm, old) ** 2 / (2 * settings.nu)
             return prox + self.value(moved(self.sym.permute(self.end, perm))) if prox else before
 
+        scores = _Scores(score, old, self.part("round."))
+        if not scores.matrices:
+            scores.begin(relax(self.net, self.curve, self.end, self.task, self.recipe, self.sym,
+                               old, settings, seed=seed, checkpoint=self.part()))  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
-        offers = candidates(matrices, old, settings.samples, generator)
-        chosen, self.perm, lowest = choose(offers, score)
-        relaxed = self.value(moved(self.sym.apply_matrices(self.end, matrices)))
+        offers = candidates(scores.matrices, old, settings.samples, generator)
+        chosen, self.perm, lowest = choose(offers, scores)
+        relaxed = self.value(moved(self.sym.apply_matrices(self.end, scores.matrices)))
         far, units = distance(self.perm, old), sum(len(p) for p in old.values())
         self.curve = moved(self.sym.permute(self.end, self.perm))
         self.history.append(Iteration(before, relaxed, lowest - far**2 / (2 * settings.nu), chosen,
                                       far**2 / 2 / max(units, 1), far))  # fmt: skip
+        self.before = None
+        self.keep()
 
     def curve_step(self) -> None:
         settings, last = self.settings, self.history[-1]
@@ -162,19 +193,77 @@ class _Run:
 
 
 class _Part(Checkpoint):
-    """One step's state within the checkpoint of the whole run."""
+    """One step's state within the checkpoint of the whole run: the names that begin with `name`."""
 
-    def __init__(self, whole: Checkpoint, done: Mapping[str, Tensor]) -> None:
-        self.whole, self.done = whole, done
+    def __init__(self, whole: Checkpoint, done: State, name: str) -> None:
+        self.whole, self.done, self.name = whole, done, name
 
     def save(self, state: Mapping[str, Tensor]) -> None:
-        self.whole.save({**self.done, **{f"step.{n}": x for n, x in state.items()}})
+        self.whole.save({**self.done, **{self.name + n: x for n, x in state.items()}})
 
-    def load(self) -> dict[str, Tensor] | None:
-        state, key = self.whole.load(), "history"
-        if not state or not torch.equal(state[key].nan_to_num(-1), self.done[key].nan_to_num(-1)):
-            return None  # nothing, or the state of another step
-        return {n[5:]: x for n, x in state.items() if n.startswith("step.")}
+    def load(self, fits: Callable[[State], None] = lambda _: None) -> State | None:
+        found: State = {}
+
+        def part_fits(state: State) -> None:
+            rows, now = (x["history"].nan_to_num(-1) for x in (state, self.done))
+            if torch.equal(rows, now):  # else it is the state of another step
+                found.update({n.removeprefix(self.name): x for n, x in state.items()
+                              if n.startswith(self.name)})  # fmt: skip
+                if found:
+                    fits(found)
+
+        return found or None if self.whole.load(part_fits) else None
+
+
+class _Scores:
+    """The matrices of a permutation step, and what each candidate scored, kept one by one.
+
+    A candidate is known by its places: whatever the order of the offers, none is scored twice.
+    """
+
+    def __init__(self, score: Callable[[Perm], float], old: Perm, part: _Part | None) -> None:
+        self.score, self.old, self.part = score, old, part
+        self.matrices: Matrices = {}
+        self.perms, self.values = list[Perm](), list[float]()
+        if part and (state := part.load(self.fits)):
+            self.matrices = {n: state[f"matrix.{n}"] for n in old}
+            self.values = state["scores"].tolist()
+            rows = range(len(self.values))
+            self.perms = [{n: state[f"offer.{n}"][i] for n in old} for i in rows]
+
+    def __call__(self, perm: Perm) -> float:
+        for known, value in zip(self.perms, self.values, strict=True):
+            if all(torch.equal(known[n], perm[n]) for n in known):
+                return value
+        self.values.append(self.score(perm))
+        self.perms.append(perm)
+        self.keep()
+        return self.values[-1]
+
+    def begin(self, matrices: Matrices) -> None:
+        """Take the matrices, none of whose candidates has a score."""
+        self.matrices = matrices
+        self.keep()
+
+    def keep(self) -> None:
+        if self.part:
+            self.part.save(self.state())
+
+    def state(self) -> State:
+        state = {f"matrix.{n}": m for n, m in self.matrices.items()}
+        for n, p in self.old.items():
+            rows = [perm[n].tolist() for perm in self.perms]
+            state[f"offer.{n}"] = torch.tensor(rows, dtype=torch.int64).view(-1, len(p))
+        return state | {"scores": torch.tensor(self.values, dtype=torch.float64)}
+
+    def fits(self, state: State) -> None:
+        """Raise ValueError unless `state` is of the form of `state()`."""
+        rows = state.get("scores", torch.empty(0)).numel()
+        expected = {"scores": torch.empty(rows, dtype=torch.float64)}
+        for n, p in self.old.items():
+            expected[f"matrix.{n}"] = torch.empty(len(p), len(p), dtype=torch.float64)
+            expected[f"offer.{n}"] = torch.empty(rows, len(p), dtype=torch.int64)
+        check_same_space(expected, state, "checkpoint")
 
 
 def objective(net: nn.Module, curve: Curve, images: Split, nodes: int = 5) -> float:
@@ -206,6 +295,22 @@ def shift(net: nn.Module, old: Curve, new: Curve) -> float:
     return math.sqrt(sum(float((x - y).double().square().sum()) for x, y in pairs))
 
 
+def check_only_parameters_move(net: nn.Module, sym: Symmetry) -> None:
+    """Raise ValueError where units stand in a buffer that a network reads while it trains.
+
+    The permutation step moves parameters. BatchNorm's statistics may stay: it takes the batch's.
+    """
+    norms = [name for name, module in net.named_modules() if isinstance(module, _NormBase)]
+    statistics = tuple(f"{name}." if name else "" for name in norms)
+    buffers = {name for name, _ in net.named_buffers() if not name.startswith(statistics)}
+    for group in sym.groups.values():
+        if found := sorted(buffers.intersection(place.name for place in group.places)):
+            raise ValueError(
+                f"pam: units stand in the buffer {found[0]!r}, which the permutation step does not "
+                "move; make it a parameter, or match by activations or weights"
+            )
+
+
 class PermutationStep(train.Step):
     """Projected SGD on the matrices; `train.run` drives it as it drives any step."""
 
@@ -213,6 +318,7 @@ class PermutationStep(train.Step):
         self, net: nn.Module, curve: Curve, end: Theta, recipe: train.Recipe,
         device: torch.device, sym: Symmetry, old: Perm, settings: Settings
     ) -> None:  # fmt: skip
+        check_only_parameters_move(net, sym)
         super().__init__(net, curve, slice(0, 0), recipe, device)
         self.end, self.sym, self.settings = end, sym, settings
         self.old = {n: doubly_stochastic.matrix(p) for n, p in old.items()}

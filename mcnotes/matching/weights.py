@@ -69,6 +69,8 @@ def _slopes(
         for leaf in leaves.values():
             leaf.requires_grad_()
         value = agreement(sym.apply_matrices(theta, leaves))
+        # Adds 0: units that stand in buffers alone have a slope, too.
+        value = value + 0 * torch.stack([leaf.sum() for leaf in leaves.values()]).sum()
         slopes = torch.autograd.grad(value, list(leaves.values()))
         slope = dict(zip(leaves, slopes, strict=True))
         for i, j in enumerate(order.tolist()):

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from mcnotes import attacks, cache, evaluate, train
+from mcnotes.cache import StoreWarning
 from mcnotes.lab import Experiment
+from mcnotes.lab.experiment import curve_seed
 from mcnotes.matching import pam
 
 TINY = Experiment(width=2, epochs=1, curve_epochs=1, points=3, statistics=100, match_images=100)
@@ -36,6 +38,15 @@ def test_the_permutation_that_was_found_first_stays(
     expected = TINY.sym.permute(TINY.endpoint(2), first)
     for name, x in again.pair(1, 2, "aligned")[1].items():
         assert torch.equal(x, expected[name])
+
+
+def test_no_two_pairs_share_a_seed() -> None:
+    """The pairs of data/zoo keep theirs; others meet neither these nor the seeds of networks."""
+    assert curve_seed(1, 2) == 1002
+    seeds = [-1, *range(40), 998, 999, 1000, 1001, 2001, 2**40]
+    pairs = [curve_seed(a, b) for a in seeds for b in seeds if a != b]
+    assert len(set(pairs)) == len(pairs)
+    assert not {s for s in pairs if s < 1000}, "a pair has the seed of a network"
 
 
 def test_unknown_names_are_refused() -> None:
@@ -107,12 +118,46 @@ def test_pam_is_kept_with_its_permutation(tmp_path: Path, monkeypatch: pytest.Mo
     assert TINY.curve(1, 2, "pam-aligned", "line").degree == 1
 
 
+def test_a_pam_curve_that_could_not_be_kept_leaves_nothing_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that is full for the curve, its record is still right, and the curve is trained."""
+    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
+    monkeypatch.setenv("MCNOTES_ZOO", str(tmp_path / "none"))
+    real, trained = cache.write_atomic, []
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name.startswith("curve-"):
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    fit = pam.fit
+    monkeypatch.setattr(pam, "fit", lambda *a, **k: trained.append(1) or fit(*a, **k))
+    monkeypatch.setattr(cache, "write_atomic", full)
+    with pytest.warns(StoreWarning, match="No space left"):
+        record = TINY.proximal(1, 2, "pam-unaligned")
+    assert trained == [1]
+    assert not list(tmp_path.glob("curve-*"))
+    monkeypatch.setattr(cache, "write_atomic", real)
+    curve = TINY.curve(1, 2, "pam-unaligned")
+    end = TINY.sym.permute(TINY.endpoint(2), record.perm)
+    assert all(torch.equal(curve.points[-1][n], end[n]) for n in end)
+    assert TINY.proximal(1, 2, "pam-unaligned").history == record.history
+
+
+def test_a_record_is_of_a_curve_that_pam_trained() -> None:
+    for method, shape in (("aligned", "bezier"), ("pam-aligned", "line"), ("best", "chain")):
+        with pytest.raises(ValueError, match="PAM trains a 'bezier' or a 'chain' by"):
+            TINY.proximal(1, 2, method, shape)
+    with pytest.raises(ValueError, match="got shape 'spline'"):
+        TINY.proximal(1, 2, "pam-aligned", "spline")
+
+
 def test_pam_spends_as_many_epochs_on_the_curve_as_plain_training() -> None:
     for epochs in (1, 3, 12, 250):
         for schedule in ("linear", "paper"):
-            lab = replace(TINY, curve_epochs=epochs, schedule=schedule)
-            assert sum(lab.pam_settings().epochs) == epochs
-    assert lab.pam_settings() == pam.Settings()
+            settings = replace(TINY, curve_epochs=epochs, schedule=schedule).pam_settings()
+            assert (settings.epochs, settings.p_epochs) == ((epochs,), min(4, epochs))
 
 
 def test_everything_is_kept_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +179,8 @@ def test_every_parameter_that_changes_more_than_rounding_is_in_the_configuration
     for name, default in asdict(TINY).items():
         other = {
             "dataset": "cifar10", "network": "resnet20", "schedule": "paper", "device": "cuda",
-            "precision": "bfloat16", "augment": True, "validation": 7, "between": (TINY, robust)
+            "precision": "bfloat16", "augment": True, "validation": 7, "between": (TINY, robust),
+            "compile": True, "epsilon": 0.2, "attack_step": 0.02, "pam_options": {"samples": 3}
         }.get(name) or default + 1  # fmt: skip
         same = replace(robust, **{name: other}).config() == robust.config()
         assert same == (name in ("device", "compile")), name

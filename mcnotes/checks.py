@@ -1,0 +1,126 @@
+"""What a parameter may be: rules that say in words what was got and what is expected.
+
+A rule takes a value and returns what is wrong with it, "" where nothing is. Rules are made by the
+functions below, and of one another: `listed(whole(1))`. The book's table is `parameters.RULES`.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+Rule = Callable[[object], str]
+
+
+def hint(name: object, known: Iterable[str]) -> str:
+    """What may have been meant by an unknown name, else what there is; begins with "; "."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names)}"
+
+
+def faults(values: Mapping[str, object], rules: Mapping[str, Rule]) -> list[str]:
+    """What is wrong with `values`, each after the name of its own; those without a rule pass."""
+    found = {name: rules[name](value) for name, value in values.items() if name in rules}
+    return [f"{name}: {fault}" for name, fault in found.items() if fault]
+
+
+def got(value: object, expected: str) -> str:
+    """The text of a fault."""
+    return f"got {value!r:.200}, expected {expected}"
+
+
+def whole(least: int, most: int | None = None) -> Rule:
+    """An `int` (True and 2.0 are none) from `least` to `most`."""
+    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+
+    def rule(value: object) -> str:
+        if isinstance(value, int) and not isinstance(value, bool):
+            inside = value >= least and (most is None or value <= most)
+            if inside:
+                return ""
+        return got(value, f"a whole number {limits}") + _quoted(value)
+
+    return rule
+
+
+def number(least: float, most: float = sys.float_info.max, *, above: bool = False) -> Rule:
+    """A finite `int` or `float` (True is none) from `least`, or above it, to `most`."""
+    limits = f"{'above' if above else 'of at least'} {least:g}"
+    limits += "" if most == sys.float_info.max else f" and at most {most:g}"
+
+    def rule(value: object) -> str:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            inside = (least < value if above else least <= value) and value <= most  # NaN is not
+            if inside:
+                return ""
+        return got(value, f"a number {limits}") + _quoted(value)
+
+    return rule
+
+
+def flag(value: object) -> str:
+    """True or False."""
+    return "" if isinstance(value, bool) else got(value, "True or False")
+
+
+def text(value: object) -> str:
+    """Some text."""
+    return "" if isinstance(value, str) and value else got(value, "some text")
+
+
+def one_of(known: Collection[str]) -> Rule:
+    """A name in `known`, as it is when the rule is asked."""
+
+    def rule(value: object) -> str:
+        if isinstance(value, str) and value in known:
+            return ""
+        close = hint(value, known)
+        return got(value, f"one of {', '.join(known)}") + (close if "did you mean" in close else "")
+
+    return rule
+
+
+def optional(other: Rule) -> Rule:
+    """None, or what `other` takes."""
+
+    def rule(value: object) -> str:
+        return "" if value is None or not (fault := other(value)) else f"{fault}, or None"
+
+    return rule
+
+
+def listed(other: Rule, *, once: bool = True) -> Rule:
+    """A list of one value or more, all such as `other` takes; `once`: none of them twice."""
+
+    def rule(value: object) -> str:
+        if not isinstance(value, list | tuple) or not value:
+            return got(value, "a list of one value or more, such as [a, b]")
+        if fault := next((fault for item in value if (fault := other(item))), ""):
+            return fault
+        twice = [item for i, item in enumerate(value) if item in value[:i]]
+        return got(value, f"{twice[0]!r} only once") if once and twice else ""
+
+    return rule
+
+
+def mapping(rules: Mapping[str, Rule]) -> Rule:
+    """Names and values, each name in `rules` and its value such as its rule takes."""
+
+    def rule(value: object) -> str:
+        if not isinstance(value, Mapping):
+            return got(value, f"names and values; names: {', '.join(rules)}")
+        unknown = [f"got name {name!r}{hint(name, rules)}" for name in value if name not in rules]
+        return "; ".join(unknown + faults(value, rules))
+
+    return rule
+
+
+def _quoted(value: object) -> str:
+    """What to do about a number that YAML took for text."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ""
+    return " (it is text: YAML reads numbers without quotes, and 1.0e-3, not 1e-3)"
