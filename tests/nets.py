@@ -589,3 +589,20 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.gate(self.first(x), self.second(x)))
+
+
+class Graph(nn.Module):
+    """A function of an input and of what is given by name: parameters, layers."""
+
+    def __init__(self, run: Callable[..., object], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> object:
+        return self.run(self, x)
+
+
+def normal(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape))

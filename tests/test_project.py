@@ -37,6 +37,7 @@ ORDER = [
     "cache",
     "symmetry.permutations",
     "symmetry.units",
+    "symmetry.execute",
     "symmetry.trace",
     "symmetry.rules",
     "symmetry.groups",
@@ -69,7 +70,14 @@ ORDER = [
     "lab.figures",
     "lab",
 ]
-INNER = {"symmetry.units", "symmetry.trace", "symmetry.rules", "symmetry.activations", "names"}
+INNER = {
+    "symmetry.units",
+    "symmetry.execute",
+    "symmetry.trace",
+    "symmetry.rules",
+    "symmetry.activations",
+    "names",
+}
 REPOSITORY_BYTES, NOTEBOOK_BYTES = 25_000_000, 1_000_000
 CELL_LINES, WORDS, EXERCISES = 25, 600, range(3, 6)
 

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functionalize
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from mcnotes.symmetry.groups import call, inference_copy, unfused_attention
+from mcnotes.symmetry.execute import call, inference_copy, unfused_attention
 from mcnotes.symmetry.units import SymmetryError, Tape
 
 Theta = dict[str, Tensor]
@@ -88,11 +87,7 @@ class Reader:
         every = [(name, side) for name, _ in self.net.named_modules() for side in sides]
         hooks = listen(self.net, every, self.see)
         self.run: Callable[..., Any] = partial(call, self.net)
-        try:
-            kept = self(theta, inputs)
-        except SymmetryError:  # then by the same operators as when units were followed
-            self.run = functionalize(self.run)
-            kept = self(theta, inputs)
+        kept = self(theta, inputs)
         where = {id(x): (spot, k) for spot, xs in self.seen.items() for k, x in enumerate(xs)}
         if all(id(x) in where for x in kept.values()):
             self.spots = {name: where[id(x)] for name, x in kept.items()}
@@ -111,7 +106,7 @@ class Reader:
         self.net.train()  # to make it forget what it keeps for evaluation
         for m, flag in self.flags.items():
             m.training = flag
-        with unfused_attention(), torch.no_grad(), tape or nullcontext():
+        with unfused_attention, torch.no_grad(), tape or nullcontext():
             self.run(theta, inputs)
         if tape:
             tape.check()

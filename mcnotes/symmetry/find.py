@@ -11,36 +11,28 @@ groups that permute within each block, and these act first.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock, get_ident
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from mcnotes.symmetry import permutations
 from mcnotes.symmetry.activations import Reader, Theta
-from mcnotes.symmetry.groups import (
-    Group,
-    Pinned,
-    Place,
-    call,
-    discover,
-    inference_copy,
-    unfused_attention,
-)
+from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
+from mcnotes.symmetry.groups import Group, Pinned, Place, discover
 from mcnotes.symmetry.units import SymmetryError
 
 Perm = dict[str, Tensor]  # index vectors by group
 Example = Tensor | tuple[Tensor, ...]
-KNOWN: WeakKeyDictionary[nn.Module, dict[Any, Mapping[str, Group]]] = WeakKeyDictionary()
-"""Groups that `tapper` found, by network, and by mode and layout of the inputs."""
+TRACED: WeakKeyDictionary[nn.Module, dict[Any, Symmetry]] = WeakKeyDictionary()
+"""What `find` found, by network, and by mode and form of the inputs; `tapper` looks it up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +87,9 @@ class Symmetry:
         perm: group → index vector; groups that it leaves out stay. Any device. Raises ValueError
         for permutations, or parameters, that do not fit.
         """
+        # For each parameter and axes the order in which positions are taken: all groups at once.
         orders: dict[tuple[str, tuple[int, ...]], tuple[Place, Tensor]] = {}
-        for name, p in self.complete(perm).items():
+        for name, p in self.complete(perm).items():  # those within blocks before the blocks
             for at in self.groups[name].places if name in perm else ():
                 size = at.of(theta).shape[at.axis]
                 order = orders.setdefault((at.name, at.axes), (at, torch.arange(size)))[1]
@@ -116,54 +109,39 @@ class Symmetry:
         permutations (chapter 7). Groups that are left out stay.
         """
         out = dict(theta)
-        for name, at in (
-            (n, at) for n in self.groups if n in matrices for at in self.groups[n].places
-        ):
-            flat, index = at.of(out).movedim(at.axis, 0), torch.from_numpy(at.index)
-            mixed = torch.einsum("ij,js...->is...", matrices[name].to(flat), flat[index])
-            flat = flat.index_put((index.to(flat.device),), mixed)
-            out[at.name] = flat.movedim(0, at.axis).reshape(theta[at.name].shape)
+        for name, group in self.groups.items():
+            for at in group.places if name in matrices else ():
+                flat, index = at.of(out).movedim(at.axis, 0), torch.from_numpy(at.index)
+                mixed = torch.einsum("ij,js...->is...", matrices[name].to(flat), flat[index])
+                flat = flat.index_put((index.to(flat.device),), mixed)
+                out[at.name] = flat.movedim(0, at.axis).reshape(theta[at.name].shape)
         return out
 
     def verify(
-        self, net: nn.Module, example: Example, theta: Theta | None = None, *,
-        tolerance: float = 1e-6, seed: int = 0
-    ) -> float:  # fmt: skip
+        self,
+        net: nn.Module,
+        example: Example,
+        theta: Theta | None = None,
+        *,
+        tolerance: float = 1e-6,
+        seed: int = 0,
+    ) -> float:
         """The relative difference of the outputs when a random cycle permutes every group.
 
         In float64, dropout left out; a cycle moves every unit. theta: default the network's own
         parameters; they are jittered first, so that equal units (fresh biases, statistics) cannot
-        hide an error. Raises SymmetryError above `tolerance`, with the group that is worst alone.
+        hide an error. Raises SymmetryError above `tolerance`, with the group that is worst alone,
+        and if the network returns nothing that can be compared.
         """
         generator = torch.Generator().manual_seed(seed)
-        buffers = {n: b.double() if b.is_floating_point() else b for n, b in net.named_buffers()}
         given = {n: jitter(t, generator) for n, t in (theta or net.state_dict()).items()}
-        device = next((t.device for t in given.values()), None)
-        inputs = [x.double() if x.is_floating_point() else x for x in as_tuple(example)]
-
-        def outputs(perm: Perm) -> list[Tensor]:
-            values = buffers | self.permute(given, perm)
-            values |= {n: values[n].clone() for n in buffers}  # which a forward pass may change
-            default = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float64)
-            try:
-                with unfused_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    out = call(
-                        inference_copy(net, self.train), values, tuple(x.to(device) for x in inputs)
-                    )
-            finally:
-                torch.set_default_dtype(default)
-            return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        run = partial(float64_outputs, net, self.train, inputs=as_tuple(example), seed=seed)
+        before = run(given)
 
         def error(perm: Perm) -> float:
-            pairs = zip(before, outputs(perm), strict=True)
-            each = [float((x - y).abs().max() / x.abs().max().clamp_min(1e-300)) for x, y in pairs]
-            return max((e if e == e else math.inf for e in each), default=math.inf)
+            return relative_difference(before, run(self.permute(given, perm)))
 
-        before = outputs({})
-        orders = self.random(generator)
-        perm = {n: torch.empty_like(o).scatter(0, o, o.roll(1)) for n, o in orders.items()}
+        perm = {n: random_cycle(g.size, generator) for n, g in self.groups.items()}
         if (total := error(perm)) <= tolerance:
             return total
         harm, worst = max(((error({n: p}), n) for n, p in perm.items()), default=(0.0, ""))
@@ -179,24 +157,19 @@ class Symmetry:
 
         at: "post", what the next contraction sees, after the nonlinearity; "pre", before it. All
         positions but those of the units are samples. Evaluation mode, any batch size, no gradients.
-        A network is followed once for each layout of its inputs: do not rebuild it in place.
+        Raises SymmetryError if `net` has other groups than this symmetry. Do not rebuild it in
+        place after `find`: it is traced again only for inputs of another form.
         """
-        readers: dict[Any, Reader] = {}  # one for each thread
-        lock, still = Lock(), self.identity()
+        readers: dict[Any, Reader] = {}
+        lock = Lock()
 
         def run(theta: Theta, *inputs: Tensor) -> dict[str, list[Tensor]]:
-            # How inputs lie in memory decides which operators PyTorch runs.
-            layout = tuple((x.shape[1:], x.stride()[1:], x.device) for x in inputs)
             few = tuple(x[:2] if x.dim() > 1 else x for x in inputs)
             with lock:
-                known = KNOWN.setdefault(net, {})
-                if (self.train, layout) not in known:
-                    known[self.train, layout] = find(net, few, self.train).groups
-                groups = known[self.train, layout]
-                if {n: g.size for n, g in groups.items()} != {n: len(p) for n, p in still.items()}:
-                    raise SymmetryError("tapper: other groups than here; find this network's own")
-                taps = {n: getattr(g, at) for n, g in groups.items()}
-                if (key := (get_ident(), layout)) not in readers:
+                taps = {n: getattr(g, at) for n, g in self._as_traced(net, few).items()}
+                # Each thread has a copy of the network, and each device runs other operators.
+                key = get_ident(), form(few), tuple(x.device for x in inputs)
+                if key not in readers:
                     names = {t.name for places in taps.values() for t in places}
                     readers[key] = Reader(net, self.train, names, theta, few)
                 read = readers[key]
@@ -204,6 +177,17 @@ class Symmetry:
             return {n: [t.samples(kept[t.name]) for t in ts] for n, ts in taps.items()}
 
         return run
+
+    def _as_traced(self, net: nn.Module, inputs: tuple[Tensor, ...]) -> Mapping[str, Group]:
+        """These groups, with the taps of `net` for inputs of this form.
+
+        How inputs lie in memory decides which operators PyTorch runs, and taps are named by them.
+        """
+        traced = TRACED.get(net, {}).get((self.train, form(inputs)))
+        groups = (traced or find(net, inputs, self.train)).groups
+        if {n: g.size for n, g in groups.items()} != {n: g.size for n, g in self.groups.items()}:
+            raise SymmetryError("tapper: other groups than here; find this network's own")
+        return groups
 
     def log10_orbit(self) -> float:
         """log₁₀ of the number of copies of a generic network: the sum over groups of log₁₀ n!."""
@@ -239,31 +223,70 @@ class Symmetry:
     def __repr__(self) -> str:
         return f"Symmetry({len(self.groups)} groups, 10^{self.log10_orbit():.0f} copies)"
 
-    def to_json(self) -> str:
-        """Text from which `from_json` restores an equal symmetry."""
-        return json.dumps(self, default=lambda v: v.tolist() if hasattr(v, "tolist") else vars(v))
 
-    @classmethod
-    def from_json(cls, text: str) -> Symmetry:
-        """The symmetry that `to_json` wrote."""
-        groups, pinned, train = json.loads(text).values()
-
-        def group(size: int, *rest: Any) -> Group:
-            def place(p: dict[str, Any]) -> Place:
-                return Place(p["name"], tuple(p["axes"]), np.array(p["index"]))
-
-            places, post, pre = (tuple(map(place, ps)) for ps in rest[:3])
-            return Group(size, places, post, pre, tuple(map(tuple, rest[3])))
-
-        found = {n: group(*g.values()) for n, g in groups.items()}
-        return cls(found, tuple(Pinned(**p) for p in pinned), train)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Symmetry) and self.to_json() == other.to_json()
+def as_tuple(example: Example) -> tuple[Tensor, ...]:
+    """The inputs as a tuple."""
+    return (example,) if isinstance(example, Tensor) else tuple(example)
 
 
-def as_tuple(example: Example) -> list[Tensor]:
-    return [example] if isinstance(example, Tensor) else [*example]
+def form(inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a trace depends on: shapes, dtypes, and how the inputs lie in memory."""
+    return tuple((x.shape, x.stride(), x.dtype) for x in inputs)
+
+
+# What `verify` computes
+
+
+def random_cycle(size: int, generator: torch.Generator) -> Tensor:
+    """A permutation that moves all of `size` things, in one cycle of random order."""
+    order = permutations.random(size, generator)
+    return torch.empty_like(order).scatter(0, order, order.roll(1))
+
+
+def float64_outputs(
+    net: nn.Module, train: bool, theta: Theta, inputs: Sequence[Tensor], seed: int
+) -> list[Tensor]:
+    """The tensors that a network returns in float64, buffers not in theta among its parameters.
+
+    Random numbers within come from `seed`; those outside are left alone.
+    """
+    device = next((t.device for t in theta.values()), None)
+    values = {n: in_float64(b) for n, b in net.named_buffers()} | theta
+    for n, _ in net.named_buffers():
+        values[n] = values[n].clone()  # which a forward pass may change
+    with (
+        float64_default(), unfused_attention, torch.no_grad(), torch.random.fork_rng(devices=[])
+    ):  # fmt: skip
+        torch.manual_seed(seed)
+        given = tuple(in_float64(x).to(device) for x in inputs)
+        return outputs(inference_copy(net, train), values, given)
+
+
+def in_float64(t: Tensor) -> Tensor:
+    """The same numbers in float64, if they are floating-point."""
+    return t.double() if t.is_floating_point() else t
+
+
+@contextmanager
+def float64_default() -> Iterator[None]:
+    """Tensors that a network makes are float64, too."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def relative_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest difference of an entry, relative to its tensor's largest; infinite if NaN."""
+    worst = 0.0
+    for x, y in zip(before, after, strict=True):
+        if x.numel():
+            x, y = (t if t.is_complex() else t.double() for t in (x, y))
+            error = float((x - y).abs().max() / x.abs().max().clamp_min(1e-300))
+            worst = max(worst, math.inf if math.isnan(error) else error)
+    return worst
 
 
 def jitter(t: Tensor, generator: torch.Generator) -> Tensor:
@@ -289,4 +312,7 @@ def find(net: nn.Module, example: Example, train: bool = False) -> Symmetry:
     SymmetryError where it cannot be followed: control flow on data. What is not understood is
     pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`; `Symmetry.verify` proves.
     """
-    return Symmetry(*discover(net, as_tuple(example), train), train)
+    inputs = as_tuple(example)
+    found = Symmetry(*discover(net, inputs, train), train)
+    TRACED.setdefault(net, {})[train, form(inputs)] = found
+    return found

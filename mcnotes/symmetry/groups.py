@@ -1,26 +1,43 @@
-"""Sort the units of a network into groups of interchangeable ones (chapter 3)."""
+"""Sort the units of a network into groups of interchangeable ones (chapter 3).
 
-import copy
+`discover` traces the network twice. In the first trace each unit is one of its own; in the second,
+whole groups that act on the same axes stand for units, so that blocks of units, such as attention
+heads, are found to be interchangeable as well.
+"""
+
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from threading import Lock
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.func import functional_call, functionalize
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 
-from mcnotes.symmetry.rules import PASSING, RULES
-from mcnotes.symmetry.trace import Walk
-from mcnotes.symmetry.units import SLOT, UNIT, Marked, Tap, axes
+from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
+from mcnotes.symmetry.rules import MOVING, PASSING, RULES
+from mcnotes.symmetry.trace import Trace
+from mcnotes.symmetry.units import (
+    BITS,
+    SLOT,
+    Labelled,
+    SymmetryError,
+    Tap,
+    axes,
+    labelled_in,
+    units_in,
+    units_of,
+)
 
-USERS, LOCK, UNDO = list[None](), Lock(), ExitStack()
+Integers = NDArray[np.int64]
+Factor = tuple[str, Tensor]  # of a parameter or buffer, by name
+
+NO_OTHER = "no other unit acts at the same places"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +46,7 @@ class Place:
 
     name: str  # of a parameter or buffer; of an activation: "relu:3/9", third of nine relus
     axes: tuple[int, ...]
-    index: np.ndarray
+    index: Integers
 
     @property
     def axis(self) -> int:
@@ -85,203 +102,303 @@ def discover(
     net: nn.Module, inputs: Sequence[Tensor], train: bool
 ) -> tuple[dict[str, Group], tuple[Pinned, ...]]:
     """The groups of `net` by name, and what stays; see `symmetry.find`."""
-    walk, first = trace(net, inputs, train)
-    classes = Classes(walk)
-    found = classes.found(first)
-    bases = [next((p for p in g.places if p.axis == 0), g.places[0]).name for g in found]
-    bases = [base.removesuffix(".weight") for base in bases]
-    times, seen, names = Counter(bases), Counter[str](), []
-    for base in bases:
-        names.append(f"{base}[{seen[base]}]" if times[base] > 1 else base)
-        seen[base] += 1
-    groups = dict(zip(names, found, strict=True))
-    group = classes.group[classes.of]
-    moved = group >= 0
-    # Groups that act on the same axes may be exchangeable as wholes: walk again, each as one unit.
-    kinds = [tuple((p.name, p.axes) for p in g.places) for g in found]
-    alike = Counter(kinds)
-    if twins := [k for k, kind in enumerate(kinds) if alike[kind] > 1]:
-        # Units without a group stay units, those of other groups are fixed.
-        number = np.zeros(len(found) + 1, np.int64)  # group -1: none
-        number[twins] = np.arange(2, len(twins) + 2)
-        unit = np.where(moved, number[group], np.arange(len(group)) + len(twins))
-        members = np.bincount(classes.of)[classes.of]
-        slot = np.where(moved, classes.index[classes.of] * members + classes.rank, 0)
-        walk, theta = trace(net, inputs, train, torch.from_numpy(unit << 32 | slot))
-        outer = Classes(walk)
-        moved |= outer.group[outer.of[unit]] >= 0
-        held: dict[int, list[str]] = {}
-        for k, c in zip(twins, outer.of[2 : len(twins) + 2].tolist(), strict=True):
-            held.setdefault(c, []).append(names[k])
-        for blocks, g in zip(outer.groups, outer.found(theta), strict=True):
-            inner = tuple(tuple(held.get(c, ())) for c in blocks)
-            name = inner[0][0].rsplit("[", 1)[0] if inner[0] else g.places[0].name
-            while (name := f"{name}[*]") in groups:
-                pass
-            groups[name] = replace(g, inner=inner)
-    reasons = ["no other unit acts at the same places", *dict.fromkeys(classes.why.values())]
-    reason = np.zeros(len(classes.group), np.int64)
-    number_of = {why: k for k, why in enumerate(reasons)}
-    for c, why in classes.why.items():
-        reason[c] = number_of[why]
-    stays = Counter[tuple[str, int, str]]()
-    for name, f in first:
-        unit = f[f >= UNIT].numpy() >> 32
-        for k, n in zip(
-            *np.unique(reason[classes.of[unit[~moved[unit]]]], return_counts=True), strict=True
-        ):
-            stays[name, max(axes(f)), reasons[k]] += int(n)
-    return groups, tuple(Pinned(n, k, count, why) for (n, k, why), count in stays.items())
+    trace, factors = run_trace(net, inputs, train)
+    classes = classify(trace, factors)
+    found = groups_of(trace, classes, factors)
+    groups = dict(zip(group_names(found), found, strict=True))
+    moved = classes.group_of_unit >= 0
+    if twins := same_kind(found):
+        merged = merge_groups(classes, twins)
+        outer_trace, outer_factors = run_trace(net, inputs, train, merged)
+        outer = classify(outer_trace, outer_factors)
+        moved |= outer.group_of_unit[units_of(merged).numpy()] >= 0
+        blocks = groups_of(outer_trace, outer, outer_factors)
+        members = names_in_blocks(outer, [[*groups][k] for k in twins])
+        for block, inner in zip(blocks, members, strict=True):
+            groups[block_name(block, inner, groups)] = replace(block, inner=inner)
+    return groups, what_stays(classes, factors, moved)
 
 
-def trace(
+# The run
+
+
+def run_trace(
     net: nn.Module, inputs: Sequence[Tensor], train: bool, merged: Tensor | None = None
-) -> tuple[Walk, list[tuple[str, Tensor]]]:
-    """Run the network on marked tensors: the walk, and every factor of its parameters by name.
+) -> tuple[Trace, list[Factor]]:
+    """Run the network on labelled tensors: the trace, and every factor of its parameters.
 
-    Its outputs, and parameters that it leaves, are pinned.
+    merged: see `Trace`. What reaches the outputs is pinned, and so are parameters of which the run
+    does not use all: nothing is known of the rest.
     """
     net = inference_copy(net, train)
-    names = {id(m): f"{n or 'the network'} ({type(m).__name__})" for n, m in net.named_modules()}
-    walk, state = Walk(RULES, PASSING, names, merged), net.state_dict(keep_vars=True)
+    modules = {id(m): f"{n or 'the network'} ({type(m).__name__})" for n, m in net.named_modules()}
+    trace = Trace(RULES, MOVING, PASSING, modules, merged)
+    theta = labelled_parameters(net, trace)
+    given = tuple(Labelled(trace, x, (), [Tap()]) for x in map(generic, inputs))
+    for x in given:
+        x.given = True
+    # PyTorch makes writing in place a chain of new tensors.
+    run = dispatch_functionalize(partial(outputs, net), FunctionalTensorMode())
+    with unfused_attention, torch.no_grad(), trace:
+        ends = run(theta, given)
+    if not labelled_in(ends):
+        raise SymmetryError(
+            "find: the outputs depend neither on the inputs nor on the parameters, as far as they "
+            "can be followed. To fix it: return tensors that the network computes."
+        )
+    trace.use(labelled_in(ends), "the output")
+    for x in labelled_in(ends):
+        trace.pin_all(x, "reaches the output")
+    for x in theta.values():
+        if not x.used:
+            trace.pin_all(x, "is not used in this mode")
+    return trace, [(n, f) for n, x in theta.items() for f in x.factors]
+
+
+def labelled_parameters(net: nn.Module, trace: Trace) -> dict[str, Labelled]:
+    """Parameters and buffers that can be permuted, by name; tied ones are one."""
+    state = net.state_dict(keep_vars=True)
     convs = (m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd))
-    groups = {id(m.weight): m.groups for m in convs}
-    marked: dict[int, Marked] = {}
-    for t in state.values():  # tied parameters are one
-        if t.is_floating_point() and id(t) not in marked:
-            marked[id(t)] = walk.parameter(t, groups.get(id(t), 1))
-    theta = {n: marked[id(t)] for n, t in state.items() if id(t) in marked}
-    # Nothing is known of the values: what an example repeats may differ in other inputs.
-    inputs = [x.contiguous() if 0 in x.stride() else x for x in inputs]
-    twice = (torch.cat([x, x]) if x.dim() and len(x) == 1 else x for x in inputs)
-    given = tuple(Marked(walk, x, (), [Tap()]) for x in twice)
-    with unfused_attention(), torch.no_grad(), walk:
-        # Without writing in place: PyTorch makes it a chain of new tensors.
-        ends = functionalize(lambda theta, xs: call(net, theta, xs))(theta, given)
-    for x in tree_leaves(ends):
-        if isinstance(x, Marked):
-            walk.fix(x, range(x.dim()), "reaches the output")
-    for x in (x for x in theta.values() if not x.used):
-        walk.fix(x, range(x.dim()), "is not used in this mode")
-    return walk, [(n, f) for n, x in theta.items() for f in x.factors]
+    conv_groups = {id(m.weight): m.groups for m in convs}
+    labelled: dict[int, Labelled] = {}
+    for t in state.values():
+        if t.is_floating_point() and id(t) not in labelled:
+            labelled[id(t)] = trace.parameter(t, conv_groups.get(id(t), 1))
+    return {n: labelled[id(t)] for n, t in state.items() if id(t) in labelled}
 
 
-def call(net: nn.Module, theta: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Any:
-    """The network's outputs with other tensors, which leave it afterwards.
+def generic(x: Tensor) -> Tensor:
+    """An input without the peculiarities of an example: repeated entries, a batch of one."""
+    x = x.contiguous() if 0 in x.stride() else x
+    return torch.cat([x, x]) if x.dim() and len(x) == 1 else x
 
-    A module of two names gets them once: `functional_call` would not take out what it put in twice.
+
+# Units in classes, and classes in groups
+
+
+class Classes(NamedTuple):
+    """The units of a trace in classes that move as one, and groups of interchangeable classes."""
+
+    of: Integers  # [units]: the class of each unit
+    rank: Integers  # [units]: its number within the class
+    why: dict[int, str]  # the reason for each class that is pinned
+    groups: list[list[int]]  # the classes of each group
+    group: Integers  # [classes]: its group; -1: none, it stays
+    number: Integers  # [classes]: its number within the group
+
+    @property
+    def group_of_unit(self) -> Integers:
+        """[units]: the group of each; -1: none."""
+        return self.group[self.of]
+
+
+class Facts(NamedTuple):
+    """What was recorded, each [facts]: at a slot of a unit there stands another code."""
+
+    event: Integers
+    unit: Integers
+    slot: Integers
+    other: Integers  # a unit tied to it; or below 2: none
+    other_slot: Integers
+    tag: Integers
+
+
+def classify(trace: Trace, factors: Iterable[Factor]) -> Classes:
+    """Sort units into classes, and classes into groups; factors: of the parameters.
+
+    Units are in one class if facts tie them. Classes are in one group if the same facts hold of
+    their units, one by one, and none is pinned.
     """
-    names = {
-        f"{path}.{n}".removeprefix(".")
-        for path, m in net.named_modules()
-        for n in (*m._parameters, *m._buffers)
-    }
-    given = {n: t for n, t in theta.items() if n in names}
-    return functional_call(net, given, inputs, tie_weights=False)
+    facts = read_facts(trace)
+    count = max(trace.unit_count, int(facts.unit.max(initial=0)) + 1)
+    of = tied_units(facts, count)
+    rank = rank_within(of)
+    why: dict[int, str] = {}
+    for units, reason in [*trace.pins, *unseen(trace, of, factors)]:
+        for c in np.unique(of[units.numpy()]).tolist():
+            why.setdefault(c, reason)
+    groups = alike(facts, of, rank, why)
+    group, number = np.full((2, count), -1)
+    for g, classes in enumerate(groups):
+        group[classes], number[classes] = g, np.arange(len(classes))
+    return Classes(of, rank, why, groups, group, number)
 
 
-def inference_copy(net: nn.Module, train: bool) -> nn.Module:
-    """A copy of the same tensors, so that nothing that a network remembers of a run stays in it.
+def read_facts(trace: Trace) -> Facts:
+    """The facts of a trace, in the order of events."""
+    event, code, other, tag = torch.cat(trace.facts, 1).numpy()
+    return Facts(event, code >> BITS, code & SLOT, other >> BITS, other & SLOT, tag)
 
-    Its layers act as in evaluation; if `train`, auxiliary heads run.
+
+def tied_units(facts: Facts, count: int) -> Integers:
+    """The class of each of `count` units: those that are tied, also through others, are in one."""
+    tied = facts.other > 1
+    edges = (facts.unit[tied], facts.other[tied])
+    graph = coo_matrix((np.ones(tied.sum()), edges), (count, count))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def unseen(trace: Trace, of: Integers, factors: Iterable[Factor]) -> Iterator[tuple[Tensor, str]]:
+    """The units of each axis of a parameter of which the run has left out some, and why they stay.
+
+    An input of another size may reach the others, as rows of a table of positions, and nothing is
+    known of what they will meet. of [units]: their classes, of which each is seen as a whole.
     """
-    attributes = (
-        x for m in net.modules() for d in (m._parameters, m._buffers, vars(m)) for x in d.values()
+    seen = np.zeros(len(of), bool)
+    for units in trace.seen:
+        seen[of[units.numpy()]] = True
+    for _, f in factors:
+        if not seen[of[units_in(f).numpy()]].all():
+            yield units_in(f), "is not used as a whole by this input"
+
+
+def rank_within(of: Integers) -> Integers:
+    """The number of each unit among those of its class."""
+    order = np.argsort(of, kind="stable")
+    rank = np.zeros(len(of), np.int64)
+    rank[order] = np.arange(len(of)) - np.searchsorted(of[order], of[order])
+    return rank
+
+
+def alike(facts: Facts, of: Integers, rank: Integers, pinned: Mapping[int, str]) -> list[list[int]]:
+    """Sets of two or more classes of which the same facts hold.
+
+    Facts call units by their ranks, so that equal rows of numbers are equal facts.
+    """
+    order = np.argsort(of[facts.unit], kind="stable")  # by class, then by event
+    other = np.where(facts.other > 1, rank[facts.other], facts.other - 2)
+    columns = (
+        facts.event << BITS | rank[facts.unit],
+        facts.slot << BITS | facts.other_slot,
+        other << BITS | facts.tag,
     )
-    net = copy.deepcopy(net, {id(x): x for x in attributes if isinstance(x, Tensor)})
-    for m in net.modules():
-        own = any(m.children()) and not type(m).__module__.startswith("torch.nn.")
-        m.training = train and own
-    return net
+    table = np.stack([column[order] for column in columns], axis=1)
+    homes, starts = np.unique(of[facts.unit][order], return_index=True)
+    same: dict[bytes, list[int]] = {}
+    for c, rows in zip(homes.tolist(), np.split(table, starts[1:]), strict=True):
+        if c not in pinned:
+            same.setdefault(rows.tobytes(), []).append(c)
+    return [classes for classes in same.values() if len(classes) > 1]
 
 
-@contextmanager
-def unfused_attention() -> Iterator[None]:
-    """Attention by its operators, one by one: a setting of the process, undone by the last user."""
-    mha, kernels = torch.backends.mha, torch.backends.cuda
-    with LOCK:
-        if not USERS:
-            UNDO.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-            mha.set_fastpath_enabled(False)
-            for kind in ("flash", "mem_efficient", "cudnn"):  # what remains: "math"
-                enable = getattr(kernels, f"enable_{kind}_sdp")
-                UNDO.callback(enable, getattr(kernels, f"{kind}_sdp_enabled")())
-                enable(False)
-        USERS.append(None)
-    try:
-        yield
-    finally:
-        with LOCK:
-            USERS.pop()
-            if not USERS:
-                UNDO.close()
+# Where groups act
 
 
-class Classes:
-    """The units of a walk in classes that move as one, and groups of interchangeable classes.
+def groups_of(trace: Trace, classes: Classes, factors: Iterable[Factor]) -> list[Group]:
+    """The groups, with their places in the factors of the parameters, and their taps."""
+    acts: list[dict[tuple[str, tuple[int, ...]], Place]] = [{} for _ in classes.groups]
+    for name, f in factors:
+        for g, place, _ in places_in(name, f, classes):
+            acts[g].setdefault((name, place.axes), place)
+    post = tapped(trace, classes, trace.contracted)
+    pre = tapped(trace, classes, dict.fromkeys(t.pre or t for t in trace.contracted))
+    sizes = map(len, classes.groups)
+    return [
+        Group(size, tuple(at.values()), after, before)
+        for size, at, after, before in zip(sizes, acts, post, pre, strict=True)
+    ]
 
-    of: the class of each unit; rank: its number within; group and index: of each class (group -1:
-    it stays); why: the reason for each class that is pinned.
+
+def tapped(trace: Trace, classes: Classes, taps: Iterable[Tap]) -> list[tuple[Place, ...]]:
+    """The places of each group in activations."""
+    found: list[list[tuple[Place, bool]]] = [[] for _ in classes.groups]
+    for tap in taps:
+        if tap.name:
+            name = f"{tap.name}/{trace.count[tap.name.split(':')[0]]}"
+            for f in tap.factors:
+                for g, place, alone in places_in(name, f, classes):
+                    found[g].append((place, alone))
+    # A group is seen by itself; if nowhere, then at the first place among others.
+    return [
+        tuple([place for place, alone in seen if alone] or [place for place, _ in seen[:1]])
+        for seen in found
+    ]
+
+
+def places_in(name: str, f: Tensor, classes: Classes) -> Iterator[tuple[int, Place, bool]]:
+    """Each group that stands in a factor of the tensor `name`, where, and whether it is alone."""
+    codes = f.flatten().numpy()
+    unit, slot = codes >> BITS, codes & SLOT
+    home = classes.of[unit]
+    group = np.where(unit > 1, classes.group[home], -1)
+    order = np.lexsort((slot, classes.rank[unit], classes.number[home], group))
+    for at in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+        g = int(group[at[0]])
+        if g >= 0 and len(at) % len(classes.groups[g]) == 0:
+            index = at.reshape(len(classes.groups[g]), -1)
+            yield g, Place(name, tuple(sorted(axes(f))), index), len(at) == len(unit)
+
+
+def group_names(groups: Iterable[Group]) -> list[str]:
+    """Names of the parameters that make the units, numbered where several groups have one."""
+    bases = []
+    for g in groups:
+        makes = next((p for p in g.places if p.axis == 0), g.places[0])
+        bases.append(makes.name.removesuffix(".weight"))
+    total, count, names = Counter(bases), Counter[str](), []
+    for base in bases:
+        names.append(f"{base}[{count[base]}]" if total[base] > 1 else base)
+        count[base] += 1
+    return names
+
+
+# Groups as units of a second trace
+
+
+def same_kind(groups: Iterable[Group]) -> list[int]:
+    """The numbers of the groups that act on the same axes as another group does."""
+    kinds = [tuple((p.name, p.axes) for p in g.places) for g in groups]
+    count = Counter(kinds)
+    return [k for k, kind in enumerate(kinds) if count[kind] > 1]
+
+
+def merge_groups(classes: Classes, twins: Sequence[int]) -> Tensor:
+    """[units]: the code that stands for each unit when these groups are units, 2 and following.
+
+    Units of these groups become their slots. Those of other groups become fixed, and those without
+    a group stay units.
     """
+    group, members = classes.group_of_unit, np.bincount(classes.of)[classes.of]
+    number = np.zeros(len(classes.groups) + 1, np.int64)  # the last one, -1: without a group
+    number[twins] = np.arange(len(twins)) + 2
+    own = np.arange(len(group)) + len(twins)  # the first two units are none
+    unit = np.where(group >= 0, number[group], own)
+    slot = np.where(group >= 0, classes.number[classes.of] * members + classes.rank, 0)
+    return torch.from_numpy(unit << BITS | slot)
 
-    def __init__(self, walk: Walk) -> None:
-        self.walk = walk
-        event, u, v, tag = torch.cat(walk.facts, 1).numpy()
-        slots = u << 32 | v & SLOT
-        u, v = u >> 32, v >> 32
-        tied, n = v > 1, max(walk.count_units, int(u.max()) + 1)
-        edges = coo_matrix((np.ones(tied.sum()), (u[tied], v[tied])), (n, n))
-        self.of = connected_components(edges, directed=False)[1]
-        order = np.argsort(self.of, kind="stable")
-        self.rank = np.zeros(n, np.int64)
-        self.rank[order] = np.arange(n) - np.searchsorted(self.of[order], self.of[order])
-        self.why: dict[int, str] = {}
-        for units, why in walk.pins:
-            for c in np.unique(self.of[units.numpy()]).tolist():
-                self.why.setdefault(c, why)
-        # Facts stand in the order of events; a class is known by those about its units.
-        known = np.where(tied, self.rank[v], v - 2)
-        order = np.argsort(self.of[u], kind="stable")
-        columns = (event << 32 | self.rank[u], slots, known << 32 | tag)
-        table = np.stack([c[order] for c in columns], axis=1)
-        home = self.of[u][order]
-        ends = (np.flatnonzero(np.diff(home, append=-1)) + 1).tolist()
-        alike: dict[bytes, list[int]] = {}
-        for c, start, end in zip(home[np.array(ends) - 1].tolist(), [0, *ends], ends, strict=False):
-            if c not in self.why:
-                alike.setdefault(table[start:end].tobytes(), []).append(c)
-        self.groups = [classes for classes in alike.values() if len(classes) > 1]
-        self.group, self.index = np.full((2, n), -1)
-        for g, classes in enumerate(self.groups):
-            self.group[classes], self.index[classes] = g, np.arange(len(classes))
 
-    def places(self, name: str, factors: Iterable[Tensor]) -> Iterator[tuple[int, Place, bool]]:
-        """Each group that stands in a tensor, where, and whether it does so alone."""
-        for f in factors:
-            unit, slot = f.flatten().numpy() >> 32, f.flatten().numpy() & SLOT
-            home = self.of[unit]
-            group = np.where(unit > 1, self.group[home], -1)
-            order = np.lexsort((slot, self.rank[unit], self.index[home], group))
-            for at in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
-                g = int(group[at[0]])
-                if g >= 0 and len(at) % len(self.groups[g]) == 0:
-                    index = at.reshape(len(self.groups[g]), -1)
-                    yield g, Place(name, tuple(sorted(axes(f))), index), len(at) == len(unit)
+def names_in_blocks(outer: Classes, names: Sequence[str]) -> list[tuple[tuple[str, ...], ...]]:
+    """For each group of blocks the groups within each block; names: of units 2 and following."""
+    held: dict[int, list[str]] = {}
+    for c, name in zip(outer.of[2 : len(names) + 2].tolist(), names, strict=True):
+        held.setdefault(c, []).append(name)
+    return [tuple(tuple(held.get(c, ())) for c in blocks) for blocks in outer.groups]
 
-    def found(self, theta: Iterable[tuple[str, Tensor]]) -> list[Group]:
-        """The groups, with their places in the factors of the parameters, and their taps."""
-        places: list[dict[tuple[str, tuple[int, ...]], Place]] = [{} for _ in self.groups]
-        for name, f in theta:
-            for g, place, _ in self.places(name, [f]):
-                places[g].setdefault((name, place.axes), place)
-        seen = []
-        for taps in (self.walk.read, {t.pre or t: None for t in self.walk.read}):
-            found: list[list[tuple[bool, Place]]] = [[] for _ in self.groups]
-            for tap in (tap for tap in taps if tap.name):
-                name = f"{tap.name}/{self.walk.count[tap.name.split(':')[0]]}"
-                for g, place, alone in self.places(name, tap.factors):
-                    found[g].append((alone, place))
-            # A group is seen by itself; if nowhere, then at the first place among others.
-            seen.append([tuple([p for a, p in ps if a] or [p for _, p in ps[:1]]) for ps in found])
-        rows = zip(self.groups, places, *seen, strict=True)
-        return [Group(len(cs), tuple(at.values()), *taps) for cs, at, *taps in rows]
+
+def block_name(group: Group, inner: Sequence[Sequence[str]], taken: Mapping[str, Group]) -> str:
+    """`qkv[*]` for blocks that hold `qkv[0]`, `qkv[1]` …; another star if this name is taken."""
+    name = inner[0][0].rsplit("[", 1)[0] if inner[0] else group.places[0].name
+    while (name := f"{name}[*]") in taken:
+        pass
+    return name
+
+
+# What is in no group
+
+
+def what_stays(
+    classes: Classes, factors: Iterable[Factor], moved: NDArray[np.bool_]
+) -> tuple[Pinned, ...]:
+    """How many entries of each axis of each parameter stay, and why; moved [units]: which move."""
+    reasons = [NO_OTHER, *dict.fromkeys(classes.why.values())]
+    number = {why: k for k, why in enumerate(reasons)}
+    reason = np.zeros(len(classes.group), np.int64)
+    for c, why in classes.why.items():
+        reason[c] = number[why]
+    stays = Counter[tuple[str, int, str]]()
+    for name, f in factors:
+        unit = units_in(f).numpy()
+        stay = classes.of[unit[~moved[unit]]]
+        for k, n in zip(*np.unique(reason[stay], return_counts=True), strict=True):
+            stays[name, max(axes(f)), reasons[k]] += int(n)
+    return tuple(Pinned(name, axis, n, why) for (name, axis, why), n in stays.items())

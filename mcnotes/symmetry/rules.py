@@ -1,9 +1,9 @@
 """What each operator does to the units that it meets (chapter 3).
 
-A rule is given the walk and all arguments of its operator's schema. It returns the factors of each
+A rule is given the trace and all arguments of its operator's schema. It returns the factors of each
 result; or a tensor that has them, made of the arguments by operators that have rules; or None, if
-it does not know. For an operator of your own, RULES["mylib::gate"] = lambda walk, x, y: x * y will
-do.
+it does not know. A result of which it says nothing pins all units of the arguments when it is used.
+For an operator of your own, RULES["mylib::gate"] = lambda trace, x, y: x * y will do.
 """
 
 import re
@@ -14,141 +14,240 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mcnotes.symmetry.trace import Walk
-from mcnotes.symmetry.units import UNIT, Marked, axes, bare, op_name
+from mcnotes.symmetry.trace import Trace
+from mcnotes.symmetry.units import (
+    CONSTANT,
+    UNIT,
+    Labelled,
+    axes,
+    factors_of,
+    labelled_in,
+    op_name,
+    without_values,
+)
+
+Factors = list[list[Tensor]]  # of each result
+Rule = Callable[..., Factors | Tensor | None]
 
 
-def entrywise(walk: Walk, *xs: Any) -> list[Any]:
+def returns(trace: Trace) -> int:
+    """How many results the operator at work has."""
+    return len(trace.func._schema.returns)
+
+
+# Entry by entry
+
+
+def pointwise(trace: Trace, *xs: Any) -> Factors:
     """An operator that acts entry by entry; constants have now another value."""
-    return [[f.where(f >= UNIT, 0) for f in walk.combine_pointwise(*xs)]]
+    factors = [f.where(f >= UNIT, 0) for f in trace.combine_pointwise(*xs)]
+    return [factors] * returns(trace)
 
 
-def shift(walk: Walk, first: Any, *rest: Any) -> list[Any] | None:
-    """Data movement by the operator itself."""
-    func, many = walk.func, isinstance(first, list | tuple)
+# Data movement
+
+
+def copy(trace: Trace, x: Tensor, y: Tensor, *_: Any) -> Factors:
+    """What x becomes when y is written over all of it."""
+    return [factors_of(y)]
+
+
+def same(trace: Trace, x: Labelled, *_: Any) -> Factors:
+    """Another tensor with the same entries at the same places."""
+    return [x.factors]
+
+
+def as_pairs(trace: Trace, x: Labelled) -> Factors:
+    """Real and imaginary parts along a new last axis."""
+    return [[f.unsqueeze(-1) for f in x.factors]]
+
+
+def as_strided(trace: Trace, x: Labelled, shape: Sequence[int], *_: Any) -> Factors | None:
+    """As it comes from `clone` and the like; it may be anything else if the shape differs."""
+    return [x.factors] if x.shape == torch.Size(shape) else None
+
+
+def view(trace: Trace, x: Labelled, shape: Sequence[int]) -> Factors:
+    """Another shape, the same order of entries."""
+    return trace.move(lambda parts: parts[0].reshape(shape), x)
+
+
+def reorder(trace: Trace, x: Labelled, *how: Any) -> Factors:
+    """Axes in another order, or new ones of size 1: no entry comes or goes."""
+    return [[trace.func(f, *how) for f in x.factors]]
+
+
+def write_part(trace: Trace, x: Tensor, part: Tensor, *where: Any) -> Factors:
+    """`part` written over a slice of x."""
+    func = trace.func
+    return trace.move(lambda parts: func(*parts, *where), x, part)
+
+
+def shift(trace: Trace, first: Any, *rest: Any) -> Factors | None:
+    """Data movement by the operator itself, of one tensor or of a list, at fixed indices."""
+    func, many = trace.func, isinstance(first, list | tuple)
     index = [x for x in tree_leaves(rest) if isinstance(x, Tensor)]
-    if len(index) > 1 or any(isinstance(x, Marked) for x in index):
+    if len(index) > 1 or labelled_in(index):
         return None
-    return walk.move(
+    return trace.move(
         lambda parts: func(parts if many else parts[0], *rest), *(first if many else [first])
     )
 
 
-def cat(walk: Walk, xs: Sequence[Tensor], dim: int = 0) -> list[Any]:
+def cat(trace: Trace, xs: Sequence[Tensor], dim: int = 0) -> Factors:
     """Units on `dim` stand side by side; those on other axes meet, as if entry by entry."""
+    xs = [x for x in xs if x.shape != (0,)] or xs  # an empty vector may stand beside any shape
     dim %= xs[0].dim()
-
-    def part(x: Tensor, on: bool) -> Tensor:
-        if not isinstance(x, Marked):
-            return x if on else x.narrow(dim, 0, 1)
-        factors = [f for f in x.factors if (dim in axes(f)) == on]
-        return Marked(walk, bare(x) if on else bare(x).narrow(dim, 0, 1), factors)
-
-    (beside,) = walk.move(lambda parts: torch.cat(parts, dim), *(part(x, True) for x in xs))
-    return [beside + walk.combine_pointwise(*(part(x, False) for x in xs))]
+    (beside,) = trace.move(
+        lambda parts: torch.cat(parts, dim), *(only_along(trace, x, dim) for x in xs)
+    )
+    return [beside + trace.combine_pointwise(*(x for y in xs for x in layers(trace, y, dim)))]
 
 
-def pad(walk: Walk, x: Marked, sizes: Sequence[int], value: float = 0) -> list[Any]:
-    """Zeros beside units are places without a unit."""
-    live = {k for f in x.factors for k in axes(f)}
+def only_along(trace: Trace, x: Tensor, dim: int) -> Tensor:
+    """A tensor with those of its factors that live on `dim`."""
+    if not isinstance(x, Labelled):
+        return x
+    return Labelled(trace, without_values(x), [f for f in x.factors if dim in axes(f)])
+
+
+def layers(trace: Trace, x: Tensor, dim: int) -> Sequence[Tensor]:
+    """Tensors of size 1 along `dim` that stand for all of x, with its factors on other axes."""
+    if not x.shape[dim]:
+        return []
+    if not isinstance(x, Labelled):  # one layer may be constant where another is not
+        return [*x.split(1, dim)]
+    factors = [f for f in x.factors if dim not in axes(f)]
+    return [Labelled(trace, without_values(x).narrow(dim, 0, 1), factors)]
+
+
+def pad(trace: Trace, x: Labelled, sizes: Sequence[int], value: float = 0) -> Factors:
+    """Zeros beside units are constants without a unit; any other number is fixed."""
+    live = frozenset[int]().union(*map(axes, x.factors))
     kept = [n * (x.dim() - 1 - k // 2 in live) for k, n in enumerate(sizes)]
-    code = int(value == 0) << 32
-    return walk.move(lambda parts: torch.constant_pad_nd(parts[0], kept, code), x)
+    code = 0 if value else CONSTANT
+    return trace.move(lambda parts: torch.constant_pad_nd(parts[0], kept, code), x)
 
 
-def reduce(walk: Walk, x: Marked, *_: Any) -> list[Any]:
+# Sums and products
+
+
+def reduce(trace: Trace, x: Labelled, *_: Any) -> Factors:
     """Sum, mean, maximum: a symmetric function of what stands along some axes."""
-    dims, keep = walk.named.get("dim"), bool(walk.named.get("keepdim"))
-    dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))}
-    for f in (f for f in x.factors if axes(f) & dims):
-        walk.hold_axes(f, axes(f) - dims)
+    dim, keep = trace.arguments.get("dim"), bool(trace.arguments.get("keepdim"))
+    dims = {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim or range(x.dim()))}
+    for f in x.factors:
+        if axes(f) & dims:
+            trace.see(f)
+            trace.hold_axes(f, axes(f) - dims)
     left = [f.amax(tuple(dims), keepdim=keep) for f in x.factors if not axes(f) & dims]
-    return [left] * len(walk.func._schema.returns)
+    return [left] * returns(trace)
 
 
-def product(walk: Walk, a: Tensor, b: Tensor) -> Tensor:
+def softmax(trace: Trace, x: Tensor, dim: int, *_: Any) -> Tensor:
+    """Each entry and a sum over its fellows."""
+    return x - x.sum(dim, keepdim=True)
+
+
+def product(trace: Trace, a: Tensor, b: Tensor) -> Tensor:
     """The matrix product: one entry by entry, and a sum."""
-    walk.read |= {t: None for x in (a, b) if isinstance(x, Marked) for t in x.taps}
+    trace.contracted |= {t: None for x in labelled_in((a, b)) for t in x.taps}
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
 
 
-def convolve(walk: Walk, x: Tensor, w: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+def affine(trace: Trace, c: Tensor, a: Tensor, b: Tensor, *_: Any) -> Tensor:
+    """A matrix product, and something added."""
+    return c + product(trace, a, b)
+
+
+def convolution(trace: Trace, x: Tensor, w: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     """A matrix product for each group of channels; places in an image are not units."""
     transposed, groups, space = options[3], options[5], [*range(2, x.dim())]
-    walk.fix(w, space, "kernel position")
+    trace.pin_axes(w, space, "kernel position")
     w = w.sum(space).view(groups, len(w) // groups, -1)
     x = x.flatten(2).view(len(x), groups, x.shape[1] // groups, -1)
-    out = product(walk, w.mT if transposed else w, x).flatten(1, 2)
-    walk.fix(out, [2], "image position")
+    out = product(trace, w.mT if transposed else w, x).flatten(1, 2)
+    trace.pin_axes(out, [2], "image position")
     out = out.sum(2) if bias is None else out.sum(2) + bias
     return out[(..., *[None for _ in space])]
 
 
-def space(walk: Walk, x: Marked, *rest: Any) -> list[Any] | None:
+def in_space(trace: Trace, x: Labelled, *rest: Any) -> Factors | None:
     """Pooling, resizing, padding: what acts in space, on each channel alone."""
-    if any(isinstance(y, Marked) for y in tree_leaves(rest)):
+    if any(isinstance(y, Tensor) for y in tree_leaves(rest)):  # of each channel, perhaps
         return None
-    image = range(x.dim() - int(re.findall(r"(\d)d", op_name(walk.func))[0]), x.dim())
-    walk.fix(x, image, "image position")
-    return [[f for f in x.factors if not axes(f).intersection(image)]]
+    space = int(re.findall(r"(\d)d", op_name(trace.func))[0])
+    image = range(x.dim() - space, x.dim())
+    trace.pin_axes(x, image, "image position")
+    return [[f for f in x.factors if not axes(f).intersection(image)]] * returns(trace)
 
 
-def embedding(walk: Walk, w: Marked, index: Tensor, *_: Any) -> Tensor | None:
+def embedding(trace: Trace, w: Labelled, index: Tensor, *_: Any) -> Tensor | None:
     """A choice of rows."""
-    if isinstance(index, Marked) and index.factors:
+    if factors_of(index):
         return None
-    walk.fix(w, [0], "meets something fixed")
+    trace.pin_axes(w, [0], "meets something fixed")
     return w.sum(0)
 
 
-def norm(walk: Walk, x: Tensor, *params: Any) -> list[Any]:
+# Norms: their later results, the statistics, are left unsaid
+
+
+def batch_norm(trace: Trace, x: Tensor, *params: Any) -> Factors:
     """Scales, shifts and statistics of channels."""
     rest = [None for _ in range(x.dim() - 2)]
-    return [
-        walk.combine_pointwise(
-            x, *(p[(slice(None), *rest)] for p in params if isinstance(p, Tensor))
-        )
-    ]
+    channels = (p[(slice(None), *rest)] for p in params if isinstance(p, Tensor))
+    return [trace.combine_pointwise(x, *channels)]
 
 
 def group_norm(
-    walk: Walk, x: Tensor, w: Any, b: Any, n: int, c: int, hw: int, g: int, _: float
-) -> Any:
+    trace: Trace, x: Tensor, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float
+) -> Factors:
     """Statistics of each group of channels; then scales and shifts of the channels."""
-    parts = x.reshape(n, g, c // g, hw)
-    return norm(walk, (parts - parts.mean((2, 3), keepdim=True)).view(x.shape), w, b)
+    parts = x.reshape(n, groups, c // groups, hw)
+    centred = parts - parts.mean((2, 3), keepdim=True)
+    return batch_norm(trace, centred.view(x.shape), w, b)
 
 
-def layer_norm(walk: Walk, x: Tensor, shape: Sequence[int], w: Any, b: Any, _: float) -> Any:
+def layer_norm(trace: Trace, x: Tensor, shape: Sequence[int], w: Any, b: Any, _: float) -> Factors:
     """Statistics along the last axes; then scales and shifts."""
-    return [walk.combine_pointwise(x - x.mean([*range(-len(shape), 0)], keepdim=True), w, b)]
+    centred = x - x.mean([*range(-len(shape), 0)], keepdim=True)
+    return [trace.combine_pointwise(centred, w, b)]
 
 
-RULES: dict[str, Callable[..., Any]] = {
-    "mm bmm": product,
-    "addmm baddbmm": lambda walk, c, a, b, *_: c + product(walk, a, b),
-    "convolution": convolve,
-    "embedding": embedding,
-    "native_batch_norm": norm,
-    "native_group_norm": group_norm,
-    "native_layer_norm": layer_norm,
-    "_softmax _log_softmax _safe_softmax": lambda walk, x, dim, *_: x - x.sum(dim, keepdim=True),
-    "pointwise where masked_fill hardswish zero fill": entrywise,
-    "in space": space,
-    "sum mean amax amin var var_mean prod linalg_vector_norm any all": reduce,
-    "copy": lambda walk, x, y, *_: [y.factors if isinstance(y, Marked) else []],
-    "expand clone _to_copy detach alias": lambda walk, x, *_: [x.factors],
-    "as_strided": lambda walk, x, n, *_: [x.factors] if x.shape == torch.Size(n) else None,
-    "view _unsafe_view": lambda walk, x, n: walk.move(lambda parts: parts[0].reshape(n), x),
-    "slice_scatter select_scatter": lambda walk, x, y, *at: walk.move(
-        lambda parts: walk.func(*parts, *at), x, y
-    ),
-    "permute transpose t unsqueeze": lambda walk, x, *at: [[walk.func(f, *at) for f in x.factors]],
+MOVES: dict[str, Rule] = {
+    "copy": copy,
+    "expand clone _to_copy detach alias": same,
+    "as_strided": as_strided,
+    "view _unsafe_view": view,
+    "slice_scatter select_scatter": write_part,
+    "permute transpose t unsqueeze": reorder,
     "stack repeat slice split split_with_sizes unbind select squeeze "
     "index_select roll flip index": shift,
     "constant_pad_nd": pad,
     "cat": cat,
+    "view_as_real": as_pairs,
 }
-# Operators whose result is not another activation; global pooling counts as such.
-PASSING = {name for names in [*RULES][-9:] for name in names.split()} | {"mean", "avg_pool2d"}
-RULES |= {name: rule for names, rule in RULES.items() for name in names.split()}
+OTHERS: dict[str, Rule] = {
+    "mm bmm": product,
+    "addmm baddbmm": affine,
+    "convolution": convolution,
+    "embedding": embedding,
+    "native_batch_norm": batch_norm,
+    "native_group_norm": group_norm,
+    "native_layer_norm": layer_norm,
+    "_softmax _log_softmax _safe_softmax": softmax,
+    "pointwise where masked_fill hardswish zero fill complex polar": pointwise,
+    "in_space": in_space,
+    "sum mean amax amin var var_mean prod linalg_vector_norm any all": reduce,
+}
+
+
+def by_name(rules: dict[str, Rule]) -> dict[str, Rule]:
+    """A rule for each of the operators that share it."""
+    return {name: rule for names, rule in rules.items() for name in names.split()}
+
+
+MOVING = frozenset(by_name(MOVES))
+PASSING = MOVING | {"mean", "avg_pool2d"}  # global pooling counts as a means to an activation
+RULES: dict[str, Rule] = by_name(MOVES) | by_name(OTHERS)

@@ -1,234 +1,417 @@
 """Follow every hidden unit of a network through its operators (chapter 3).
 
-Each index of each axis of each parameter is a *unit*. The network runs once on tensors that carry
-marks. Data movement runs literally on the marks; operators entry by entry tie the units that meet;
-sums close them. What operators see of units are *facts*: sets of tied units that have the same
-facts are interchangeable. What is not understood is pinned: ignorance loses symmetry and never
-soundness.
+The network runs once on tensors that carry labels instead of values. Each index of each axis of
+each parameter is a unit. Data movement moves the labels as it would move the values; an operator
+that acts entry by entry ties the units that meet; a sum over units forgets them. What operators see
+of units is recorded as *facts*: sets of tied units of which the same facts hold are
+interchangeable. Whatever is not understood pins the units that it touches: ignorance loses
+symmetry, but never soundness.
 """
 
 import re
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mcnotes.symmetry import units
 from mcnotes.symmetry.units import (
+    BITS,
     CONSTANT,
     UNIT,
-    Marked,
+    Labelled,
+    SymmetryError,
     Tap,
     Tape,
     axes,
+    factors_of,
     functional,
+    independent,
+    labelled_in,
+    op_name,
     padded,
     positions,
+    units_in,
+    units_of,
+    with_distinct_slots,
+    without_needless_axes,
+    without_values,
 )
 
 ALIASES = {"unsqueeze", "squeeze", "expand", "clone", "_to_copy", "detach", "alias"}
+"""Operators that change neither which units there are, nor their order; they tell no facts."""
 
 
-class Walk(Tape):
-    """One run of a network on marked tensors.
+class LostWrite(SymmetryError):
+    """Units would be written into a tensor that carries no labels."""
 
-    rules: what operators do, by name; passing: those that only move data. names: of the modules,
-    by id. merged: in a second walk, the code that stands for each unit of the first.
+
+class Trace(Tape):
+    """One run of a network on labelled tensors: what it shows of the units.
+
+    rules: what operators do to units, by the operators' names (see `rules`). moving: the names of
+    operators that only move data; passing: of those whose result is no activation of its own.
+    modules: for the id of each module, how to name it in reasons. merged [units]: in a second
+    trace, the code that stands for each unit of the first.
     """
 
     def __init__(
-        self, rules: Mapping[str, Callable[..., Any]], passing: Collection[str],
-        names: Mapping[int, str], merged: Tensor | None = None
-    ) -> None:  # fmt: skip
-        super().__init__(self.label)
-        self.rules, self.passing = rules, passing
-        self.facts: list[Tensor] = []  # rows: event, code, other code, tag
-        self.pins: list[tuple[Tensor, str]] = []
-        self.read: dict[Tap, None] = {}  # what contractions read
-        self.names, self.merged, self.count_units = names, merged, 2
+        self,
+        rules: Mapping[str, Callable[..., Any]],
+        moving: Collection[str],
+        passing: Collection[str],
+        modules: Mapping[int, str],
+        merged: Tensor | None = None,
+    ) -> None:
+        super().__init__(self.name_taps)
+        self.rules, self.moving, self.passing, self.modules = rules, moving, passing, modules
+        self.merged = merged
+        self.next_unit = 2
+        self.facts: list[Tensor] = []  # each [4, entries]: event, code, other code, tag
+        self.pins: list[tuple[Tensor, str]] = []  # units, and why they must stay
+        self.seen: list[Tensor] = []  # units, see `see`
+        self.contracted: dict[Tap, None] = {}  # what contractions read, in order
 
-    def parameter(self, tensor: Tensor, groups: int) -> Marked:
+    def parameter(self, tensor: Tensor, groups: int) -> Labelled:
         """A parameter, each axis of which gets units; groups: of the convolution it serves."""
         factors: list[Tensor] = []
         for k, n in enumerate(tensor.shape):
-            unit = positions(tensor.shape, {k}) + self.count_units
+            unit = positions(tensor.shape, {k}) + self.next_unit
             if k == 1 and groups > 1:  # each group has input channels of its own
                 unit = unit + positions(tensor.shape, {0}) // (len(tensor) // groups) * n
-            self.count_units = int(unit.max()) + 1 if n else self.count_units
+            self.next_unit = int(unit.max()) + 1 if n else self.next_unit
             if n > 1:
-                factors += self.compact(unit << 32 if self.merged is None else self.merged[unit])
+                factors += self.factor(unit << BITS if self.merged is None else self.merged[unit])
         for f in factors:
-            self.fact(f)
-        return Marked(self, tensor, factors)
+            self.record(f)
+        return Labelled(self, tensor, factors)
 
-    def label(self, name: str, x: Any) -> None:
+    @property
+    def unit_count(self) -> int:
+        """The number of units; those that are none, 0 and 1, count."""
+        return self.next_unit if self.merged is None else int(units_of(self.merged).max()) + 1
+
+    def name_taps(self, name: str, x: Any) -> None:
         """Name the results that an operator of the network brings."""
-        for tap in x.taps if isinstance(x, Marked) else ():
+        if isinstance(x, FunctionalTensor):
+            x = torch._from_functional_tensor(x.elem)
+        for tap in x.taps if isinstance(x, Labelled) else ():
             if not tap.name:
                 tap.name, tap.factors = name, x.factors
 
-    # What becomes of units
+    # What is recorded of units
 
-    def fact(self, factor: Tensor, other: Tensor | int = 0, tag: Tensor | int = 0) -> None:
-        """Record what (broadcast) holds wherever there is a unit."""
+    def record(self, factor: Tensor, other: Tensor | int = 0, tag: Tensor | int = 0) -> None:
+        """Record a fact: at each unit of the factor there are this other code and this tag."""
         columns = map(torch.as_tensor, (len(self.facts), factor, other, tag))
         rows = torch.stack(torch.broadcast_tensors(*columns)).flatten(1)
         self.facts.append(rows[:, rows[1] >= UNIT])
 
-    def pin(self, factor: Tensor, why: str = "meets something fixed") -> None:
+    def pin(self, codes: Tensor, why: str = "meets something fixed") -> None:
         """Units must stay where they are."""
-        if len(units := factor[factor >= UNIT] >> 32):
+        if len(units := units_in(codes)):
             self.pins.append((units, why + self.where()))
+
+    def pin_axes(self, x: Any, dims: Iterable[int], why: str) -> None:
+        """An operator tells positions along `dims` apart: units there are pinned."""
+        for f in factors_of(x):
+            if axes(f).intersection(dims):
+                self.pin(f, why)
+
+    def pin_all(self, x: Any, why: str) -> None:
+        """An operator does what is not understood: all units of a tensor are pinned."""
+        self.pin_axes(x, range(x.dim()), why)
 
     def where(self) -> str:
         """The module at work, and the line of the network's own code."""
         at = line = ""
         for frame, number in traceback.walk_stack(None):
-            if name := self.names.get(id(frame.f_locals.get("self"))):
+            if name := self.modules.get(id(frame.f_locals.get("self"))):
                 at, file = at or f" at {name}", frame.f_code.co_filename
                 if not line and "/torch/" not in file:
                     line = f", {file.rsplit('/', 1)[-1]}:{number}"
         return at + line
 
-    def fix(self, x: Tensor, dims: Iterable[int], why: str) -> None:
-        """An operator tells positions along `dims` apart: units there are pinned."""
-        factors = x.factors if isinstance(x, Marked) else []
-        for f in (f for f in factors if axes(f).intersection(dims)):
-            self.pin(f, why)
-
     def hold_axes(self, factor: Tensor, dims: frozenset[int]) -> Tensor:
         """Units must keep their place along `dims`; what remains of the factor."""
-        self.fact(factor, 0, positions(factor.shape, dims))
+        self.record(factor, 0, positions(factor.shape, dims))
         if dims < axes(factor):
             return factor
         self.pin(factor)
         return factor * 0
 
-    def combine_pointwise(self, *xs: Any) -> list[Tensor]:
-        """Any function of tensors entry by entry: the factors of the result."""
-        given = [x for x in tree_leaves(xs) if isinstance(x, Tensor)]
-        shape = torch.broadcast_shapes(*(x.shape for x in given))
-        rank, done, fixed = len(shape), list[Tensor](), set[int]()
-        tensors: list[list[Tensor]] = []
-        none = torch.zeros([1] * rank, dtype=torch.long)
-        for x in given:
-            codes = x.factors if isinstance(x, Marked) else []
-            varies = isinstance(x, Marked) or bool((x != x.flatten()[:1].squeeze()).any())
-            wide = {k for k, n in enumerate(x.shape) if varies and n > 1 and x.stride(k)}
-            fixed |= {k + rank - x.dim() for k in wide.difference(*map(axes, codes))}
-            tensors.append([padded(f, rank) for f in codes])
-        for own in (*tensors, [positions(shape, {k}) * 0 for k in fixed]):
-            for i, j in combinations(range(len(own)), 2):  # both act on x
-                shared = axes(own[i]) & axes(own[j])
-                if axes(own[i]) == axes(own[j]) and functional(own[i], own[j]):
-                    own[i], own[j] = none, self.join(own[i], own[j])
-                elif shared and not units.independent(own[i], own[j]):
-                    own[i], own[j] = self.hold_axes(own[i], shared), self.hold_axes(own[j], shared)
-            pairs = [(i, j) for i in range(len(own)) for j in range(len(done))]
-            like = {i: j for i, j in pairs if functional(own[i], done[j])}
-            for i, j in pairs:
-                f, g, matched = own[i], done[j], i in like and j in like.values()
-                if like.get(i) == j or (axes(f) == axes(g) and not matched):
-                    own[i], done[j] = none, self.join(f, g)
-                elif (shared := axes(f) & axes(g)) and not matched:
-                    own[i], done[j] = self.hold_axes(f, shared), self.hold_axes(g, shared)
-            done += own
-        return [f for f in done if bool((f >= UNIT).any())]
+    def tie(self, f: Tensor, g: Tensor) -> Tensor:
+        """Tie the units of two factors entry by entry: the one factor that stands for both.
 
-    def join(self, f: Tensor, g: Tensor) -> Tensor:
-        """Tie two factors entry by entry; constants give way to units."""
+        Constants give way to units; units that meet something fixed are pinned. Where the smaller
+        factor is repeated along an axis of the larger one, units keep their place along this axis.
+        """
         f, g = sorted((f, g), key=Tensor.numel)
         u, v = torch.broadcast_tensors(f, g)
         fixed = (u < CONSTANT) | (v < CONSTANT)
         self.pin(torch.cat([u[fixed], v[fixed]]))
         first = u.where(u >= UNIT, v).where(~fixed, 0)
-        tag = positions(u.shape, axes(g) - axes(f)) + 1
-        self.fact(first, v.where((u >= UNIT) & (v >= CONSTANT), CONSTANT), tag)
+        repeated = positions(u.shape, axes(g) - axes(f)) + 1
+        self.record(first, v.where((u >= UNIT) & (v >= CONSTANT), CONSTANT), repeated)
         return f if f.numel() < g.numel() and bool((f >= UNIT).all()) else first
 
-    def compact(self, codes: Tensor, alone: str = "is taken out alone") -> list[Tensor]:
-        """The factor, if any, of these codes: only the axes that it needs, and distinct slots."""
-        codes = codes[tuple(slice(None) if s else slice(1) for s in codes.stride())]
-        for k in axes(codes):  # one along which all units move as one is not needed
-            if units.as_one(codes.narrow(k, 0, 2), k) and units.as_one(codes, k):
-                codes = codes.narrow(k, 0, 1)
-        held = codes >= UNIT
-        if codes.numel() == 1 or not bool(held.any()):
+    def factor(self, codes: Tensor, alone: str = "is taken out alone") -> list[Tensor]:
+        """The factor, if any, of these codes: only the axes that it needs, and distinct slots.
+
+        A unit without any other beside it is pinned; `alone` is the reason.
+        """
+        codes = without_needless_axes(codes)
+        if codes.numel() == 1 or not bool((codes >= UNIT).any()):
             self.pin(codes, alone)
             return []
-        order = codes[held].sort().values
-        if bool((order[1:] > order[:-1]).all()):
-            return [codes]
-        slot = (codes & units.SLOT).unique(return_inverse=True)[1].where(held, 0)
-        sorted_, order = (codes >> 32 << 32 | slot).flatten().sort(stable=True)
-        copy = torch.arange(len(order)) - torch.searchsorted(sorted_, sorted_)
-        copy = torch.empty_like(copy).scatter(0, order, copy).view(codes.shape).where(held, 0)
-        return [codes >> 32 << 32 | slot * (int(copy.max()) + 1) + copy]
+        return [with_distinct_slots(codes)]
 
-    def move(self, run: Callable[..., Any], *xs: Tensor) -> list[list[Tensor]]:
-        """Data movement, run on each factor of the tensors: the factors of each result."""
-        lanes: dict[Any, dict[int, Tensor]] = {}  # factors that go together
-        alone = all(len(x.factors) < 2 for x in xs if isinstance(x, Marked))
-        for i, x in enumerate(xs):
-            seen = Counter[frozenset[int]]()
-            for f in x.factors if isinstance(x, Marked) else ():
-                seen[axes(f)] += 1
-                lanes.setdefault((alone or axes(f), seen[axes(f)]), {})[i] = f
-        zero = (not isinstance(x, Marked) and not bool(x.any()) for x in xs)
-        blank = [torch.tensor(CONSTANT * z) for z in zero]
+    # What becomes of units
+
+    def combine_pointwise(self, *xs: Any) -> list[Tensor]:
+        """Any function of tensors that acts entry by entry: the factors of its result.
+
+        xs: tensors, plain or labelled, of shapes that can be broadcast; anything else is ignored.
+        """
+        tensors = [x for x in tree_leaves(xs) if isinstance(x, Tensor)]
+        shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+        result: list[Tensor] = []
+        for x in tensors:
+            result = self.meet(self.reconcile(factors_of(x), len(shape)), result)
+        fixed = sorted({k for x in tensors for k in fixed_axes(x, len(shape))})
+        result = self.meet([positions(shape, {k}) * 0 for k in fixed], result)
+        return [f for f in result if bool((f >= UNIT).any())]
+
+    def reconcile(self, factors: Iterable[Tensor], dims: int) -> list[Tensor]:
+        """Factors of one tensor, such that each lets its units move without moving another's."""
+        own: list[Tensor | None] = [padded(f, dims) for f in factors]
+        for i, j in combinations(range(len(own)), 2):
+            f, g = own[i], own[j]
+            if f is None or g is None or not axes(f) & axes(g) or independent(f, g):
+                continue
+            if axes(f) == axes(g) and functional(f, g):
+                # The finer one stands for both: what is independent of it is so of the other.
+                finer = sorted((f, g), key=lambda h: -len(units_in(h).unique()))
+                own[i], own[j] = None, self.tie(*finer)
+            else:
+                shared = axes(f) & axes(g)
+                own[i], own[j] = self.hold_axes(f, shared), self.hold_axes(g, shared)
+        return [f for f in own if f is not None]
+
+    def meet(self, own: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+        """The factors that remain where two sets of reconciled factors meet entry by entry.
+
+        A factor has one partner at most, with which it is tied. Then it moves as its partner does,
+        and so it lets the partner's fellows be. A factor without a partner keeps its place along
+        all axes that it shares with any factor of the other set.
+        """
+        partner = partners(own, others)
+        taken = {j: i for i, j in partner.items()}
+        held, others_held = [*own], [*others]
+        for i, f in enumerate(own):
+            for j, g in enumerate(others):
+                shared = axes(f) & axes(g)
+                if shared and i not in partner:
+                    held[i] = self.hold_axes(held[i], shared)
+                if shared and j not in taken:
+                    others_held[j] = self.hold_axes(others_held[j], shared)
+        tied = [
+            self.tie(own[taken[j]], g) if j in taken else others_held[j]
+            for j, g in enumerate(others)
+        ]
+        return tied + [f for i, f in enumerate(held) if i not in partner]
+
+    def move(self, run: Callable[[list[Tensor]], Any], *xs: Tensor) -> list[list[Tensor]]:
+        """Data movement, run on each factor of the tensors: the factors of each result.
+
+        run: takes a list of tensors, as long and of the same shapes as xs, and gives one tensor or
+        several. A plain tensor of zeros is a constant; any other is fixed.
+        """
+        blank = [CONSTANT if not isinstance(x, Labelled) and not bool(x.any()) else 0 for x in xs]
         found: list[list[Tensor]] = []
-        for lane in [*lanes.values()] or [{}]:
-            codes = [lane.get(i, code) for i, code in enumerate(blank)]
+        for lane in lanes(xs) or [{}]:
+            codes = [lane.get(i, torch.tensor(code)) for i, code in enumerate(blank)]
             parts = [code.expand(x.shape) for code, x in zip(codes, xs, strict=True)]
-            outs = tree_leaves(run(parts))
-            found = found or [[] for _ in outs]
-            for factors, out in zip(found, outs, strict=True):
-                factors += self.compact(out)
+            results = tree_leaves(run(parts))
+            found = found or [[] for _ in results]
+            for factors, result in zip(found, results, strict=True):
+                factors += self.factor(result)
         return found
 
+    # What an operator does
+
     def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operator on marked tensors: by its rule, by simpler ones, or else all is pinned."""
-        name = units.op_name(func)
-        if re.search("^new_|_like$", name):  # a constant
-            return func(*tree_map_only(Marked, lambda x: torch.zeros(x.shape), args), **kwargs)
-        kind = "pointwise" if torch.Tag.pointwise in func.tags else ""
-        kind = "in space" if re.search(r"(pool|pad|upsample_\w+)\dd", name) else kind
-        rule = self.rules.get(name) or self.rules.get(kind)
-        if not rule:
-            simpler = decomposition_table.get(func, lambda *_, **__: NotImplemented)
-            for way in (func.decompose, simpler):
-                if (out := way(*args, **kwargs)) is not NotImplemented:
+        """Run an operator on labelled tensors.
+
+        By its rule if it has one, else by the simpler operators of which it is made; or else all
+        units that it touches are pinned. Raises SymmetryError if it needs values.
+        """
+        name = op_name(func)
+        if re.search("^new_|_like$", name):  # a constant, of which only the shape is taken
+            return func(*tree_map_only(Labelled, zeros, args), **kwargs)
+        rule = self.rule(func, name)
+        if rule is None:
+            try:
+                simpler = self.decompose(func, args, kwargs)
+            except LostWrite:
+                simpler = NotImplemented
+            if simpler is not NotImplemented:
+                return simpler
+        self.refuse_lost_write(func, args, kwargs)
+        xs = labelled_in((args, kwargs))
+        self.use(xs, name)
+        factors = self.apply(rule, func, args, kwargs)
+        if factors is None:
+            for x in xs:
+                self.pin_all(x, f"{name} has no rule (use others, or see symmetry.RULES)")
+        out = self.run_without_values(func, args, kwargs, name)
+        return self.label(out, factors, xs, name)
+
+    def rule(self, func: Any, name: str) -> Callable[..., Any] | None:
+        """The rule of an operator, or of its kind."""
+        if rule := self.rules.get(name):
+            return rule
+        if re.search(r"(pool|pad|upsample_\w+)\dd", name):
+            return self.rules["in_space"]
+        return self.rules["pointwise"] if torch.Tag.pointwise in func.tags else None
+
+    def decompose(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator's decomposition gives; NotImplemented if it has none."""
+        for way in (func.decompose, decomposition_table.get(func)):
+            if way is not None:
+                out = way(*args, **kwargs)
+                if out is not NotImplemented:
                     return out
-        xs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Marked)]
+        return NotImplemented
+
+    def refuse_lost_write(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Raise LostWrite if an operator would write units into a tensor without labels."""
+        for k, argument in enumerate(func._schema.arguments):
+            value = args[k] if k < len(args) else kwargs.get(argument.name)
+            tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+            if argument.is_write and len(tensors) > len(labelled_in(tensors)):
+                raise LostWrite(
+                    f"find: {op_name(func)} writes units into a tensor that is no parameter, "
+                    f"buffer or result of the network{self.where()}. To fix it: make a new tensor."
+                )
+
+    def use(self, xs: Iterable[Labelled], name: str) -> None:
+        """Record that an operator reads tensors, and what it sees of their units."""
+        meets_inputs = name not in self.moving and any(x.given for x in xs)
         for x in xs:
             x.used = True
-            for f in x.factors if name not in ALIASES else ():
-                self.fact(f)
-        self.func, self.named = func, {a.name: a.default_value for a in func._schema.arguments}
-        self.named |= dict(zip(self.named, args, strict=False)) | kwargs
-        found = rule(self, *self.named.values()) if rule else None
-        for x in xs if found is None else ():
-            self.fix(x, range(x.dim()), f"{name} has no rule (use others, or see symmetry.RULES)")
-        found = [found.factors] if isinstance(found, Marked) else found or []
-        found += [[] for _ in func._schema.returns]
-        taps = list(dict.fromkeys(t for x in xs for t in x.taps))
-        if name not in self.passing:
-            unary = len(taps) == len({id(x) for x in xs}) == 1
-            taps = [Tap(found[0], (taps[0].pre or taps[0]) if unary else None)]
-        args, kwargs = tree_map_only(Tensor, units.bare, (args, kwargs))
+            for source in x.sources:
+                self.pin_all(source, f"gives a second result that has no rule, to {name}")
+            x.sources = ()
+            for f in x.factors:
+                if name not in ALIASES:
+                    self.record(f)
+                if meets_inputs:
+                    self.see(f)
+
+    def see(self, factor: Tensor) -> None:
+        """Units are more than moved: they meet something given, or a sum takes all of them."""
+        self.seen.append(units_in(factor).unique())
+
+    def apply(
+        self, rule: Callable[..., Any] | None, func: Any, args: Any, kwargs: Any
+    ) -> list[list[Tensor]] | None:
+        """The factors of each result of an operator by its rule; None if the rule cannot tell."""
+        # A rule may look up the operator, and its arguments by name.
+        self.func, schema = func, func._schema
+        self.arguments = {a.name: a.default_value for a in schema.arguments}
+        self.arguments |= dict(zip(self.arguments, args, strict=False)) | kwargs
+        found = rule(self, *self.arguments.values()) if rule else None
+        return [factors_of(found)] if isinstance(found, Tensor) else found
+
+    def run_without_values(self, func: Any, args: Any, kwargs: Any, name: str) -> Any:
+        """The results of an operator as meta tensors: their shapes, strides and dtypes."""
+        args, kwargs = tree_map_only(Tensor, without_values, (args, kwargs))
         try:
-            out = func(*args, **kwargs)
+            return func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
-            raise units.SymmetryError(
+            raise SymmetryError(
                 f"find: {name} needs values{self.where()}; it says: {str(error).splitlines()[0]} "
-                "Cure: control flow must not depend on the data (torch.where instead of if); or "
-                "take the part of the network without it."
+                "To fix it: control flow must not depend on the data (torch.where instead of if); "
+                "or take the part of the network without it."
             ) from error
-        outs = [Marked(self, o, f, taps) for o, f in zip(tree_leaves(out), found, strict=False)]
-        return outs[0] if isinstance(out, Tensor) else outs
+
+    def label(
+        self, out: Any, factors: list[list[Tensor]] | None, xs: list[Labelled], name: str
+    ) -> Any:
+        """The results of an operator on `xs` as labelled tensors."""
+        taps = self.taps_of_result(factors[0] if factors else (), xs, name)
+        results = []
+        for k, x in enumerate(tree_leaves(out)):
+            known = factors is None or k < len(factors)
+            if isinstance(x, Tensor):
+                x = Labelled(self, x, factors[k] if factors and known else (), taps)
+                x.given = any(arg.given for arg in xs)
+                # What a rule says nothing of may depend on units in any way, but is seldom used.
+                x.sources = () if known else xs
+            results.append(x)
+        return results[0] if isinstance(out, Tensor) else results
+
+    def taps_of_result(
+        self, factors: Iterable[Tensor], xs: list[Labelled], name: str
+    ) -> Sequence[Tap]:
+        """The taps of an operator's result: those of its arguments, or a new one."""
+        taps = list(dict.fromkeys(t for x in xs for t in x.taps))
+        if name in self.passing:
+            return taps
+        unary = len(taps) == len({id(x) for x in xs}) == 1
+        return [Tap([*factors], (taps[0].pre or taps[0]) if unary else None)]
+
+
+def zeros(x: Tensor) -> Tensor:
+    """Zeros of the same shape and kind, without labels."""
+    return torch.zeros(x.shape, dtype=x.dtype)
+
+
+def fixed_axes(x: Tensor, dims: int) -> Iterator[int]:
+    """The axes, of `dims` after broadcasting, along which entries differ that are no units."""
+    if not x.numel() or (not isinstance(x, Labelled) and bool((x == x.flatten()[0]).all())):
+        return  # nothing, or a constant
+    live = frozenset[int]().union(*map(axes, factors_of(x)))
+    for k, n in enumerate(x.shape):
+        if n > 1 and x.stride(k) and k not in live:
+            yield k + dims - x.dim()
+
+
+def partners(own: list[Tensor], others: list[Tensor]) -> dict[int, int]:
+    """Which factor of `others` each one of `own` is to be tied with, one to one.
+
+    Those of which one refines the other come first; then those that at least share their axes.
+    """
+    found: dict[int, int] = {}
+
+    def pair_up(fit: Callable[[Tensor, Tensor], bool]) -> None:
+        for i, f in enumerate(own):
+            free = (j for j in range(len(others)) if j not in found.values())
+            if i not in found and (j := next((j for j in free if fit(f, others[j])), -1)) >= 0:
+                found[i] = j
+
+    pair_up(functional)
+    pair_up(lambda f, g: bool(axes(f)) and axes(f) == axes(g))
+    return found
+
+
+def lanes(xs: Iterable[Tensor]) -> list[dict[int, Tensor]]:
+    """The factors of several tensors that are moved together: in each lane, one for each number.
+
+    Factors go together if they live on the same axes, or if no tensor has more than one.
+    """
+    alone = all(len(factors_of(x)) < 2 for x in xs)
+    found: dict[Any, dict[int, Tensor]] = {}
+    for i, x in enumerate(xs):
+        count = Counter[frozenset[int]]()
+        for f in factors_of(x):
+            count[axes(f)] += 1
+            found.setdefault((alone or axes(f), count[axes(f)]), {})[i] = f
+    return [*found.values()]

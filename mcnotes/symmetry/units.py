@@ -1,8 +1,9 @@
-"""Tensors without values that know which units stand where in them (chapter 3).
+"""Tensors without values that know which unit stands at each of their entries (chapter 3).
 
-A *factor* is an integer array of codes, `unit << 32 | slot`, that say which unit (0: something
-fixed, 1: a constant) stands at each position along some axes of a tensor, and at which of its
-slots. Along all other axes its size is 1.
+A *unit* is one index of one axis of one parameter, and is known by its number. Where units stand in
+a tensor is told by *factors*. A factor is an integer tensor of codes, `unit << 32 | slot`: which
+unit stands at each position along some axes, and at which of its slots. Along all other axes its
+size is 1. Units 0 and 1 are none: 0 is something fixed, 1 a constant that gives way to units.
 """
 
 import re
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CONSTANT, UNIT, SLOT = 1 << 32, 2 << 32, (1 << 32) - 1  # codes from UNIT on are units
+BITS = 32
+CONSTANT, UNIT, SLOT = 1 << BITS, 2 << BITS, (1 << BITS) - 1  # codes from UNIT on are units
 
 
 class SymmetryError(ValueError):
@@ -33,19 +35,30 @@ class Tap:
     name: str = ""
 
 
-class Marked(Tensor):
-    """A tensor without values that carries factors. taps: the results of which it is made."""
+class Labelled(Tensor):
+    """A tensor without values that carries factors.
 
-    walk: Any  # has a method `operator`
+    trace: what runs its operators. factors: of as many axes as the tensor. taps: the results of
+    which it is made. given: whether it depends on the inputs. used: whether an operator has read
+    it. sources: the tensors of which it is
+    made in a way that nobody has described; their units must be pinned when it is used.
+    """
+
+    trace: Any  # has a method `operator`
     factors: list[Tensor]
-    taps: list[Tap]
+    taps: Sequence[Tap]
+    given: bool
     used: bool
+    sources: Sequence["Labelled"]
 
     @staticmethod
-    def __new__(cls, walk: Any, like: Tensor, factors: Any = (), taps: Any = ()) -> "Marked":
+    def __new__(
+        cls, trace: Any, like: Tensor, factors: Iterable[Tensor] = (), taps: Sequence[Tap] = ()
+    ) -> "Labelled":
         shape, strides = like.shape, like.stride()
         self = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=like.dtype)
-        self.walk, self.taps, self.used = walk, taps, False
+        self.trace, self.taps, self.sources = trace, taps, ()
+        self.given = self.used = False
         self.factors = [padded(f, like.dim()) for f in factors]
         return self
 
@@ -53,8 +66,8 @@ class Marked(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        walk = next(x.walk for x in tree_leaves((args, kwargs)) if isinstance(x, Marked))
-        return walk.operator(func, args, kwargs or {})
+        trace = labelled_in((args, kwargs))[0].trace
+        return trace.operator(func, args, kwargs or {})
 
 
 class Tape(TorchDispatchMode):
@@ -78,13 +91,23 @@ def op_name(func: Any) -> str:
     return re.sub(r"^\w*batch_norm\w*", "native_batch_norm", name)
 
 
-def bare(x: Tensor) -> Tensor:
-    """The tensor without values and marks."""
+def labelled_in(values: Any) -> list[Labelled]:
+    """The labelled tensors among nested values, in their order."""
+    return [x for x in tree_leaves(values) if isinstance(x, Labelled)]
+
+
+def factors_of(x: Any) -> list[Tensor]:
+    """The factors of a tensor; a plain one has none."""
+    return x.factors if isinstance(x, Labelled) else []
+
+
+def without_values(x: Tensor) -> Tensor:
+    """A tensor of the same form that has neither values nor labels."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def padded(factor: Tensor, dims: int) -> Tensor:
-    """With axes of size 1 in front, as in broadcasting."""
+    """With axes of size 1 in front, as in broadcasting, up to `dims` axes."""
     return factor[(None,) * (dims - factor.dim())]
 
 
@@ -93,43 +116,93 @@ def axes(factor: Tensor) -> frozenset[int]:
     return frozenset(k for k, n in enumerate(factor.shape) if n > 1)
 
 
+def units_of(codes: Tensor) -> Tensor:
+    """The unit of each code, as a number; below 2, there is none."""
+    return codes >> BITS
+
+
+def units_in(codes: Tensor) -> Tensor:
+    """The units among codes [number of entries with a unit]."""
+    return units_of(codes[codes >= UNIT])
+
+
 def positions(shape: Sequence[int], dims: Iterable[int]) -> Tensor:
     """Number the positions along `dims`; size 1 along all other axes."""
     size = torch.Size(n if k in dims else 1 for k, n in enumerate(shape))
     return torch.arange(size.numel()).view(size)
 
 
-def as_one(codes: Tensor, axis: int) -> bool:
+# How codes are brought into the form of a factor
+
+
+def without_needless_axes(codes: Tensor) -> Tensor:
+    """One position of each axis along which codes are repeated, or all units move as one."""
+    codes = codes[tuple(slice(None) if step else slice(1) for step in codes.stride())]
+    for k in axes(codes):
+        # Most axes fail already at their first two positions.
+        if moves_as_one(codes.narrow(k, 0, 2), k) and moves_as_one(codes, k):
+            codes = codes.narrow(k, 0, 1)
+    return codes
+
+
+def moves_as_one(codes: Tensor, axis: int) -> bool:
     """Whether the units stay the same along an axis, and their slots advance in step."""
     first = codes.narrow(axis, 0, 1)
     step = codes - first
     if not bool(step.any()):
         return True
-    if bool((codes ^ first >= 1 << 32).any()):
+    if bool((units_of(codes ^ first) > 0).any()):
         return False
     step = step.movedim(axis, 0).reshape(codes.shape[axis], -1)[:, (first >= UNIT).flatten()]
     return bool((step == step[:, :1]).all())
 
 
-def distinct(a: Tensor, b: Tensor) -> int:
-    """How many different pairs there are."""
-    return len((a << 32 | b).unique())
+def with_distinct_slots(codes: Tensor) -> Tensor:
+    """The same units, with another slot at each entry of a unit, counted alike for all units.
+
+    An entry's slot tells where its old slot comes among all old ones, and which copy of its old
+    code it is, in the order of the entries.
+    """
+    held = codes >= UNIT
+    ordered = codes[held].sort().values
+    if bool((ordered[1:] > ordered[:-1]).all()):
+        return codes
+    slot = (codes & SLOT).unique(return_inverse=True)[1].where(held, 0)
+    unit = units_of(codes) << BITS
+    ordered, order = (unit | slot).flatten().sort(stable=True)
+    copy_in_order = torch.arange(len(order)) - torch.searchsorted(ordered, ordered)
+    copy = torch.empty_like(order).scatter(0, order, copy_in_order)
+    copy = copy.view(codes.shape).where(held, 0)
+    distinct: Tensor = unit | slot * (int(copy.max()) + 1) + copy
+    return distinct
+
+
+# How two factors of one shape, or of shapes that can be broadcast, relate
+
+
+def distinct_pairs(a: Tensor, b: Tensor) -> int:
+    """How many different pairs there are of corresponding entries, all below 2³¹."""
+    return len((a << BITS | b).unique())
 
 
 def functional(f: Tensor, g: Tensor) -> bool:
     """Whether one labelling refines the other, so that tying them merges no more than it must."""
     if not (axes(f) <= axes(g) or axes(g) <= axes(f)):
         return False
-    u, v = torch.broadcast_tensors(f >> 32, g >> 32)
+    u, v = torch.broadcast_tensors(units_of(f), units_of(g))
     u, v = u[both := (u > 1) & (v > 1)], v[both]
-    return len(u) > 0 and distinct(u, v) == max(len(u.unique()), len(v.unique()))
+    return len(u) > 0 and distinct_pairs(u, v) == max(len(u.unique()), len(v.unique()))
 
 
 def independent(f: Tensor, g: Tensor) -> bool:
-    """Whether units of two factors are as rows and columns: each pair meets once, in like slots."""
+    """Whether units of each factor can move and leave those of the other where they are.
+
+    So it is with rows and columns. A unit that moves keeps its slots, so the other's unit must be
+    told by the slot alone.
+    """
     if axes(f) != axes(g) or bool((torch.minimum(f, g) < UNIT).any()):
         return False
-    u, v, s, t = f >> 32, g >> 32, f & SLOT, g & SLOT
-    rows, columns = len(u.unique()), len(v.unique())
-    once = distinct(u, v) == rows * columns == f.numel()
-    return once and distinct(s, v) == columns and distinct(t, u) == rows
+    return all(
+        distinct_pairs(a & SLOT, units_of(b)) == len((a & SLOT).unique())
+        for a, b in ((f, g), (g, f))
+    )
