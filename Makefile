@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 ALL   := '.[book,batch,test]'
 QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
 LIMIT := 1800
-QUICK := $(addprefix tests/test_, project.py dependencies.py packaging.py perms.py curves.py)
+QUICK := $(addprefix tests/test_, project.py dependencies.py packaging.py permutations.py curves.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book html notebooks figures check test smoke portable zoo clean

@@ -123,7 +123,7 @@ def test_each_method_answers_the_same_call(method: str) -> None:
     assert (method == "identity") == torch.equal(p, torch.arange(len(p)))
     undone = sym.permute(b, found.perm)
     same = matching.match(net, a, undone, data.train, sym, method="identity")
-    (moments,) = matching.stream(net, a, b, data.train, sym)[group]
+    (moments,) = matching.stream(Pair(net, sym, a, b), data.train)[group]
     agree(same.after[group], found.after[group], len(data.train), scale=lost(moments))
 
 
