@@ -1,7 +1,7 @@
 """Read activations out of a running network (chapter 4)."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -66,7 +66,6 @@ class Reader:
         for spot, m in self.net.named_modules():
             hooks[spot, "in"] = m.register_forward_pre_hook(partial(self.see, (spot, "in")))
             hooks[spot, "out"] = m.register_forward_hook(partial(self.see, (spot, "out")))
-        self.run: Callable[..., Any] = partial(call, self.net)
         kept = self(theta, inputs)
         where = {id(x): (spot, k) for spot, xs in self.seen.items() for k, x in enumerate(xs)}
         if all(id(x) in where for x in kept.values()):
@@ -87,7 +86,7 @@ class Reader:
         for m, flag in self.flags.items():
             m.training = flag
         with unfused_attention, torch.no_grad(), tape or nullcontext():
-            self.run(theta, inputs)
+            call(self.net, theta, inputs)
         if tape:
             tape.check()
             return tape.kept
