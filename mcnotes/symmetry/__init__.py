@@ -2,8 +2,8 @@
 
 `find` gives a `Symmetry`, a value that permutes parameters and verifies itself. Read `permutations`
 first, then `find`; behind them `units` labels the entries of tensors, `trace` follows the labels
-through one run of the network by the `rules` of its operators, `groups` sorts what it saw, and
-`activations` reads the units' activations out of a running network.
+through one run of the network by the `rules` of its operators, and `groups` sorts what it saw.
+`activations` reads the units' activations out of a running network; `execute` is how both run it.
 """
 
 from mcnotes.symmetry.find import Perm, Symmetry, find

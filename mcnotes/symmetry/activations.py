@@ -86,7 +86,6 @@ class Reader:
         sides: tuple[Literal["in", "out"], ...] = ("in", "out")
         every = [(name, side) for name, _ in self.net.named_modules() for side in sides]
         hooks = listen(self.net, every, self.see)
-        self.run: Callable[..., Any] = partial(call, self.net)
         kept = self(theta, inputs)
         where = {id(x): (spot, k) for spot, xs in self.seen.items() for k, x in enumerate(xs)}
         if all(id(x) in where for x in kept.values()):
@@ -107,7 +106,7 @@ class Reader:
         for m, flag in self.flags.items():
             m.training = flag
         with unfused_attention, torch.no_grad(), tape or nullcontext():
-            self.run(theta, inputs)
+            call(self.net, theta, inputs)
         if tape:
             tape.check()
             return tape.kept
