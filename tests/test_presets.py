@@ -52,7 +52,7 @@ def test_trains_aligns_and_joins(lab: Experiment) -> None:
     assert np.isfinite(path.loss).all()
 
 
-@pytest.mark.parametrize("name", [*PAPER, *SLOW, "cpu-tinyten-cifar10"])
+@pytest.mark.parametrize("name", [*PAPER, *sorted(SLOW), "cpu-tinyten-cifar10"])
 def test_pam_is_the_papers(name: str) -> None:
     """Whatever the schedule is called: 20 epochs on 50,000 images, ν = 1000, 32 samples."""
     lab = Experiment.of(presets.load(name), also=["pairs"])
