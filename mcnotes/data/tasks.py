@@ -9,6 +9,7 @@ import difflib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +43,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        return f"Split({len(self)} images {[*self.images.shape[1:]]} on {self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
     def first(self, n: int) -> "Split":
         """The first `n` images, or all if there are fewer: a fair sample."""
         return Split(self.images[:n], self.labels[:n])
@@ -57,7 +65,7 @@ class Split:
         """
         if size < 1:
             raise ValueError(f"Split.batches: got size={size}, expected at least 1")
-        n, device = len(self), self.images.device
+        n, device = len(self), self.device
         order = torch.arange(n, device=device)
         if generator is not None:
             order = torch.randperm(n, generator=generator, device=generator.device).to(device)
@@ -68,6 +76,17 @@ class Split:
             if augment:
                 images = _channels_last(augment(images, generator))
             yield images, self.labels.index_select(0, places)
+
+    def count(self, size: int) -> int:
+        """How many batches of this size there are, the last of which may be smaller."""
+        return -(-len(self) // size)
+
+    def shares(self, size: int, cores: int) -> list[Iterator[tuple[Tensor, Tensor]]]:
+        """The batches, once, in parts: the first, then at most `cores` parts of whole batches."""
+        n = max(1, -(-(len(self) - size) // (size * cores))) * size
+        cuts = [0, *range(size, len(self), n), len(self)]
+        parts = (Split(self.images[i:j], self.labels[i:j]) for i, j in pairwise(cuts))
+        return [part.batches(size) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,11 @@ class Task:
     class_names: tuple[str, ...]
     augment: Augment | None = None
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{len(getattr(self, name))} {name}" for name in ("train", "val", "test"))
+        _, *shape = self.train.images.shape
+        return f"Task({self.name}: {sizes} images {shape} of {self.num_classes} classes)"
+
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
@@ -93,7 +117,7 @@ class Task:
 
     @property
     def device(self) -> torch.device:
-        return self.train.images.device
+        return self.train.device
 
     @property
     def example(self) -> Tensor:

@@ -4,7 +4,7 @@ One pass over the images feeds both networks and accumulates, group by group, th
 units' activations; the permutation that maximises the summed similarity is a linear assignment.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mcnotes import evaluate
+from mcnotes.calls import Batch, Batches, Inputs, count
 from mcnotes.curves import Theta, check_same_space
-from mcnotes.data import Split
 from mcnotes.matching.assignment import bundles
 from mcnotes.symmetry import Symmetry
 
@@ -106,7 +106,7 @@ def similarity(taps: list[Moments], cost: Cost) -> Tensor:
 
 
 def stream(
-    net: nn.Module, theta_a: Theta, theta_b: Theta, images: Split, sym: Symmetry, *,
+    net: nn.Module, theta_a: Theta, theta_b: Theta, images: Batches, sym: Symmetry, *,
     at: At = "post", batch_size: int | None = None
 ) -> Streams:  # fmt: skip
     """The moments of every tap of every group, in one pass over `images`, evaluation mode.
@@ -118,17 +118,16 @@ def stream(
         check_same_space(theta_a, theta_b, "match")
     except ValueError as error:
         raise AlignmentError(str(error)) from error
-    if len(images) < 2:
-        raise AlignmentError(f"match: got {len(images)} images, expected 2 or more (thousands)")
-    device = images.images.device
+    device = images.device
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     size = -(-batch_size // cores) if batch_size else 64 if device.type == "cpu" else 512
     kinds = [names for blocks in bundles(sym).values() for names in zip(*blocks, strict=True)]
     tap = sym.tapper(net, at=at)
     a, b = ({n: x.to(device) for n, x in theta.items()} for theta in (theta_a, theta_b))
-    bar = tqdm(total=len(images), desc="correlating", leave=False)
+    bar = tqdm(total=images.count(size), desc="correlating", leave=False)
+    samples = list[int]()
 
-    def take_in(x: Tensor, found: Streams) -> None:  # activations live no longer than this
+    def take_in(x: Inputs, found: Streams) -> None:  # activations live no longer than this
         seen = tap(a, x), tap(b, x)
         for names in kinds:
             pairs = list(zip(*(_side_by_side([s[n] for n in names]) for s in seen), strict=True))
@@ -136,21 +135,25 @@ def stream(
                 found[names[0]] = [Moments.like(u, v) for u, v in pairs]
             for m, (u, v) in zip(found[names[0]], pairs, strict=True):
                 m.add(u, v)
-        bar.update(len(x))
+        samples.append(count(x))
+        bar.update()
 
     @torch.no_grad()
-    def follow(share: Split, start: Streams) -> Streams:
+    def follow(share: Iterable[Batch], start: Streams) -> Streams:
         found = {name: [Moments.about(m.origin) for m in taps] for name, taps in start.items()}
-        for x, _ in share.batches(size):
+        for x, _ in share:
             take_in(x, found)
         return found
 
     with evaluate.mode(net, training=False), bar:
-        moments = follow(images.first(size), {})
-        for found in _side_jobs(partial(follow, start=moments), _shares(images, size, cores)):
+        first, *shares = images.shares(size, cores)
+        moments = follow(first, {})
+        for found in _side_jobs(partial(follow, start=moments), shares):
             for name, taps in found.items():
                 for m, other in zip(moments[name], taps, strict=True):
                     m.merge(other)
+    if sum(samples) < 2:
+        raise AlignmentError(f"match: got {sum(samples)} images, expected 2 or more (thousands)")
     for name, taps in moments.items():
         if not all(m.cross.isfinite().all() for m in taps):
             raise AlignmentError(f"match: activations of {name!r} are not finite; look for NaN "
@@ -163,18 +166,15 @@ def _side_by_side(seen: list[list[Tensor]]) -> list[Tensor]:
     return seen[0] if len(seen) == 1 else [torch.cat(parts, 1) for parts in zip(*seen, strict=True)]
 
 
-def _shares(images: Split, size: int, cores: int) -> list[Split]:
-    """All but the first `size` images, in `cores` parts of whole batches (fewer, if too few)."""
-    n = max(1, -(-(len(images) - size) // (size * cores))) * size
-    cuts = range(size, len(images), n)
-    return [Split(images.images[i : i + n], images.labels[i : i + n]) for i in cuts]
-
-
-def _side_jobs(work: Callable[[Split], Streams], shares: list[Split]) -> list[Streams]:
+def _side_jobs(
+    work: Callable[[Iterable[Batch]], Streams], shares: Sequence[Iterable[Batch]]
+) -> list[Streams]:
     """What `work` gives for each share: one thread each, which PyTorch splits no further."""
-    threads, count = torch.get_num_threads(), max(1, len(shares))
+    if len(shares) < 2:
+        return [work(share) for share in shares]
+    threads, parts = torch.get_num_threads(), len(shares)
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, shares))
     finally:
         torch.set_num_threads(threads)

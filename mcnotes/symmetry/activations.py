@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import functionalize
 from torch.utils._pytree import tree_leaves
 
-from mcnotes.symmetry.groups import call, inference_copy, unfused_attention
+from mcnotes.calls import Inputs, call
+from mcnotes.symmetry.groups import inference_copy, unfused_attention
 from mcnotes.symmetry.units import SymmetryError, Tape
 
 Theta = dict[str, Tensor]
-Inputs = tuple[Tensor, ...]
 
 
 class Recorder(Tape):

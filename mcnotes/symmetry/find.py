@@ -22,15 +22,16 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from mcnotes import calls
+from mcnotes.calls import Inputs
 from mcnotes.symmetry import permutations
 from mcnotes.symmetry.activations import Reader, Theta
 from mcnotes.symmetry.groups import (
     Group,
     Pinned,
     Place,
-    call,
     discover,
     inference_copy,
     unfused_attention,
@@ -38,7 +39,6 @@ from mcnotes.symmetry.groups import (
 from mcnotes.symmetry.units import SymmetryError
 
 Perm = dict[str, Tensor]  # index vectors by group
-Example = Tensor | tuple[Tensor, ...]
 KNOWN: WeakKeyDictionary[nn.Module, dict[Any, Mapping[str, Group]]] = WeakKeyDictionary()
 """Groups that `tapper` found, by network, and by mode and layout of the inputs."""
 
@@ -126,7 +126,7 @@ class Symmetry:
         return out
 
     def verify(
-        self, net: nn.Module, example: Example, theta: Theta | None = None, *,
+        self, net: nn.Module, example: Inputs, theta: Theta | None = None, *,
         tolerance: float = 1e-6, seed: int = 0
     ) -> float:  # fmt: skip
         """The relative difference of the outputs when a random cycle permutes every group.
@@ -139,7 +139,11 @@ class Symmetry:
         buffers = {n: b.double() if b.is_floating_point() else b for n, b in net.named_buffers()}
         given = {n: jitter(t, generator) for n, t in (theta or net.state_dict()).items()}
         device = next((t.device for t in given.values()), None)
-        inputs = [x.double() if x.is_floating_point() else x for x in as_tuple(example)]
+
+        def exact(x: Tensor) -> Tensor:
+            return (x.double() if x.is_floating_point() else x).to(device)
+
+        inputs = tree_map_only(Tensor, exact, calls.plain(example))
 
         def outputs(perm: Perm) -> list[Tensor]:
             values = buffers | self.permute(given, perm)
@@ -149,9 +153,7 @@ class Symmetry:
             try:
                 with unfused_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    out = call(
-                        inference_copy(net, self.train), values, tuple(x.to(device) for x in inputs)
-                    )
+                    out = calls.call(inference_copy(net, self.train), values, inputs)
             finally:
                 torch.set_default_dtype(default)
             return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -175,7 +177,7 @@ class Symmetry:
     def tapper(
         self, net: nn.Module, at: Literal["post", "pre"] = "post"
     ) -> Callable[..., dict[str, list[Tensor]]]:
-        """A function (θ, *inputs) → {group: [activations [samples, units], …]}, in one run.
+        """A function (θ, inputs) → {group: [activations [samples, units], …]}, in one run.
 
         at: "post", what the next contraction sees, after the nonlinearity; "pre", before it. All
         positions but those of the units are samples. Evaluation mode, any batch size, no gradients.
@@ -184,10 +186,20 @@ class Symmetry:
         readers: dict[Any, Reader] = {}  # one for each thread
         lock, still = Lock(), self.identity()
 
-        def run(theta: Theta, *inputs: Tensor) -> dict[str, list[Tensor]]:
+        def run(theta: Theta, *given: Any) -> dict[str, list[Tensor]]:
+            inputs = calls.plain(given[0] if len(given) == 1 else given)
             # How inputs lie in memory decides which operators PyTorch runs.
-            layout = tuple((x.shape[1:], x.stride()[1:], x.device) for x in inputs)
-            few = tuple(x[:2] if x.dim() > 1 else x for x in inputs)
+            leaves, form = tree_flatten(inputs)
+            layout = (
+                str(form),
+                *(
+                    (x.shape[1:], x.stride()[1:], x.dtype, x.device)
+                    if isinstance(x, Tensor)
+                    else repr(x)
+                    for x in leaves
+                ),
+            )
+            few = calls.first(inputs, 2)
             with lock:
                 known = KNOWN.setdefault(net, {})
                 if (self.train, layout) not in known:
@@ -262,10 +274,6 @@ class Symmetry:
         return isinstance(other, Symmetry) and self.to_json() == other.to_json()
 
 
-def as_tuple(example: Example) -> list[Tensor]:
-    return [example] if isinstance(example, Tensor) else [*example]
-
-
 def jitter(t: Tensor, generator: torch.Generator) -> Tensor:
     """Float64; each entry scaled by about 1, equal ones moved apart; positive ones stay so.
 
@@ -281,12 +289,13 @@ def jitter(t: Tensor, generator: torch.Generator) -> Tensor:
     return t * (0.75 + noise[0] / 2) / (reach if 0 < reach < 0.1 else 1)
 
 
-def find(net: nn.Module, example: Example, train: bool = False) -> Symmetry:
+def find(net: nn.Module, example: Inputs, train: bool = False) -> Symmetry:
     """The permutation symmetries of `net`, by following its units through one run.
 
-    example: an input with its batch in front, or a tuple of inputs; only shapes count. train: find
-    those of training mode, in which auxiliary heads exist. The network is not changed. Raises
-    SymmetryError where it cannot be followed: control flow on data. What is not understood is
-    pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`; `Symmetry.verify` proves.
+    example: an input with its batch in front, a tuple of inputs, or a mapping of keywords; only
+    shapes count. train: find those of training mode, in which auxiliary heads exist. The network is
+    not changed. Raises SymmetryError where it cannot be followed: control flow on data. What is not
+    understood is pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`;
+    `Symmetry.verify` proves.
     """
-    return Symmetry(*discover(net, as_tuple(example), train), train)
+    return Symmetry(*discover(net, calls.plain(example), train), train)

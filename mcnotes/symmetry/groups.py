@@ -2,20 +2,20 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.func import functional_call, functionalize
-from torch.utils._pytree import tree_leaves
+from torch.func import functionalize
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mcnotes.calls import Inputs, call
 from mcnotes.symmetry.rules import PASSING, RULES
 from mcnotes.symmetry.trace import Walk
 from mcnotes.symmetry.units import SLOT, UNIT, Marked, Tap, axes
@@ -82,7 +82,7 @@ class Pinned:
 
 
 def discover(
-    net: nn.Module, inputs: Sequence[Tensor], train: bool
+    net: nn.Module, inputs: Inputs, train: bool
 ) -> tuple[dict[str, Group], tuple[Pinned, ...]]:
     """The groups of `net` by name, and what stays; see `symmetry.find`."""
     walk, first = trace(net, inputs, train)
@@ -135,7 +135,7 @@ def discover(
 
 
 def trace(
-    net: nn.Module, inputs: Sequence[Tensor], train: bool, merged: Tensor | None = None
+    net: nn.Module, inputs: Inputs, train: bool, merged: Tensor | None = None
 ) -> tuple[Walk, list[tuple[str, Tensor]]]:
     """Run the network on marked tensors: the walk, and every factor of its parameters by name.
 
@@ -151,10 +151,13 @@ def trace(
         if t.is_floating_point() and id(t) not in marked:
             marked[id(t)] = walk.parameter(t, groups.get(id(t), 1))
     theta = {n: marked[id(t)] for n, t in state.items() if id(t) in marked}
+
     # Nothing is known of the values: what an example repeats may differ in other inputs.
-    inputs = [x.contiguous() if 0 in x.stride() else x for x in inputs]
-    twice = (torch.cat([x, x]) if x.dim() and len(x) == 1 else x for x in inputs)
-    given = tuple(Marked(walk, x, (), [Tap()]) for x in twice)
+    def marked_input(x: Tensor) -> Marked:
+        x = x.contiguous() if 0 in x.stride() else x
+        return Marked(walk, torch.cat([x, x]) if x.dim() and len(x) == 1 else x, (), [Tap()])
+
+    given = tree_map_only(Tensor, marked_input, inputs)
     with unfused_attention(), torch.no_grad(), walk:
         # Without writing in place: PyTorch makes it a chain of new tensors.
         ends = functionalize(lambda theta, xs: call(net, theta, xs))(theta, given)
@@ -164,20 +167,6 @@ def trace(
     for x in (x for x in theta.values() if not x.used):
         walk.fix(x, range(x.dim()), "is not used in this mode")
     return walk, [(n, f) for n, x in theta.items() for f in x.factors]
-
-
-def call(net: nn.Module, theta: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Any:
-    """The network's outputs with other tensors, which leave it afterwards.
-
-    A module of two names gets them once: `functional_call` would not take out what it put in twice.
-    """
-    names = {
-        f"{path}.{n}".removeprefix(".")
-        for path, m in net.named_modules()
-        for n in (*m._parameters, *m._buffers)
-    }
-    given = {n: t for n, t in theta.items() if n in names}
-    return functional_call(net, given, inputs, tie_weights=False)
 
 
 def inference_copy(net: nn.Module, train: bool) -> nn.Module:
@@ -197,10 +186,16 @@ def inference_copy(net: nn.Module, train: bool) -> nn.Module:
 
 @contextmanager
 def unfused_attention() -> Iterator[None]:
-    """Attention by its operators, one by one: a setting of the process, undone by the last user."""
-    mha, kernels = torch.backends.mha, torch.backends.cuda
+    """Attention by its operators, one by one: a setting of the process, undone by the last user.
+
+    Networks are told that they are compiled: those of `transformers` then leave out their choices
+    by the values of a mask.
+    """
+    mha, kernels, compiler = torch.backends.mha, torch.backends.cuda, torch.compiler
     with LOCK:
         if not USERS:
+            UNDO.callback(setattr, compiler, "_is_compiling_flag", compiler._is_compiling_flag)
+            compiler._is_compiling_flag = True
             UNDO.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
             mha.set_fastpath_enabled(False)
             for kind in ("flash", "mem_efficient", "cudnn"):  # what remains: "math"

@@ -36,6 +36,7 @@ def shift(walk: Walk, first: Any, *rest: Any) -> list[Any] | None:
 
 def cat(walk: Walk, xs: Sequence[Tensor], dim: int = 0) -> list[Any]:
     """Units on `dim` stand side by side; those on other axes meet, as if entry by entry."""
+    xs = [x for x in xs if x.numel()] or xs[:1]  # an empty one, of any shape, adds nothing
     dim %= xs[0].dim()
 
     def part(x: Tensor, on: bool) -> Tensor:

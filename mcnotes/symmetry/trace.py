@@ -222,6 +222,7 @@ class Walk(Tape):
             unary = len(taps) == len({id(x) for x in xs}) == 1
             taps = [Tap(found[0], (taps[0].pre or taps[0]) if unary else None)]
         args, kwargs = tree_map_only(Tensor, units.bare, (args, kwargs))
+        kwargs |= {"device": "meta"} if "device" in kwargs else {}
         try:
             out = func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
