@@ -6,6 +6,7 @@ mapping are keywords; tensors have their batch in front. `Batches` are inputs wi
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,24 +20,32 @@ Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Batch = tuple[Any, Any]  # inputs, targets
 
 
+class InputError(ValueError):
+    """Networks, or what they are to be shown, do not fit; the text says why and what to do."""
+
+
 class Batches(Protocol):
-    """Inputs with their targets on one device, as often as wanted; `len` is not asked for."""
+    """Inputs with their targets on one device, as often as wanted."""
 
     @property
     def device(self) -> torch.device:
         """Where the batches lie."""
 
     def batches(
-        self, size: int, *, generator: torch.Generator | None = None, augment: Any = None,
-        drop_last: bool = False
-    ) -> Iterator[Batch]:  # fmt: skip
+        self,
+        size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: Any = None,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]:
         """One pass. Those who cannot cut as they like give batches of a size of their own.
 
         generator: in random order; it also drives `augment`. drop_last: all are of one size.
         """
 
     def count(self, size: int) -> int:
-        """How many batches a pass has."""
+        """How many batches a pass has; 0 where that is not known beforehand."""
 
     def shares(self, size: int, cores: int) -> Sequence[Iterable[Batch]]:
         """One pass in parts: the first batch, then up to `cores` that may run side by side."""
@@ -98,8 +107,7 @@ def heads(outputs: Any) -> list[Tensor]:
     """
     if isinstance(outputs, Tensor):
         return [outputs]
-    found = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    found = getattr(outputs, "logits", None) if found is None else found
+    found = field(outputs, "logits")
     if isinstance(outputs, tuple | list) and outputs and isinstance(outputs[0], Tensor):
         first = outputs[0] if found is None else found
         alike = [x for x in outputs[1:] if isinstance(x, Tensor) and x.shape == first.shape]
@@ -107,6 +115,28 @@ def heads(outputs: Any) -> list[Tensor]:
     if isinstance(found, Tensor):
         return [found]
     raise TypeError(f"found no logits in outputs of type {type(outputs).__name__}")
+
+
+def field(outputs: Any, name: str) -> Any:
+    """The value under this key, or else of this attribute; None if there is neither."""
+    if isinstance(outputs, Mapping) and name in outputs:
+        return outputs[name]
+    return getattr(outputs, name, None)
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """All tensors of outputs: alone, or in sequences, mappings and dataclasses of any depth."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        parts = list(outputs.values())
+    elif isinstance(outputs, tuple | list):
+        parts = list(outputs)
+    elif is_dataclass(outputs):
+        parts = [getattr(outputs, f.name) for f in fields(outputs)]
+    else:
+        parts = []
+    return [x for part in parts for x in tensors(part)]
 
 
 def plain(inputs: Any) -> Inputs:
@@ -119,8 +149,10 @@ def plain(inputs: Any) -> Inputs:
         inputs = dict(inputs)
     for x in tree_leaves(inputs):
         if not isinstance(x, Tensor | bool | int | float | str | None):
-            raise TypeError(f"got a {type(x).__name__} among the inputs of a network, expected "
-                            "tensors, alone or in tuples, lists and dictionaries")  # fmt: skip
+            raise TypeError(
+                f"got a {type(x).__name__} among the inputs of a network, expected "
+                "tensors, alone or in tuples, lists and dictionaries"
+            )
     return inputs  # type: ignore[no-any-return]
 
 

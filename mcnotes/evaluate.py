@@ -5,10 +5,12 @@ mapping of names to a `Quantity`: `CLASSIFICATION` is the book's, `averaged` mak
 function of outputs and targets.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +21,14 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
+from mcnotes import display
 from mcnotes.attacks import Perturb
 from mcnotes.calls import Batch, Batches, call, count, logits
 from mcnotes.curves import Curve, Theta, combine, views
 from mcnotes.data import Split
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Array = NDArray[np.float64]
 Quantity = Callable[[Any, Any, int], tuple[Tensor, Tensor | int]]
@@ -160,6 +166,11 @@ def batchnorm(
     return fresh
 
 
+def barrier(t: Array, loss: Array) -> float:
+    """How far the loss rises above the straight line between its ends; t, loss: [points]."""
+    return float((loss - ((1 - t) * loss[0] + t * loss[-1])).max())
+
+
 class Profile(NamedTuple):
     """What was measured along a curve, all arrays [points]. Accuracies are shares of 1."""
 
@@ -168,11 +179,25 @@ class Profile(NamedTuple):
     loss: Array
     accuracy: Array
 
+    def __repr__(self) -> str:
+        low, mean = self.min_accuracy, self.mean_accuracy
+        words = f"barrier {self.barrier:.3g}, accuracy at least {low:.3g}, on average {mean:.3g}"
+        return f"Profile({len(self.t)} points: {words})"
+
+    def _repr_html_(self) -> str:
+        drawn = display.line(self.t.tolist(), self.loss.tolist(), "loss along the curve")
+        return display.described(self, drawn)
+
+    def frame(self) -> DataFrame:
+        """A row for each point: t, arc, loss, accuracy."""
+        import pandas  # takes half a second
+
+        return pandas.DataFrame(self._asdict())
+
     @property
     def barrier(self) -> float:
         """max over t of L(r(t)) − [(1 − t) L(r(0)) + t L(r(1))], in nats; ≥ 0 (chapter 1)."""
-        chord = (1 - self.t) * self.loss[0] + self.t * self.loss[-1]
-        return float((self.loss - chord).max())
+        return barrier(self.t, self.loss)
 
     @property
     def min_accuracy(self) -> float:

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from mcnotes import evaluate
+from mcnotes import display, evaluate
 from mcnotes.attacks import Perturb
 from mcnotes.cache import Checkpoint
 from mcnotes.calls import Training, call, count, heads
@@ -77,6 +77,15 @@ class Fit(NamedTuple):
 
     curve: Curve
     losses: list[float]
+
+    def __repr__(self) -> str:
+        course = f", loss {self.losses[0]:.3g} → {self.losses[-1]:.3g}" if self.losses else ""
+        return f"Fit({len(self.losses)} epochs{course}; {self.curve!r})"
+
+    def _repr_html_(self) -> str:
+        epochs = [float(k) for k in range(1, len(self.losses) + 1)]
+        drawn = display.line(epochs, self.losses, "training loss of each epoch")
+        return display.described(self, drawn if epochs else "")
 
     @property
     def theta(self) -> Theta:
@@ -167,7 +176,7 @@ def _epoch(step: "Step", curve: Curve, task: Training, seed: int, epoch: int) ->
     noise = torch.Generator(device).manual_seed(seed)
     batches, samples = task.train.count(recipe.batch_size), 0
     ts = torch.rand(batches, generator=noise, device=device, dtype=torch.float64)
-    weights = curve.weights(ts).float()
+    weights = curve.weights(ts).to(step.rows.dtype)
     augment = task.augment if recipe.augment else None
     data = task.train.batches(recipe.batch_size, generator=noise, augment=augment)
     total = torch.zeros((), dtype=torch.float64, device=device)

@@ -9,6 +9,7 @@ import difflib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mcnotes import display
 from mcnotes.data.augment import Augment
 from mcnotes.data.sources import Arrays, DataError, fair_order, read
 
@@ -45,6 +47,10 @@ class Split:
 
     def __repr__(self) -> str:
         return f"Split({len(self)} images {[*self.images.shape[1:]]} on {self.device})"
+
+    def _repr_html_(self) -> str:
+        labels = ", ".join(map(str, self.labels[:12].tolist()))
+        return display.described(self, display.strip(self.images[:12], f"labels: {labels}"))
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +110,12 @@ class Task:
         sizes = ", ".join(f"{len(getattr(self, name))} {name}" for name in ("train", "val", "test"))
         _, *shape = self.train.images.shape
         return f"Task({self.name}: {sizes} images {shape} of {self.num_classes} classes)"
+
+    def _repr_html_(self) -> str:
+        splits = {name: getattr(self, name) for name in ("train", "val", "test")}
+        rows = ({"split": name, "images": len(s), "device": s.device} for name, s in splits.items())
+        names = f"<div>{escape(', '.join(self.class_names))}</div>"
+        return display.described(self, display.table(rows), names)
 
     @property
     def num_classes(self) -> int:

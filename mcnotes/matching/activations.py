@@ -124,7 +124,7 @@ def stream(
     kinds = [names for blocks in bundles(sym).values() for names in zip(*blocks, strict=True)]
     tap = sym.tapper(net, at=at)
     a, b = ({n: x.to(device) for n, x in theta.items()} for theta in (theta_a, theta_b))
-    bar = tqdm(total=images.count(size), desc="correlating", leave=False)
+    bar = tqdm(total=images.count(size) or None, desc="correlating", leave=False)
     samples = list[int]()
 
     def take_in(x: Inputs, found: Streams) -> None:  # activations live no longer than this

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from mcnotes import calls
 from mcnotes.calls import Inputs
@@ -156,7 +156,7 @@ class Symmetry:
                     out = calls.call(inference_copy(net, self.train), values, inputs)
             finally:
                 torch.set_default_dtype(default)
-            return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+            return calls.tensors(out)
 
         def error(perm: Perm) -> float:
             pairs = zip(before, outputs(perm), strict=True)

@@ -13,9 +13,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.func import functionalize
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from mcnotes.calls import Inputs, call
+from mcnotes import display
+from mcnotes.calls import Inputs, call, tensors
 from mcnotes.symmetry.rules import PASSING, RULES
 from mcnotes.symmetry.trace import Walk
 from mcnotes.symmetry.units import SLOT, UNIT, Marked, Tap, axes
@@ -69,6 +70,16 @@ class Group:
     post: tuple[Place, ...] = ()
     pre: tuple[Place, ...] = ()
     inner: tuple[tuple[str, ...], ...] = ()
+
+    def __repr__(self) -> str:
+        kind = f"blocks of {len(self.inner[0])} groups" if self.inner and self.inner[0] else "units"
+        where = ", ".join(f"{p.name}[{p.axis}]" for p in self.places)
+        return f"Group({self.size} {kind} at {where})"
+
+    def _repr_html_(self) -> str:
+        rows = ({"acts on": p.name, "axis": p.axis, "entries of a unit": p.index.shape[1]}
+                for p in self.places)  # fmt: skip
+        return display.described(self, display.table(rows))
 
 
 @dataclass(frozen=True)
@@ -160,8 +171,8 @@ def trace(
     given = tree_map_only(Tensor, marked_input, inputs)
     with unfused_attention(), torch.no_grad(), walk:
         # Without writing in place: PyTorch makes it a chain of new tensors.
-        ends = functionalize(lambda theta, xs: call(net, theta, xs))(theta, given)
-    for x in tree_leaves(ends):
+        ends = functionalize(lambda theta, xs: tensors(call(net, theta, xs)))(theta, given)
+    for x in ends:
         if isinstance(x, Marked):
             walk.fix(x, range(x.dim()), "reaches the output")
     for x in (x for x in theta.values() if not x.used):
