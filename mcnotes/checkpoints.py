@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 
-from mcnotes import cache
+from mcnotes import cache, display
 from mcnotes.curves import Theta
 from mcnotes.data import Task
 from mcnotes.names import resolve
@@ -39,6 +39,16 @@ class Loaded(NamedTuple):
     prefix: str  # what stood in the file before the network's own names
     outside: list[str]  # tensors that stand elsewhere in the file, and were left there
     sha256: str  # of the file
+
+    def __repr__(self) -> str:
+        numbers = sum(x.numel() for x in self.theta.values())
+        below = f" under {self.prefix!r}" if self.prefix else ""
+        left = f", {len(self.outside)} tensors left in the file" if self.outside else ""
+        return f"Loaded({len(self.theta)} tensors, {numbers:,} numbers{below}{left})"
+
+    def _repr_html_(self) -> str:
+        rows = ({"tensor": n, "shape": [*x.shape], "dtype": x.dtype} for n, x in self.theta.items())
+        return display.described(self, display.table(rows))
 
 
 def build(factory: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:

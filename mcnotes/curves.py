@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mcnotes import display
+
 Theta = dict[str, Tensor]
 Kind = Literal["bezier", "chain"]
 
@@ -35,6 +37,17 @@ class Curve:
             raise ValueError(f"Curve: got kind {self.kind!r}, expected 'bezier' or 'chain'")
         for i, point in enumerate(self.points[1:], start=1):
             check_same_space(self.points[0], point, f"Curve: control point {i}")
+
+    def __repr__(self) -> str:
+        numbers = sum(x.numel() for x in self.points[0].values())
+        return f"Curve({self.kind}, {len(self.points)} control points of {numbers:,} numbers)"
+
+    def _repr_html_(self) -> str:
+        names = [n for n, x in self.points[0].items() if x.is_floating_point()]
+        apart = self.gram(names)
+        rows = ({"control point": i, "distance from the first": float(apart[i, i]) ** 0.5}
+                for i in range(len(self.points)))  # fmt: skip
+        return display.described(self, display.table(rows))
 
     @property
     def degree(self) -> int:

@@ -1,29 +1,39 @@
 """Loss and accuracy of a network, along a curve and over a plane; BatchNorm; curvature (chapter 1).
 
-Everything takes the network's state as a value: `net` is never changed.
+Everything takes the network's state as a value: `net` is never changed. What is measured is a
+mapping of names to a `Quantity`: `CLASSIFICATION` is the book's, `averaged` makes one of any
+function of outputs and targets.
 """
 
+from __future__ import annotations
+
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
+from mcnotes import display
 from mcnotes.attacks import Perturb
+from mcnotes.calls import Batch, Batches, call, count, logits
 from mcnotes.curves import Curve, Theta, combine, views
 from mcnotes.data import Split
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 Array = NDArray[np.float64]
-Batch = tuple[Tensor, Tensor]  # images, labels
+Quantity = Callable[[Any, Any, int], tuple[Tensor, Tensor | int]]
+"""(outputs, targets, samples) of a batch → the sum over what is counted, and how many these are."""
+IGNORED = -100  # a target that `cross_entropy` leaves out
 
 
 class Score(NamedTuple):
@@ -34,17 +44,71 @@ class Score(NamedTuple):
 
 
 def score(
-    net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500,
+    net: nn.Module, theta: Theta, split: Batches, *, batch_size: int = 500,
     perturb: Perturb | None = None
 ) -> Score:  # fmt: skip
     """Loss and accuracy of `theta` on `split` (attacked, if there is `perturb`: robust ones)."""
-    total = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
+    found = means(net, theta, split, CLASSIFICATION, batch_size=batch_size, perturb=perturb)
+    return Score(**found)
+
+
+def means(
+    net: nn.Module, theta: Theta, data: Batches, wanted: Mapping[str, Quantity], *,
+    batch_size: int = 500, perturb: Perturb | None = None
+) -> dict[str, float]:  # fmt: skip
+    """The mean of each quantity over one pass in evaluation mode. ValueError without a batch."""
+    total: Tensor | None = None
     with mode(net, training=False), torch.no_grad():
-        for x, y in attacked(net, theta, split.batches(batch_size), perturb):
-            z = functional_call(net, theta, (x,))
-            hits = (z.argmax(1) == y).sum()
-            total += torch.stack([cross_entropy(z, y, reduction="sum"), hits]).double()
-    return Score(*(total / len(split)).tolist())
+        for x, y in attacked(net, theta, data.batches(batch_size), perturb):
+            outputs, n = call(net, theta, x), count(x)
+            pairs = [quantity(outputs, y, n) for quantity in wanted.values()]
+            sums = torch.stack([torch.stack([_exact(v, data.device) for v in p]) for p in pairs])
+            total = sums if total is None else total + sums
+    if total is None:
+        raise ValueError("evaluate: got no batch, expected at least one")
+    return dict(zip(wanted, (total[:, 0] / total[:, 1]).tolist(), strict=True))
+
+
+def _exact(value: Tensor | float, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device=device)
+
+
+def entropy(outputs: Any, y: Tensor, _: int = 0) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the logits in nats, over all targets but those that are `IGNORED`."""
+    z = classes_first(logits(outputs), y)
+    return cross_entropy(z, y, reduction="sum"), (y != IGNORED).sum()
+
+
+def hits(outputs: Any, y: Tensor, _: int = 0) -> tuple[Tensor, Tensor]:
+    """How often the largest logit is that of the target; of what `entropy` counts."""
+    z = classes_first(logits(outputs), y)
+    return (z.argmax(1) == y).sum(), (y != IGNORED).sum()
+
+
+def averaged(value: Callable[[Any, Any], Any]) -> Quantity:
+    """The quantity of a function (outputs, targets) → mean over a batch, a number or a tensor."""
+    return lambda outputs, y, n: (value(outputs, y) * n, n)
+
+
+CLASSIFICATION: dict[str, Quantity] = {"loss": entropy, "accuracy": hits}
+"""What the book measures."""
+
+
+def classes_first(z: Tensor, y: Tensor) -> Tensor:
+    """Logits with their classes on axis 1, as `cross_entropy` wants them; y: class numbers.
+
+    z: [N, C], [N, C, …] or [N, …, C], for y: [N] or [N, …]. Raises ValueError for other shapes, and
+    for those that may be read both ways.
+    """
+    if z.dim() == 2 and y.shape == z.shape[:1] and not y.is_floating_point():
+        return z
+    ways = [z] if y.shape == z.shape[:1] + z.shape[2:] else []
+    ways += [z.movedim(-1, 1)] if z.dim() > 2 and y.shape == z.shape[:-1] else []
+    if len(ways) != 1 or z.dim() < 2 or y.is_floating_point():
+        raise ValueError(f"cross-entropy of logits {[*z.shape]} and targets {y.dtype} {[*y.shape]} "
+                         "is not defined, expected class numbers, one for each place: pass a loss "
+                         "(outputs, targets) of your own")  # fmt: skip
+    return ways[0]
 
 
 def attacked(
@@ -56,19 +120,19 @@ def attacked(
             forked = torch.random.fork_rng([x.device] if x.is_cuda else [])
             with mode(net, training=False), forked:
                 torch.manual_seed(i)
-                x = perturb(lambda u: functional_call(net, theta, (u,)), x, y)
+                x = perturb(lambda u: logits(call(net, theta, u)), x, y)
         yield x, y
 
 
 def probabilities(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500) -> Tensor:
     """Predicted class probabilities in evaluation mode: [N, classes], float32."""
     with mode(net, training=False), torch.no_grad():
-        batches = (functional_call(net, theta, (x,)) for x, _ in split.batches(batch_size))
+        batches = (logits(call(net, theta, x)) for x, _ in split.batches(batch_size))
         return torch.cat([z.float().softmax(1) for z in batches])
 
 
 def batchnorm(
-    net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500,
+    net: nn.Module, theta: Theta, split: Batches, *, batch_size: int = 500,
     perturb: Perturb | None = None
 ) -> Theta:  # fmt: skip
     """`theta` with its BatchNorm running statistics computed anew on `split`, in one pass.
@@ -88,15 +152,23 @@ def batchnorm(
         fresh[name].zero_()
     with mode(net, training=False), torch.no_grad():
         try:
-            batches = split.batches(min(batch_size, len(split)), drop_last=True)
+            batches = split.batches(batch_size, drop_last=split.count(batch_size) > 1)
+            k = 0
             for k, (x, _) in enumerate(attacked(net, theta, batches, perturb), 1):
                 for norm in momenta:
                     norm.train().momentum = 1 / k  # plain averages; for None, PyTorch would wait
-                functional_call(net, fresh, (x,))
+                call(net, fresh, x)
         finally:
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
+    if k == 0:
+        raise ValueError("batchnorm: got no batch, expected at least one")
     return fresh
+
+
+def barrier(t: Array, loss: Array) -> float:
+    """How far the loss rises above the straight line between its ends; t, loss: [points]."""
+    return float((loss - ((1 - t) * loss[0] + t * loss[-1])).max())
 
 
 class Profile(NamedTuple):
@@ -107,11 +179,25 @@ class Profile(NamedTuple):
     loss: Array
     accuracy: Array
 
+    def __repr__(self) -> str:
+        low, mean = self.min_accuracy, self.mean_accuracy
+        words = f"barrier {self.barrier:.3g}, accuracy at least {low:.3g}, on average {mean:.3g}"
+        return f"Profile({len(self.t)} points: {words})"
+
+    def _repr_html_(self) -> str:
+        drawn = display.line(self.t.tolist(), self.loss.tolist(), "loss along the curve")
+        return display.described(self, drawn)
+
+    def frame(self) -> DataFrame:
+        """A row for each point: t, arc, loss, accuracy."""
+        import pandas  # takes half a second
+
+        return pandas.DataFrame(self._asdict())
+
     @property
     def barrier(self) -> float:
         """max over t of L(r(t)) − [(1 − t) L(r(0)) + t L(r(1))], in nats; ≥ 0 (chapter 1)."""
-        chord = (1 - self.t) * self.loss[0] + self.t * self.loss[-1]
-        return float((self.loss - chord).max())
+        return barrier(self.t, self.loss)
 
     @property
     def min_accuracy(self) -> float:
@@ -126,7 +212,7 @@ class Profile(NamedTuple):
 
 
 def profile(
-    net: nn.Module, curve: Curve, split: Split, *, statistics: Split | None, points: int = 25,
+    net: nn.Module, curve: Curve, split: Batches, *, statistics: Batches | None, points: int = 25,
     perturb: Perturb | None = None, perturb_statistics: Perturb | None = None
 ) -> Profile:  # fmt: skip
     """Loss and accuracy on `split` at `points` equidistant t in [0, 1].
@@ -135,13 +221,25 @@ def profile(
     the statistics as the curve mixes them, which is rarely what one wants. perturb: the attack on
     the images of `split` at every point, perturb_statistics: that on the images of `statistics`.
     """
+    t, arc, loss, accuracy = along(net, curve, split, CLASSIFICATION, statistics=statistics,
+                                   points=points, perturb=perturb,
+                                   perturb_statistics=perturb_statistics).T  # fmt: skip
+    return Profile(t, arc, loss, accuracy)
+
+
+def along(
+    net: nn.Module, curve: Curve, data: Batches, wanted: Mapping[str, Quantity], *,
+    statistics: Batches | None, points: int, perturb: Perturb | None = None,
+    perturb_statistics: Perturb | None = None
+) -> Array:  # fmt: skip
+    """t, arc length, and the mean of each quantity: [points, 2 + quantities]; see `profile`."""
     if points < 2:
         raise ValueError(f"profile: got points={points}, expected at least 2 (both ends)")
     ts = torch.linspace(0, 1, points, dtype=torch.float64)
     bar = tqdm(ts.tolist(), desc="along the curve", leave=False)
-    loss, accuracy = _scores(net, map(curve, bar), split, statistics, perturb, perturb_statistics).T
+    found = _means(net, map(curve, bar), data, wanted, statistics, perturb, perturb_statistics)
     arc = curve.lengths(ts, names=dict(net.named_parameters()))
-    return Profile(ts.numpy(), arc.numpy(), loss, accuracy)
+    return np.column_stack([ts.numpy(), arc.numpy(), found])
 
 
 class Plane(NamedTuple):
@@ -155,8 +253,8 @@ class Plane(NamedTuple):
 
 
 def plane(
-    net: nn.Module, corners: tuple[Theta, Theta, Theta], split: Split, *,
-    statistics: Split | None, resolution: int = 17, margin: float = 0.2,
+    net: nn.Module, corners: tuple[Theta, Theta, Theta], split: Batches, *,
+    statistics: Batches | None, resolution: int = 17, margin: float = 0.2,
     perturb: Perturb | None = None
 ) -> Plane:  # fmt: skip
     """Evaluate a `resolution`² grid of the plane through three networks (paper, section 5).
@@ -171,7 +269,7 @@ def plane(
     solve = np.linalg.inv(np.vstack([at.T, np.ones(3)]))
     cells = tqdm([(solve @ [u, v, 1.0]).tolist() for v in y for u in x], desc="plane", leave=False)
     points = (combine(corners, weights) for weights in cells)
-    found = _scores(net, points, split, statistics, perturb)
+    found = _means(net, points, split, CLASSIFICATION, statistics, perturb)
     loss, accuracy = found.T.reshape(2, resolution, resolution)
     return Plane(x, y, loss, accuracy, at)
 
@@ -218,7 +316,7 @@ def curvature(
         direction = views(torch.from_numpy(v).to(leaves[0]).flatten(), [x.shape for x in leaves])
         total = torch.zeros(n, dtype=torch.float64, device=leaves[0].device)
         for x, y in split.batches(500):
-            z = functional_call(net, state | free, (x.to(dtype),))
+            z = call(net, state | free, x.to(dtype))
             loss = cross_entropy(z, y, reduction="sum")
             # Adds 0 to each product, and lets all derivatives exist, also where the loss has none.
             loss = loss + 0 * torch.stack([p.square().sum() for p in leaves]).sum()
@@ -257,10 +355,11 @@ def mode(net: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = flag
 
 
-def _scores(
-    net: nn.Module, points: Iterable[Theta], split: Split, statistics: Split | None,
-    perturb: Perturb | None = None, before: Perturb | None = None
+def _means(
+    net: nn.Module, points: Iterable[Theta], data: Batches, wanted: Mapping[str, Quantity],
+    statistics: Batches | None, perturb: Perturb | None = None, before: Perturb | None = None
 ) -> Array:  # fmt: skip
-    """Loss and accuracy [points, 2], BatchNorm recomputed on `statistics` (if not None)."""
+    """The means [points, quantities], BatchNorm recomputed on `statistics` (if not None)."""
     fresh = (batchnorm(net, p, statistics, perturb=before) if statistics else p for p in points)
-    return np.array([score(net, theta, split, perturb=perturb) for theta in fresh])
+    found = (means(net, theta, data, wanted, perturb=perturb) for theta in fresh)
+    return np.array([[*values.values()] for values in found])

@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from mcnotes import evaluate
+from mcnotes import display, evaluate
 from mcnotes.attacks import Perturb
 from mcnotes.cache import Checkpoint, State
+from mcnotes.calls import Training, call, count, heads
 from mcnotes.curves import Curve, Theta, check_same_space, views
-from mcnotes.data import Task
+
+Loss = Callable[[Any, Any], Tensor]  # outputs and targets of a batch → their mean loss
 
 
 class TrainingError(RuntimeError):
@@ -77,6 +78,15 @@ class Fit(NamedTuple):
     curve: Curve
     losses: list[float]
 
+    def __repr__(self) -> str:
+        course = f", loss {self.losses[0]:.3g} → {self.losses[-1]:.3g}" if self.losses else ""
+        return f"Fit({len(self.losses)} epochs{course}; {self.curve!r})"
+
+    def _repr_html_(self) -> str:
+        epochs = [float(k) for k in range(1, len(self.losses) + 1)]
+        drawn = display.line(epochs, self.losses, "training loss of each epoch")
+        return display.described(self, drawn if epochs else "")
+
     @property
     def theta(self) -> Theta:
         """The first control point: the trained network, when a single network was trained."""
@@ -103,7 +113,7 @@ def initialise(net: nn.Module, seed: int) -> Theta:
 
 
 def fit(
-    net: nn.Module, task: Task, recipe: Recipe, *, seed: int, init: Theta | None = None,
+    net: nn.Module, task: Training, recipe: Recipe, *, seed: int, init: Theta | None = None,
     perturb: Perturb | None = None, checkpoint: Checkpoint | None = None
 ) -> Fit:  # fmt: skip
     """Train `net` on `task.train` from `init` (default: `initialise(net, seed)`).
@@ -120,23 +130,26 @@ def fit(
 
 
 def fit_curve(
-    net: nn.Module, curve: Curve, task: Task, recipe: Recipe, *, seed: int, pull: float = 0.0,
-    perturb: Perturb | None = None, checkpoint: Checkpoint | None = None
+    net: nn.Module, curve: Curve, task: Training, recipe: Recipe, *, seed: int, pull: float = 0.0,
+    perturb: Perturb | None = None, checkpoint: Checkpoint | None = None, loss: Loss | None = None
 ) -> Fit:  # fmt: skip
     """Train the inner control points of `curve`: minimise E_{t~U[0,1]} L(r(t)) (paper, eq. 2).
 
     The end points stay as they are. Arguments as in `fit`; `pull` adds ½ pull ‖φ − φ_old‖², φ_old
-    being the inner points that come in (`matching.pam`). BatchNorm statistics of inner points are
-    those of the mixture: recompute them wherever the curve is evaluated (`evaluate.profile`).
+    being the inner points that come in (`matching.pam`); loss: default `cost`. BatchNorm statistics
+    of inner points are those of the mixture: recompute them wherever the curve is evaluated
+    (`evaluate.profile`).
     """
     if curve.degree < 2:
         raise TrainingError(f"fit_curve: a curve of degree {curve.degree} has no inner point to "
                             "train; use curves.bezier(a, b) or curves.chain(a, b)")  # fmt: skip
-    step = Step(net, curve, slice(1, -1), recipe, task.device, perturb, pull)
+    step = Step(net, curve, slice(1, -1), recipe, task.device, perturb, pull, loss or cost)
     return run(step, curve, task, seed, checkpoint)
 
 
-def run(step: "Step", curve: Curve, task: Task, seed: int, checkpoint: Checkpoint | None) -> Fit:
+def run(
+    step: "Step", curve: Curve, task: Training, seed: int, checkpoint: Checkpoint | None
+) -> Fit:
     """All epochs of `step` on `curve`, from where `checkpoint` stands; `fit`, `fit_curve` and PAM.
 
     Raises TrainingError as soon as an epoch's mean loss is not finite.
@@ -173,13 +186,13 @@ def _resume(step: "Step", checkpoint: Checkpoint) -> list[float]:
     return [float(loss) for loss in state["losses"]]
 
 
-def _epoch(step: "Step", curve: Curve, task: Task, seed: int, epoch: int) -> float:
+def _epoch(step: "Step", curve: Curve, task: Training, seed: int, epoch: int) -> float:
     """One pass over the training images; everything random in it comes from (seed, epoch)."""
     recipe, device, seed = step.recipe, task.device, seed * 1_000_003 + epoch
     noise = torch.Generator(device).manual_seed(seed)
-    batches = -(-len(task.train) // recipe.batch_size)
+    batches, samples = task.train.count(recipe.batch_size), 0
     ts = torch.rand(batches, generator=noise, device=device, dtype=torch.float64)
-    weights = curve.weights(ts).float()
+    weights = curve.weights(ts).to(step.rows.dtype)
     augment = task.augment if recipe.augment else None
     data = task.train.batches(recipe.batch_size, generator=noise, augment=augment)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -190,8 +203,9 @@ def _epoch(step: "Step", curve: Curve, task: Task, seed: int, epoch: int) -> flo
         torch.manual_seed(seed if step.perturb else _apart(seed))
         for i, (x, y) in enumerate(data):
             lr = recipe.lr * SCHEDULES[recipe.schedule](epoch + i / batches, recipe.epochs)
-            total += step(x, y, weights[i], lr) * len(y)
-    return float(total) / len(task.train)
+            total += step(x, y, weights[i], lr) * (n := count(x))
+            samples += n
+    return float(total) / samples
 
 
 def _apart(seed: int) -> int:
@@ -200,11 +214,11 @@ def _apart(seed: int) -> int:
     return int(mixed.generate_state(1, np.uint64)[0])
 
 
-def cost(logits: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
+def cost(outputs: Any, y: Tensor) -> Tensor:
     """Mean cross-entropy; auxiliary heads (GoogLeNet) count 0.3 each (Szegedy et al. 2015)."""
-    first, *others = logits if isinstance(logits, tuple) else (logits,)
-    extra = [0.3 * cross_entropy(z.float(), y) for z in others]
-    return torch.stack([cross_entropy(first.float(), y), *extra]).sum()
+    first, *others = (evaluate.classes_first(z, y).float() for z in heads(outputs))
+    extra = [0.3 * cross_entropy(z, y) for z in others]
+    return torch.stack([cross_entropy(first, y), *extra]).sum()
 
 
 class Step:
@@ -216,9 +230,10 @@ class Step:
 
     def __init__(
         self, net: nn.Module, curve: Curve, free: slice, recipe: Recipe, device: torch.device,
-        perturb: Perturb | None = None, pull: float = 0.0
+        perturb: Perturb | None = None, pull: float = 0.0, loss: Loss = cost
     ) -> None:  # fmt: skip
         self.net, self.free, self.recipe, self.perturb, self.pull = net, free, recipe, perturb, pull
+        self.loss = loss
         self.shapes = [p.shape for p in net.parameters()]
         names = [name for name, _ in net.named_parameters()]
         flat = ([p[n].detach().to(device).flatten() for n in names] for p in curve.points)
@@ -231,11 +246,13 @@ class Step:
         middle = curve(0.5)
         self.buffers = {n: middle[n].to(device).clone() for n, _ in net.named_buffers()}
         self.state_dict = dict(zip(names, self.leaves, strict=True)) | self.buffers
-        call: Callable[..., Tensor] = partial(functional_call, net)
-        self.forward = torch.compile(call) if recipe.compile else call
+        forward: Callable[..., Any] = partial(call, net)
+        self.forward = torch.compile(forward) if recipe.compile else forward
+        frozen = [torch.full((p.numel(),), not p.requires_grad) for p in net.parameters()]
+        self.frozen = torch.cat(frozen).to(device) if any(map(torch.any, frozen)) else None
 
-    def __call__(self, x: Tensor, y: Tensor, weights: Tensor, lr: float) -> Tensor:
-        """x [B, C, H, W], y [B], weights w(t) [k] on the device; returns the loss, detached."""
+    def __call__(self, x: Any, y: Any, weights: Tensor, lr: float) -> Tensor:
+        """Inputs and targets of a batch, weights w(t) [k]: all on the device; gives the loss."""
         loss, g = self.gradient(x, y, weights)
         slope = g[None] if self.single else torch.outer(weights[self.free], g)
         if self.pull:
@@ -245,18 +262,22 @@ class Step:
         self.phi.add_(slope.add_(self.velocity, alpha=mu), alpha=-lr)
         return loss
 
-    def gradient(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss at θ = r(t), and the gradient in θ of loss and L2 penalty: [n]."""
+    def gradient(self, x: Any, y: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss at θ = r(t), and the gradient in θ of loss and L2 penalty: [n].
+
+        It is 0 for parameters that ask for none: these stay.
+        """
         if not self.single:
             torch.mv(self.rows.T, weights, out=self.theta)
         if self.perturb:
             x = self.attacked(x, y, self.perturb)
         low = self.recipe.precision == "bfloat16"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-            loss = cost(self.forward(self.state_dict, (x,)), y)
+        with torch.autocast(self.theta.device.type, torch.bfloat16, enabled=low):
+            loss = self.loss(self.forward(self.state_dict, x), y)
         slopes = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
         g = torch.cat([s.flatten() for s in slopes])
-        return loss.detach(), g.add_(self.theta, alpha=self.recipe.weight_decay)
+        g.add_(self.theta, alpha=self.recipe.weight_decay)
+        return loss.detach(), g if self.frozen is None else g.masked_fill_(self.frozen, 0)
 
     def attacked(self, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
         """What `perturb` makes of a batch, in evaluation mode; no buffer changes.
@@ -270,7 +291,7 @@ class Step:
                 frozen |= {n: x.clone() for n, x in self.buffers.items()}
                 for module in self.net.modules():
                     module.training = isinstance(module, _BatchNorm)
-            return perturb(lambda u: self.forward(frozen, (u,)), x, y)
+            return perturb(lambda u: self.forward(frozen, u), x, y)
 
     def points(self, curve: Curve) -> list[Theta]:
         """The control points as they stand; the fixed ones are the very values that came in."""

@@ -2,11 +2,12 @@
 
 Read `tasks` first: a `Split` is a tensor of images with their labels, a `Task` is three of them.
 `sources` says where the images come from, `augment` changes them on the device, and `folders` takes
-in pictures, arrays and loaders of your own.
+in pictures, arrays and loaders of your own. `loader` is for batches that are not to become images.
 """
 
 from mcnotes.data.augment import Augment
 from mcnotes.data.folders import dataset
+from mcnotes.data.loader import Loader
 from mcnotes.data.sources import DataError
 from mcnotes.data.tasks import HOME, SOURCES, Split, Task, default_folder, load
 
@@ -15,6 +16,7 @@ __all__ = [
     "SOURCES",
     "Augment",
     "DataError",
+    "Loader",
     "Split",
     "Task",
     "dataset",

@@ -8,6 +8,8 @@ validation; the test set is the data set's own, untouched.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcnotes import cache
+from mcnotes import cache, display
 from mcnotes.data.augment import Augment
 from mcnotes.data.sources import Arrays, DataError, fair_order, read
 from mcnotes.names import suggest
@@ -43,6 +45,17 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        return f"Split({len(self)} images {[*self.images.shape[1:]]} on {self.device})"
+
+    def _repr_html_(self) -> str:
+        labels = ", ".join(map(str, self.labels[:12].tolist()))
+        return display.described(self, display.strip(self.images[:12], f"labels: {labels}"))
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
     def first(self, n: int) -> "Split":
         """The first `n` images, or all if there are fewer: a fair sample."""
         return Split(self.images[:n], self.labels[:n])
@@ -58,7 +71,7 @@ class Split:
         """
         if size < 1:
             raise ValueError(f"Split.batches: got size={size}, expected at least 1")
-        n, device = len(self), self.images.device
+        n, device = len(self), self.device
         order = torch.arange(n, device=device)
         if generator is not None:
             order = torch.randperm(n, generator=generator, device=generator.device).to(device)
@@ -69,6 +82,17 @@ class Split:
             if augment:
                 images = _channels_last(augment(images, generator))
             yield images, self.labels.index_select(0, places)
+
+    def count(self, size: int) -> int:
+        """How many batches of this size there are, the last of which may be smaller."""
+        return -(-len(self) // size)
+
+    def shares(self, size: int, cores: int) -> list[Iterator[tuple[Tensor, Tensor]]]:
+        """The batches, once, in parts: the first, then at most `cores` parts of whole batches."""
+        n = max(1, -(-(len(self) - size) // (size * cores))) * size
+        cuts = [0, *range(size, len(self), n), len(self)]
+        parts = (Split(self.images[i:j], self.labels[i:j]) for i, j in pairwise(cuts))
+        return [part.batches(size) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -82,6 +106,17 @@ class Task:
     class_names: tuple[str, ...]
     augment: Augment | None = None
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{len(getattr(self, name))} {name}" for name in ("train", "val", "test"))
+        _, *shape = self.train.images.shape
+        return f"Task({self.name}: {sizes} images {shape} of {self.num_classes} classes)"
+
+    def _repr_html_(self) -> str:
+        splits = {name: getattr(self, name) for name in ("train", "val", "test")}
+        rows = ({"split": name, "images": len(s), "device": s.device} for name, s in splits.items())
+        names = f"<div>{escape(', '.join(self.class_names))}</div>"
+        return display.described(self, display.table(rows), names)
+
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
@@ -94,7 +129,7 @@ class Task:
 
     @property
     def device(self) -> torch.device:
-        return self.train.images.device
+        return self.train.device
 
     @property
     def example(self) -> Tensor:

@@ -4,7 +4,7 @@ One pass over the images feeds both networks and accumulates, group by group, th
 units' activations; the permutation that maximises the summed similarity is a linear assignment.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mcnotes import evaluate
-from mcnotes.data import Split
+from mcnotes.calls import Batch, Batches, Inputs, count
 from mcnotes.matching.assignment import bundles
 from mcnotes.matching.pair import AlignmentError, Pair
 
@@ -100,7 +100,9 @@ def similarity(taps: list[Moments], cost: Cost) -> Tensor:
     return torch.stack([m.similarity(cost) for m in taps]).sum(0).cpu()
 
 
-def stream(pair: Pair, images: Split, *, at: At = "post", batch_size: int | None = None) -> Streams:
+def stream(
+    pair: Pair, images: Batches, *, at: At = "post", batch_size: int | None = None
+) -> Streams:
     """The moments of every tap of every group, in one pass over `images`, evaluation mode.
 
     Groups within blocks stand under the first block's, over the units of all blocks. at: as in
@@ -108,18 +110,17 @@ def stream(pair: Pair, images: Split, *, at: At = "post", batch_size: int | None
     core takes its share. Raises AlignmentError for fewer than two images, and for activations
     that are not finite.
     """
-    if len(images) < 2:
-        raise AlignmentError(f"match: got {len(images)} images, expected 2 or more (thousands)")
-    device = images.images.device
+    device = images.device
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     size = -(-batch_size // cores) if batch_size else 64 if device.type == "cpu" else 512
     kinds = [names for bundle in bundles(pair.sym) for names in bundle.kinds]
     tap = pair.sym.tapper(pair.net, at=at)
     states = pair.theta_a, pair.theta_b
     a, b = ({n: x.to(device) for n, x in theta.items()} for theta in states)
-    bar = tqdm(total=len(images), desc="correlating", leave=False)
+    bar = tqdm(total=images.count(size) or None, desc="correlating", leave=False)
+    samples = list[int]()
 
-    def take_in(x: Tensor, found: Streams) -> None:  # activations live no longer than this
+    def take_in(x: Inputs, found: Streams) -> None:  # activations live no longer than this
         seen = tap(a, x), tap(b, x)
         for names in kinds:
             pairs = list(zip(*(_side_by_side([s[n] for n in names]) for s in seen), strict=True))
@@ -127,21 +128,25 @@ def stream(pair: Pair, images: Split, *, at: At = "post", batch_size: int | None
                 found[names[0]] = [Moments.like(u, v) for u, v in pairs]
             for m, (u, v) in zip(found[names[0]], pairs, strict=True):
                 m.add(u, v)
-        bar.update(len(x))
+        samples.append(count(x))
+        bar.update()
 
     @torch.no_grad()
-    def follow(share: Split, start: Streams) -> Streams:
+    def follow(share: Iterable[Batch], start: Streams) -> Streams:
         found = {name: [Moments.about(m.origin) for m in taps] for name, taps in start.items()}
-        for x, _ in share.batches(size):
+        for x, _ in share:
             take_in(x, found)
         return found
 
     with evaluate.mode(pair.net, training=False), bar:
-        moments = follow(images.first(size), {})
-        for found in _side_jobs(partial(follow, start=moments), _shares(images, size, cores)):
+        first, *shares = images.shares(size, cores)
+        moments = follow(first, {})
+        for found in _side_jobs(partial(follow, start=moments), shares):
             for name, taps in found.items():
                 for m, other in zip(moments[name], taps, strict=True):
                     m.merge(other)
+    if sum(samples) < 2:
+        raise AlignmentError(f"match: got {sum(samples)} images, expected 2 or more (thousands)")
     for name, taps in moments.items():
         if not all(m.cross.isfinite().all() for m in taps):
             raise AlignmentError(f"match: activations of {name!r} are not finite; look for NaN "
@@ -154,18 +159,15 @@ def _side_by_side(seen: list[list[Tensor]]) -> list[Tensor]:
     return seen[0] if len(seen) == 1 else [torch.cat(parts, 1) for parts in zip(*seen, strict=True)]
 
 
-def _shares(images: Split, size: int, cores: int) -> list[Split]:
-    """All but the first `size` images, in `cores` parts of whole batches (fewer, if too few)."""
-    n = max(1, -(-(len(images) - size) // (size * cores))) * size
-    cuts = range(size, len(images), n)
-    return [Split(images.images[i : i + n], images.labels[i : i + n]) for i in cuts]
-
-
-def _side_jobs(work: Callable[[Split], Streams], shares: list[Split]) -> list[Streams]:
+def _side_jobs(
+    work: Callable[[Iterable[Batch]], Streams], shares: Sequence[Iterable[Batch]]
+) -> list[Streams]:
     """What `work` gives for each share: one thread each, which PyTorch splits no further."""
-    threads, count = torch.get_num_threads(), max(1, len(shares))
+    if len(shares) < 2:
+        return [work(share) for share in shares]
+    threads, parts = torch.get_num_threads(), len(shares)
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, shares))
     finally:
         torch.set_num_threads(threads)

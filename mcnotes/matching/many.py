@@ -10,8 +10,8 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from mcnotes.calls import Batches
 from mcnotes.curves import Theta, combine
-from mcnotes.data import Split
 from mcnotes.matching.activations import At, Cost, similarity, stream
 from mcnotes.matching.assignment import Bundle, bundles, solve
 from mcnotes.matching.pair import Pair
@@ -24,7 +24,7 @@ Similarities = dict[tuple[int, int, str], Tensor]  # i, j, group: [units of i, u
 
 
 def match_many(
-    net: nn.Module, thetas: Sequence[Theta], images: Split, sym: Symmetry, *,
+    net: nn.Module, thetas: Sequence[Theta], images: Batches, sym: Symmetry, *,
     method: str = "activations", at: At = "post", cost: Cost = "correlation",
     batch_size: int | None = None, sweeps: int = 100
 ) -> list[Perm]:  # fmt: skip

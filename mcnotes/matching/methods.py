@@ -1,15 +1,18 @@
 """Every way to match two networks, behind one call (chapters 4 and 9)."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mcnotes import display
+from mcnotes.calls import Batches
 from mcnotes.curves import Theta
-from mcnotes.data import Split
 from mcnotes.matching.activations import At, Cost, Moments, Streams, similarity, stream
 from mcnotes.matching.assignment import Bundle, bundles, solve
 from mcnotes.matching.loss import ACTIONS, Descent, loss_matching
@@ -17,6 +20,12 @@ from mcnotes.matching.pair import Pair
 from mcnotes.matching.weights import weight_matching
 from mcnotes.names import suggest
 from mcnotes.symmetry import Perm, Symmetry
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+COLUMNS = ["group", "units", "before", "after", "dead", "ambiguous"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +42,43 @@ class Matching:
     ambiguous: dict[str, Tensor]  # units of A to which another of B is as similar within 0.01
     seconds: float
 
+    def __repr__(self) -> str:
+        if not self.before:
+            return f"Matching({len(self.perm)} groups, of which none is seen)"
+        before, after = (
+            float(torch.cat([x for n, x in units.items() if n in self.dead]).mean())
+            for units in (self.before, self.after)
+        )
+        return f"Matching({len(self.perm)} groups, correlation {before:.2f} → {after:.2f})"
 
-Method = Callable[[Pair, Split, int], Perm]  # of the images and a seed
+    def _repr_html_(self) -> str:
+        return display.described(self, self.table().to_html(index=False, float_format="%.2f"))
+
+    def table(self) -> DataFrame:
+        """A row for each group: units; mean correlation with their partners, before and after.
+
+        Then how many units are dead, and how many ambiguous. Units that are not seen have none.
+        """
+        import pandas  # takes half a second
+
+        def mean(found: dict[str, Tensor], name: str) -> float:
+            return float(found[name].mean()) if name in found else float("nan")
+
+        rows = [
+            {
+                "group": name,
+                "units": len(p),
+                "before": mean(self.before, name),
+                "after": mean(self.after, name),
+                "dead": len(self.dead.get(name, ())),
+                "ambiguous": len(self.ambiguous.get(name, ())),
+            }
+            for name, p in self.perm.items()
+        ]
+        return pandas.DataFrame(rows, columns=COLUMNS)
+
+
+Method = Callable[[Pair, Any, int], Perm]  # of the batches and a seed
 
 
 def _by_loss(action: str) -> Method:
@@ -51,7 +95,7 @@ METHODS: dict[str, Method] = {
 
 
 def match(
-    net: nn.Module, theta_a: Theta, theta_b: Theta, images: Split, sym: Symmetry, *,
+    net: nn.Module, theta_a: Theta, theta_b: Theta, images: Batches, sym: Symmetry, *,
     method: str = "activations", at: At = "post", cost: Cost = "correlation",
     batch_size: int | None = None, seed: int = 0
 ) -> Matching:  # fmt: skip

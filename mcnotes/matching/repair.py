@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mcnotes import evaluate
+from mcnotes.calls import call
 from mcnotes.curves import Theta
 from mcnotes.data import Split
 from mcnotes.symmetry.activations import listen
@@ -69,7 +69,7 @@ def channel_statistics(
 
     with _listening(net, layers, take), evaluate.mode(net, training=False), torch.no_grad():
         for x, _ in images.batches(500):
-            functional_call(net, theta, (x,))
+            call(net, theta, x)
     totals = {name: torch.stack(parts).sum(0) for name, parts in sums.items()}
     means = {name: s[1:] / s[0] for name, s in totals.items()}
     return {name: (m[0], (m[1] - m[0] ** 2).clamp_min(0).sqrt()) for name, m in means.items()}
@@ -85,7 +85,7 @@ def _layers(net: nn.Module, theta: Theta, images: Split) -> list[str]:
         order.append(name)
 
     with _listening(net, names, take), evaluate.mode(net, training=False), torch.no_grad():
-        functional_call(net, theta, (next(images.first(2).batches(2))[0],))
+        call(net, theta, next(images.first(2).batches(2))[0])
     return list(dict.fromkeys(order))
 
 

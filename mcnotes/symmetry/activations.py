@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from mcnotes.symmetry.execute import call, inference_copy, unfused_attention
+from mcnotes.calls import Inputs, call
+from mcnotes.symmetry.execute import inference_copy, unfused_attention
 from mcnotes.symmetry.units import SymmetryError, Tape
 
 Theta = dict[str, Tensor]
-Inputs = tuple[Tensor, ...]
 Spot = tuple[str, Literal["in", "out"]]  # a module's name, and a side of it
 
 

@@ -10,33 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mcnotes.calls import Inputs, call
 from mcnotes.symmetry.units import SymmetryError
 
 SCALARS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 """What may stand in an output beside tensors and holds none."""
 
 
-def call(net: nn.Module, theta: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Any:
-    """The network's outputs with other tensors, which leave it afterwards.
-
-    A module of two names gets them once: `functional_call` would not take out what it put in twice.
-    """
-    names = {
-        f"{path}.{n}".removeprefix(".")
-        for path, m in net.named_modules()
-        for n in (*m._parameters, *m._buffers)
-    }
-    given = {n: t for n, t in theta.items() if n in names}
-    return functional_call(net, given, inputs, tie_weights=False)
-
-
-def outputs(
-    net: nn.Module, theta: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
-) -> list[Tensor]:
-    """All tensors that a network returns (see `call`), in a fixed order.
+def outputs(net: nn.Module, theta: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
+    """All tensors that a network returns (see `calls.call`), in a fixed order.
 
     They may stand in containers, dataclasses or plain objects. Raises SymmetryError if there are
     none, or if something is returned that may hide one.

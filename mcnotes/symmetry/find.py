@@ -22,7 +22,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from mcnotes import calls
+from mcnotes.calls import Inputs
 from mcnotes.symmetry import permutations
 from mcnotes.symmetry.activations import Reader, Theta
 from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
@@ -30,7 +33,6 @@ from mcnotes.symmetry.groups import Group, Pinned, Place, discover
 from mcnotes.symmetry.units import SymmetryError
 
 Perm = dict[str, Tensor]  # index vectors by group
-Example = Tensor | tuple[Tensor, ...]
 TRACED: WeakKeyDictionary[nn.Module, dict[Any, Symmetry]] = WeakKeyDictionary()
 """What `find` found, by network, and by mode and form of the inputs; `tapper` looks it up."""
 
@@ -120,7 +122,7 @@ class Symmetry:
     def verify(
         self,
         net: nn.Module,
-        example: Example,
+        example: Inputs,
         theta: Theta | None = None,
         *,
         tolerance: float = 1e-6,
@@ -135,7 +137,7 @@ class Symmetry:
         """
         generator = torch.Generator().manual_seed(seed)
         given = {n: jitter(t, generator) for n, t in (theta or net.state_dict()).items()}
-        run = partial(float64_outputs, net, self.train, inputs=as_tuple(example), seed=seed)
+        run = partial(float64_outputs, net, self.train, inputs=calls.plain(example), seed=seed)
         before = run(given)
 
         def error(perm: Perm) -> float:
@@ -163,12 +165,13 @@ class Symmetry:
         readers: dict[Any, Reader] = {}
         lock = Lock()
 
-        def run(theta: Theta, *inputs: Tensor) -> dict[str, list[Tensor]]:
-            few = tuple(x[:2] if x.dim() > 1 else x for x in inputs)
+        def run(theta: Theta, *given: Any) -> dict[str, list[Tensor]]:
+            inputs = calls.plain(given[0] if len(given) == 1 else given)
+            few = calls.first(inputs, 2)
             with lock:
                 taps = {n: getattr(g, at) for n, g in self._as_traced(net, few).items()}
                 # Each thread has a copy of the network, and each device runs other operators.
-                key = get_ident(), form(few), tuple(x.device for x in inputs)
+                key = get_ident(), form(few), devices(inputs)
                 if key not in readers:
                     names = {t.name for places in taps.values() for t in places}
                     readers[key] = Reader(net, self.train, names, theta, few)
@@ -178,7 +181,7 @@ class Symmetry:
 
         return run
 
-    def _as_traced(self, net: nn.Module, inputs: tuple[Tensor, ...]) -> Mapping[str, Group]:
+    def _as_traced(self, net: nn.Module, inputs: Inputs) -> Mapping[str, Group]:
         """These groups, with the taps of `net` for inputs of this form.
 
         How inputs lie in memory decides which operators PyTorch runs, and taps are named by them.
@@ -224,14 +227,17 @@ class Symmetry:
         return f"Symmetry({len(self.groups)} groups, 10^{self.log10_orbit():.0f} copies)"
 
 
-def as_tuple(example: Example) -> tuple[Tensor, ...]:
-    """The inputs as a tuple."""
-    return (example,) if isinstance(example, Tensor) else tuple(example)
+def form(inputs: Inputs) -> tuple[Any, ...]:
+    """What a trace depends on: shapes, types, how inputs lie in memory, and what is no tensor."""
+    leaves, structure = tree_flatten(inputs)
+    return str(structure), *(
+        (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves
+    )
 
 
-def form(inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What a trace depends on: shapes, dtypes, and how the inputs lie in memory."""
-    return tuple((x.shape, x.stride(), x.dtype) for x in inputs)
+def devices(inputs: Inputs) -> tuple[torch.device, ...]:
+    """Where the tensors among the inputs lie."""
+    return tuple(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
 
 
 # What `verify` computes
@@ -244,7 +250,7 @@ def random_cycle(size: int, generator: torch.Generator) -> Tensor:
 
 
 def float64_outputs(
-    net: nn.Module, train: bool, theta: Theta, inputs: Sequence[Tensor], seed: int
+    net: nn.Module, train: bool, theta: Theta, inputs: Inputs, seed: int
 ) -> list[Tensor]:
     """The tensors that a network returns in float64, buffers not in theta among its parameters.
 
@@ -258,7 +264,7 @@ def float64_outputs(
         float64_default(), unfused_attention, torch.no_grad(), torch.random.fork_rng(devices=[])
     ):  # fmt: skip
         torch.manual_seed(seed)
-        given = tuple(in_float64(x).to(device) for x in inputs)
+        given = tree_map_only(Tensor, lambda x: in_float64(x).to(device), inputs)
         return outputs(inference_copy(net, train), values, given)
 
 
@@ -304,15 +310,16 @@ def jitter(t: Tensor, generator: torch.Generator) -> Tensor:
     return t * (0.75 + noise[0] / 2) / (reach if 0 < reach < 0.1 else 1)
 
 
-def find(net: nn.Module, example: Example, train: bool = False) -> Symmetry:
+def find(net: nn.Module, example: Inputs, train: bool = False) -> Symmetry:
     """The permutation symmetries of `net`, by following its units through one run.
 
-    example: an input with its batch in front, or a tuple of inputs; only shapes count. train: find
-    those of training mode, in which auxiliary heads exist. The network is not changed. Raises
-    SymmetryError where it cannot be followed: control flow on data. What is not understood is
-    pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`; `Symmetry.verify` proves.
+    example: an input with its batch in front, a tuple of inputs, or a mapping of keywords; only
+    shapes count. train: find those of training mode, in which auxiliary heads exist. The network is
+    not changed. Raises SymmetryError where it cannot be followed: control flow on data. What is not
+    understood is pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`;
+    `Symmetry.verify` proves.
     """
-    inputs = as_tuple(example)
+    inputs = calls.plain(example)
     found = Symmetry(*discover(net, inputs, train), train)
     TRACED.setdefault(net, {})[train, form(inputs)] = found
     return found

@@ -18,7 +18,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.utils._pytree import tree_map_only
 
+from mcnotes import display
+from mcnotes.calls import Inputs
 from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
 from mcnotes.symmetry.rules import MOVING, PASSING, RULES
 from mcnotes.symmetry.trace import Trace
@@ -87,6 +90,18 @@ class Group:
     pre: tuple[Place, ...] = ()
     inner: tuple[tuple[str, ...], ...] = ()
 
+    def __repr__(self) -> str:
+        kind = f"blocks of {len(self.inner[0])} groups" if self.inner and self.inner[0] else "units"
+        where = ", ".join(f"{p.name}[{p.axis}]" for p in self.places)
+        return f"Group({self.size} {kind} at {where})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            {"acts on": p.name, "axis": p.axis, "entries of a unit": p.index.shape[1]}
+            for p in self.places
+        ]
+        return display.described(self, display.table(rows))
+
 
 @dataclass(frozen=True)
 class Pinned:
@@ -99,7 +114,7 @@ class Pinned:
 
 
 def discover(
-    net: nn.Module, inputs: Sequence[Tensor], train: bool
+    net: nn.Module, inputs: Inputs, train: bool
 ) -> tuple[dict[str, Group], tuple[Pinned, ...]]:
     """The groups of `net` by name, and what stays; see `symmetry.find`."""
     trace, factors = run_trace(net, inputs, train)
@@ -123,7 +138,7 @@ def discover(
 
 
 def run_trace(
-    net: nn.Module, inputs: Sequence[Tensor], train: bool, merged: Tensor | None = None
+    net: nn.Module, inputs: Inputs, train: bool, merged: Tensor | None = None
 ) -> tuple[Trace, list[Factor]]:
     """Run the network on labelled tensors: the trace, and every factor of its parameters.
 
@@ -134,9 +149,7 @@ def run_trace(
     modules = {id(m): f"{n or 'the network'} ({type(m).__name__})" for n, m in net.named_modules()}
     trace = Trace(RULES, MOVING, PASSING, modules, merged)
     theta = labelled_parameters(net, trace)
-    given = tuple(Labelled(trace, x, (), [Tap()]) for x in map(generic, inputs))
-    for x in given:
-        x.given = True
+    given = tree_map_only(Tensor, partial(labelled_input, trace), inputs)
     # PyTorch makes writing in place a chain of new tensors.
     run = dispatch_functionalize(partial(outputs, net), FunctionalTensorMode())
     with unfused_attention, torch.no_grad(), trace:
@@ -167,10 +180,13 @@ def labelled_parameters(net: nn.Module, trace: Trace) -> dict[str, Labelled]:
     return {n: labelled[id(t)] for n, t in state.items() if id(t) in labelled}
 
 
-def generic(x: Tensor) -> Tensor:
-    """An input without the peculiarities of an example: repeated entries, a batch of one."""
+def labelled_input(trace: Trace, x: Tensor) -> Labelled:
+    """An input, without the peculiarities of an example: repeated entries, a batch of one."""
     x = x.contiguous() if 0 in x.stride() else x
-    return torch.cat([x, x]) if x.dim() and len(x) == 1 else x
+    x = torch.cat([x, x]) if x.dim() and len(x) == 1 else x
+    labelled = Labelled(trace, x, (), [Tap()])
+    labelled.given = True
+    return labelled
 
 
 # Units in classes, and classes in groups

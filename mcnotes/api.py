@@ -1,0 +1,288 @@
+"""The front door: two models of your own and their batches in, models out (chapter 10).
+
+    aligned = mcnotes.align(model_a, model_b, batches)
+    curve = mcnotes.connect(model_a, aligned.model, batches)
+    profile = mcnotes.profile(curve, batches)
+
+Models are any `nn.Module`s of one architecture; batches any iterable that `data.Loader` takes. What
+is given is left as it was: weights, buffers, modes, the state of random generators. What does not
+fit is refused with an InputError, a SymmetryError or an AlignmentError before any long work.
+Networks of 16-bit floats are worked on in float32 and come back in a type of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mcnotes import cache, curves, display, evaluate, matching, prepare, train
+from mcnotes.calls import InputError
+from mcnotes.curves import Theta, combine
+from mcnotes.data import Loader
+from mcnotes.evaluate import Array
+from mcnotes.prepare import Metric
+from mcnotes.symmetry import Symmetry
+from mcnotes.train import Loss
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+METHODS = ("activations", "weights")
+KINDS = {"bezier": curves.bezier, "chain": curves.chain, "line": curves.line}
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """Model B in model A's order of units: the same function. What was found on the way."""
+
+    model: nn.Module
+    matching: matching.Matching
+    symmetry: Symmetry
+
+    def table(self) -> DataFrame:
+        """A row for each group of units, as `Matching.table`; no row where nothing may move."""
+        return self.matching.table()
+
+    def __repr__(self) -> str:
+        kind = type(self.model).__name__
+        if not self.symmetry.groups:
+            return f"Aligned({kind}: no units may change places, so it is model B as it came)"
+        return f"Aligned({kind}: {self.matching!r})"
+
+    def _repr_html_(self) -> str:
+        table = self.table().to_html(index=False, float_format="%.2f")
+        return display.described(self, table if self.symmetry.groups else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Connection:
+    """A curve from one model to another. Its end points are the models that came in."""
+
+    curve: curves.Curve
+    losses: list[float]  # mean training loss of each epoch
+    loss: Loss | None
+    batches: Loader  # those that it was trained with
+    net: nn.Module  # that runs the points
+    template: nn.Module  # of which `model` gives copies
+
+    def model(self, t: float, batches: Any = None) -> nn.Module:
+        """The model at t in [0, 1]; all but its parameters and buffers as in the first end.
+
+        BatchNorm's statistics are computed anew on `batches` (default: those that it was trained
+        with), also at the ends: the means of the batches', so that these should not be small.
+        """
+        with prepare.untouched(self.batches.source if batches is None else batches, 0):
+            data = self.batches if batches is None else Loader(batches, self.batches.device)
+            theta = evaluate.batchnorm(self.net, self.curve(t), data)
+        return prepare.filled("Connection.model", self.template, theta)
+
+    def __repr__(self) -> str:
+        kind = f"{type(self.template).__name__}, {self.curve!r}"
+        course = f", loss {self.losses[0]:.3g} → {self.losses[-1]:.3g}" if self.losses else ""
+        return f"Connection({kind}{course})"
+
+    def _repr_html_(self) -> str:
+        epochs = [float(k) for k in range(1, len(self.losses) + 1)]
+        return display.described(self, display.line(epochs, self.losses, "loss of each epoch"))
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What was measured along a curve; all arrays [points]."""
+
+    t: Array
+    arc: Array  # arc length from t = 0, over the parameters
+    loss: Array
+    metrics: dict[str, Array]
+
+    @property
+    def barrier(self) -> float:
+        """How far the loss rises above the straight line between its ends; 0 if nowhere."""
+        return evaluate.barrier(self.t, self.loss)
+
+    @property
+    def best(self) -> float:
+        """The t of the smallest loss."""
+        return float(self.t[np.argmin(self.loss)])
+
+    def frame(self) -> DataFrame:
+        """A row for each point: t, arc, loss and the metrics by their names."""
+        import pandas  # takes half a second
+
+        return pandas.DataFrame({"t": self.t, "arc": self.arc, "loss": self.loss, **self.metrics})
+
+    def __repr__(self) -> str:
+        words = [
+            f"barrier {self.barrier:.3g}",
+            f"least loss {self.loss.min():.3g} at t = {self.best:.2f}",
+        ]
+        words += [f"{n} {v.min():.3g} to {v.max():.3g}" for n, v in self.metrics.items()]
+        return f"Profile({len(self.t)} points: {', '.join(words)})"
+
+    def _repr_html_(self) -> str:
+        named = {"loss": self.loss} | self.metrics
+        drawn = [
+            f"<div>{name}: {display.line(self.t.tolist(), y.tolist(), f'{name} along the curve')}"
+            "</div>"
+            for name, y in named.items()
+        ]
+        return display.described(self, *drawn)
+
+
+def align(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    batches: Any,
+    *,
+    method: str = "activations",
+    device: str | torch.device = "auto",
+    seed: int = 0,
+) -> Aligned:
+    """Model B with its units in the order of model A's: another model of the same function.
+
+    batches: some thousands of inputs of the training kind; targets are not read. Sequences should
+    be padded to few lengths: each is a new layout, for which the network is followed again. method:
+    "activations" (chapter 4), or "weights", which looks at the weights alone (chapter 9). device:
+    where to work; "auto": CUDA if there is one, else where model A is.
+    """
+    _known("align: method", method, METHODS)
+    with prepare.untouched(batches, seed):
+        ready = prepare.prepare("align", (model_a, model_b), batches, device, once=True)
+        a, b = ready.thetas
+        sym, found = ready.symmetry(), matching.Matching({}, {}, {}, {}, {}, 0.0)
+        if sym.groups:
+            found = matching.match(ready.net, a, b, ready.data, sym, method=method, seed=seed)
+        original = prepare.state(prepare.module("align", "model_b", model_b))
+        model = prepare.filled("align", model_b, sym.permute(original, found.perm))
+        ready.check_result(model, ready.outputs[1])
+    return Aligned(model, found, sym)
+
+
+def merge(
+    models: Sequence[nn.Module],
+    batches: Any,
+    *,
+    method: str = "activations",
+    device: str | torch.device = "auto",
+    seed: int = 0,
+) -> nn.Module:
+    """The average of two or more models, all brought into the first one's order of units.
+
+    They are matched to each other all at once (chapter 9); BatchNorm's statistics are computed anew
+    on `batches`. The other arguments as in `align`.
+    """
+    _known("merge: method", method, METHODS)
+    if len(models := list(models)) < 2:
+        raise InputError(f"merge: got {len(models)} models, expected two or more")
+    with prepare.untouched(batches, seed):
+        ready = prepare.prepare("merge", models, batches, device)
+        net, thetas, sym = ready.net, ready.thetas, ready.symmetry()
+        if sym.groups:
+            perms = matching.match_many(net, thetas, ready.data, sym, method=method)
+            thetas = [sym.permute(x, p) for x, p in zip(thetas, perms, strict=True)]
+        mean = combine(thetas, [1 / len(thetas)] * len(thetas))
+        theta = evaluate.batchnorm(net, mean, ready.data)
+    return prepare.filled("merge", models[0], theta)
+
+
+def connect(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    batches: Any,
+    *,
+    loss: Loss | None = None,
+    epochs: int = 10,
+    lr: float = 0.02,
+    kind: str = "bezier",
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+) -> Connection:
+    """A curve of small loss between two models, trained on `batches` of (inputs, targets).
+
+    loss: (outputs, targets) → the mean over a batch; default the loss that the model itself gives
+    to a dictionary with "labels", as those of `transformers` do, and else the cross-entropy of its
+    logits. kind: "bezier" (of degree 2), "chain" (with one bend), or "line", which needs no
+    training. SGD with Nesterov's momentum; lr: its largest step, after an epoch of warming up, from
+    where it falls linearly to 0 (chapter 2). Parameters with requires_grad=False stay on the line.
+    checkpoint: a file from which a run that was stopped goes on; from another run it is refused.
+    """
+    _known("connect: kind", kind, KINDS)
+    recipe = train.Recipe(epochs, lr=lr, weight_decay=0.0, schedule="linear", augment=False)
+    with prepare.untouched(batches, seed):
+        ready = prepare.prepare("connect", (model_a, model_b), batches, device, labels=loss is None)
+        net, data = ready.net, ready.data
+        template = prepare.copied("connect", "model_a", model_a)
+        fit = train.Fit(KINDS[kind](*ready.thetas), [])
+        if kind != "line":
+            used = prepare.choose_loss(ready, loss)
+            prepare.check_slope(ready, used)
+            what = {"recipe": recipe.config(), "kind": kind, "seed": seed, "batches": data.number}
+            kept = _resumable(Path(checkpoint), ready.thetas, what) if checkpoint else None
+            fit = train.fit_curve(
+                net, fit.curve, data, recipe, seed=seed, loss=used, checkpoint=kept
+            )
+    return Connection(fit.curve, fit.losses, loss, data, net, template)
+
+
+def profile(
+    curve: Connection,
+    batches: Any,
+    *,
+    loss: Loss | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    points: int = 25,
+    statistics: Any = None,
+) -> Profile:
+    """Loss and metrics at `points` equidistant places of the curve, the ends among them.
+
+    batches: what is measured on, such as a test set. loss: default the curve's own, see `connect`.
+    metrics: by name functions (outputs, targets) → the mean over a batch; by default the accuracy,
+    where the loss is the cross-entropy of one class for each input or place. BatchNorm's statistics
+    are computed anew at each place on `statistics` (default: what the curve was trained with).
+    """
+    net, loss, device = curve.net, loss or curve.loss, curve.batches.device
+    with prepare.untouched(batches, 0):
+        labels = loss is None and prepare.takes_labels(net)
+        data = Loader(batches, device, labels=labels)
+        ready = prepare.Prepared("profile", net, [curve.curve.points[0]], data, [])
+        wanted = prepare.quantities(ready, loss, metrics)
+        again = curve.batches if statistics is None else Loader(statistics, device)
+        found = evaluate.along(net, curve.curve, data, wanted, statistics=again, points=points)
+    t, arc, *values = found.T
+    measured = dict(zip(wanted, values, strict=True))
+    return Profile(t, arc, measured.pop("loss"), measured)
+
+
+def _resumable(path: Path, thetas: list[Theta], what: Mapping[str, Any]) -> cache.Checkpoint:
+    """A checkpoint of one run only. Raises InputError if the file is of another, or of none."""
+    digest = hashlib.sha256()
+    for name, x in (item for theta in thetas for item in theta.items()):
+        numbers = x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(name.encode() + numbers.tobytes())
+    checkpoint = cache.Checkpoint(path, {**what, "models": digest.hexdigest()})
+    if not path.exists():
+        return checkpoint
+    try:
+        found = cache.read_config(path)
+    except cache.BrokenFile as error:
+        raise InputError(
+            f"connect: the file {error}, expected a checkpoint of this run; name another file"
+        ) from error
+    if found != checkpoint.config:
+        raise InputError(
+            f"connect: the checkpoint {path} is of another run; name another file, or remove this one"
+        )
+    return checkpoint
+
+
+def _known(what: str, name: object, known: Any) -> None:
+    if name not in known:
+        raise InputError(f"{what} {name!r}, expected one of {[*known]}")
