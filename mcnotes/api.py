@@ -278,7 +278,7 @@ def _resumable(path: Path, thetas: list[Theta], what: Mapping[str, Any]) -> cach
         ) from error
     if found != checkpoint.config:
         raise InputError(
-            f"connect: the checkpoint {path} is of another run; name another file, or remove this one"
+            f"connect: the checkpoint {path} is of another run; name another, or remove it"
         )
     return checkpoint
 
