@@ -559,7 +559,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     resumed = connect(checkpoint=str(path))
     assert resumed.losses == whole.losses
     assert same_state(resumed.model(0.5), whole.model(0.5))
-    with pytest.raises(InputError, match=r"of another run; name another file"):
+    with pytest.raises(InputError, match=r"of another run; name another"):
         connect(checkpoint=path, seed=1)
 
 
