@@ -333,6 +333,8 @@ class Trace(Tape):
     def run_without_values(self, func: Any, args: Any, kwargs: Any, name: str) -> Any:
         """The results of an operator as meta tensors: their shapes, strides and dtypes."""
         args, kwargs = tree_map_only(Tensor, without_values, (args, kwargs))
+        if "device" in kwargs:  # there is nothing to copy to another one
+            kwargs = {**kwargs, "device": "meta"}
         try:
             return func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
