@@ -109,11 +109,17 @@ class Shared(AbstractContextManager[None]):
 @Shared
 @contextmanager
 def unfused_attention() -> Iterator[None]:
-    """Attention by its operators, one by one: `with unfused_attention:`."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+    """Attention by its operators, one by one: `with unfused_attention:`.
+
+    Networks are told that they are compiled: those of `transformers` then leave out what they
+    choose by the values of a mask.
+    """
+    fastpath, flag = torch.backends.mha.get_fastpath_enabled(), torch.compiler._is_compiling_flag
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.compiler._is_compiling_flag = True
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.compiler._is_compiling_flag = flag
