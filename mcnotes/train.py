@@ -97,7 +97,7 @@ def initialise(net: nn.Module, seed: int) -> Theta:
             for name in ("reset_parameters", "_reset_parameters"):
                 getattr(module, name, lambda: None)()
     if odd := [n for n, p in fresh.named_parameters() if p.isnan().any()]:
-        raise TrainingError(f"initialise: no module draws {odd[0]!r} ({len(odd)} in all); seed "
+        raise TrainingError(f"initialise: no module draws {odd[0]!r} ({len(odd)} in all). Fix: seed "
                             "torch, build the network and pass init=net.state_dict()")  # fmt: skip
     return {n: x.detach() for n, x in fresh.state_dict().items()}
 
@@ -131,7 +131,7 @@ def fit_curve(
     """
     if curve.degree < 2:
         raise TrainingError(f"fit_curve: a curve of degree {curve.degree} has no inner point to "
-                            "train; use curves.bezier(a, b) or curves.chain(a, b)")  # fmt: skip
+                            "train. Fix: use curves.bezier(a, b) or curves.chain(a, b)")  # fmt: skip
     step = Step(net, curve, slice(1, -1), recipe, task.device, perturb, pull)
     return run(step, curve, task, seed, checkpoint)
 
@@ -147,7 +147,7 @@ def run(step: "Step", curve: Curve, task: Task, seed: int, checkpoint: Checkpoin
     for epoch in bar:
         losses.append(_epoch(step, curve, task, seed, epoch))
         if not losses[-1] < float("inf"):
-            raise TrainingError(f"train: the loss is {losses[-1]} in epoch {epoch + 1}; lower lr "
+            raise TrainingError(f"train: the loss is {losses[-1]} in epoch {epoch + 1}. Fix: lower lr "
                                 f"(now {step.recipe.lr}) or look for broken inputs")  # fmt: skip
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
         if checkpoint:

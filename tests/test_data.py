@@ -438,7 +438,7 @@ class TestLoadErrors:
             self.load(tmp_path, validation=validation)
 
     @pytest.mark.parametrize(
-        ("name", "cure"),
+        ("name", "fix"),
         [
             ("fashion-mnist-small", "restore it from the repository"),
             ("fashion-mnist", "pass download=True"),
@@ -446,8 +446,8 @@ class TestLoadErrors:
             ("tiny-imagenet", r"unpack .*tiny-imagenet-200\.zip to .*downloads"),
         ],
     )
-    def test_a_missing_file(self, tmp_path: Path, name: str, cure: str) -> None:
-        with pytest.raises(DataError, match=rf"found no {name}.npz in .*; {cure}"):
+    def test_a_missing_file(self, tmp_path: Path, name: str, fix: str) -> None:
+        with pytest.raises(DataError, match=rf"found no {name}.npz in .*\. Fix: {fix}"):
             self.load(tmp_path, name)
 
     @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
@@ -504,7 +504,7 @@ class TestLoadErrors:
     ) -> None:
         arrays = {k: v for k, v in (toy_arrays() | change).items() if v is not None}
         np.savez(tmp_path / "cifar10.npz", **arrays)
-        with pytest.raises(DataError, match=rf"cifar10.npz {fault}.*; delete it"):
+        with pytest.raises(DataError, match=rf"cifar10.npz {fault}.*. Fix: delete it"):
             self.load(tmp_path)
 
 
@@ -609,7 +609,7 @@ class TestTinyImageNet:
 
     def test_a_folder_that_lacks_pictures(self, tmp_path: Path) -> None:
         (self.folder(tmp_path) / "train/n02/images/n02_2.JPEG").unlink()
-        with pytest.raises(DataError, match=r"n02 has 2 pictures, others 3; unpack .* again"):
+        with pytest.raises(DataError, match=r"n02 has 2 pictures, others 3. Fix: unpack .* again"):
             data.load("tiny-imagenet", device="cpu", folder=tmp_path)
 
 

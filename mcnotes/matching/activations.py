@@ -109,7 +109,9 @@ def stream(pair: Pair, images: Split, *, at: At = "post", batch_size: int | None
     that are not finite.
     """
     if len(images) < 2:
-        raise AlignmentError(f"match: got {len(images)} images, expected 2 or more (thousands)")
+        raise AlignmentError(
+            f"match: got {len(images)} images, expected at least 2, better thousands"
+        )
     device = images.images.device
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     size = -(-batch_size // cores) if batch_size else 64 if device.type == "cpu" else 512
@@ -144,7 +146,7 @@ def stream(pair: Pair, images: Split, *, at: At = "post", batch_size: int | None
                     m.merge(other)
     for name, taps in moments.items():
         if not all(m.cross.isfinite().all() for m in taps):
-            raise AlignmentError(f"match: activations of {name!r} are not finite; look for NaN "
+            raise AlignmentError(f"match: activations of {name!r} are not finite. Fix: look for NaN "
                                  "weights or inputs in either network")  # fmt: skip
     return moments
 

@@ -227,7 +227,7 @@ class Walk(Tape):
         except (RuntimeError, NotImplementedError) as error:
             raise units.SymmetryError(
                 f"find: {name} needs values{self.where()}; it says: {str(error).splitlines()[0]} "
-                "Cure: control flow must not depend on the data (torch.where instead of if); or "
+                "Fix: control flow must not depend on the data (torch.where instead of if); or "
                 "take the part of the network without it."
             ) from error
         outs = [Marked(self, o, f, taps) for o, f in zip(tree_leaves(out), found, strict=False)]
