@@ -120,8 +120,10 @@ def check_same_space(a: Theta, b: Theta, who: str) -> None:
     for name, x in a.items():
         y = b[name]
         if x.shape != y.shape or x.dtype != y.dtype:
-            raise ValueError(f"{who}: {name!r} is {tuple(y.shape)} {y.dtype}, expected "
-                             f"{tuple(x.shape)} {x.dtype}. Fix: build both networks alike")  # fmt: skip
+            raise ValueError(
+                f"{who}: {name!r} is {tuple(y.shape)} {y.dtype}, expected {tuple(x.shape)} "
+                f"{x.dtype}. Fix: build both networks alike"
+            )
 
 
 def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

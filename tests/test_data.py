@@ -541,12 +541,12 @@ class TestTorchvision:
         self.fashion(raw)
         path = raw / "train-images-idx3-ubyte"
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(DataError, match=r"no sound FashionMNIST in .*pass download=True"):
+        with pytest.raises(DataError, match=r"no intact FashionMNIST in .*pass download=True"):
             data.load("fashion-mnist", device="cpu", folder=tmp_path)
 
     def test_a_download_that_is_not_there(self, tmp_path: Path) -> None:
         (tmp_path / "downloads").mkdir()
-        with pytest.raises(DataError, match=r"no sound CIFAR10 in .*pass download=True"):
+        with pytest.raises(DataError, match=r"no intact CIFAR10 in .*pass download=True"):
             data.load("cifar10", device="cpu", folder=tmp_path)
 
     def test_the_embedded_set_is_made_the_same_way_each_time(self, tmp_path: Path) -> None:

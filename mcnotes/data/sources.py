@@ -116,8 +116,10 @@ def read_tiny_imagenet(folder: Path) -> Arrays:
         names = {i: word.split(",")[0] for i, word in words}
     count = np.bincount(train.targets)
     if count.min() < count.max():
-        raise DataError(f"data.load: in {folder / 'train'}, {train.classes[count.argmin()]} has "
-                        f"{count.min()} pictures, others {count.max()}. Fix: {_UNPACK}")  # fmt: skip
+        raise DataError(
+            f"data.load: in {folder / 'train'}, {train.classes[count.argmin()]} has {count.min()} "
+            f"pictures, others {count.max()}. Fix: {_UNPACK}"
+        )
     arrays: Arrays = {"class_names": np.array([names.get(i, i) for i in train.classes])}
     for split, files in (("train", train.samples), ("test", test)):
         pixels = []

@@ -146,8 +146,10 @@ def stream(pair: Pair, images: Split, *, at: At = "post", batch_size: int | None
                     m.merge(other)
     for name, taps in moments.items():
         if not all(m.cross.isfinite().all() for m in taps):
-            raise AlignmentError(f"match: activations of {name!r} are not finite. Fix: look for NaN "
-                                 "weights or inputs in either network")  # fmt: skip
+            raise AlignmentError(
+                f"match: activations of {name!r} are not finite. Fix: look for NaN weights or "
+                "inputs in either network"
+            )
     return moments
 
 
