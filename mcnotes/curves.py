@@ -128,13 +128,15 @@ def chain(a: Theta, b: Theta, bends: int = 1) -> Curve:
 def check_same_space(a: Theta, b: Theta, who: str) -> None:
     """Raise ValueError, naming the tensor, unless names, shapes and dtypes agree."""
     if odd := sorted(a.keys() ^ b.keys()):
-        raise ValueError(f"{who}: {odd[0]!r} is in one network only ({len(odd)} such names); "
-                         "both must come from the same architecture")  # fmt: skip
+        raise ValueError(f"{who}: {odd[0]!r} is in one network only ({len(odd)} such names). "
+                         "Fix: take both from the same architecture")  # fmt: skip
     for name, x in a.items():
         y = b[name]
         if x.shape != y.shape or x.dtype != y.dtype:
-            raise ValueError(f"{who}: {name!r} is {tuple(y.shape)} {y.dtype}, expected "
-                             f"{tuple(x.shape)} {x.dtype}; build both networks alike")  # fmt: skip
+            raise ValueError(
+                f"{who}: {name!r} is {tuple(y.shape)} {y.dtype}, expected {tuple(x.shape)} "
+                f"{x.dtype}. Fix: build both networks alike"
+            )
 
 
 def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

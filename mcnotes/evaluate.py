@@ -283,7 +283,9 @@ def coordinates(net: nn.Module, corners: tuple[Theta, Theta, Theta]) -> Array:
     a = np.sqrt(gram[1, 1])
     height = gram[2, 2] - (gram[1, 2] / a) ** 2 if a > 0 else 0.0
     if height <= 1e-10 * gram[2, 2]:
-        raise ValueError("plane: the three networks lie on one line; give three different ones")
+        raise ValueError(
+            "plane: the three networks lie on one line. Fix: take three different ones"
+        )
     return np.array([[0, 0], [a, 0], [gram[1, 2] / a, np.sqrt(height)]])
 
 
@@ -325,7 +327,7 @@ def curvature(
             total += torch.cat([h.flatten() for h in hv]).double() / len(split)
         if not total.isfinite().all():
             raise ValueError(
-                "curvature: a Hessian–vector product is not finite; look for parameters and "
+                "curvature: a Hessian–vector product is not finite. Fix: look for parameters and "
                 "outputs that are not finite, or so large that their products are not"
             )
         return total.cpu().numpy()

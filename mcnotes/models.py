@@ -258,7 +258,9 @@ def build(
         raise ValueError(f"build: got {name!r}, expected a network{suggest(name, BUILDERS)}")
     if name == "mlp":
         if image_size is None:
-            raise ValueError("build: an MLP needs to know its inputs; pass image_size, such as 28")
+            raise ValueError(
+                "build: an MLP needs to know its inputs. Fix: pass image_size, such as 28"
+            )
         if width is not None:
             options["hidden"] = (int(width), int(width))
         return MLP(num_classes, in_channels * image_size**2, **options)

@@ -107,8 +107,10 @@ def initialise(net: nn.Module, seed: int) -> Theta:
             for name in ("reset_parameters", "_reset_parameters"):
                 getattr(module, name, lambda: None)()
     if odd := [n for n, p in fresh.named_parameters() if p.isnan().any()]:
-        raise TrainingError(f"initialise: no module draws {odd[0]!r} ({len(odd)} in all); seed "
-                            "torch, build the network and pass init=net.state_dict()")  # fmt: skip
+        raise TrainingError(
+            f"initialise: no module draws {odd[0]!r} ({len(odd)} in all). Fix: seed torch, build "
+            "the network and pass init=net.state_dict()"
+        )
     return {n: x.detach() for n, x in fresh.state_dict().items()}
 
 
@@ -141,8 +143,10 @@ def fit_curve(
     (`evaluate.profile`).
     """
     if curve.degree < 2:
-        raise TrainingError(f"fit_curve: a curve of degree {curve.degree} has no inner point to "
-                            "train; use curves.bezier(a, b) or curves.chain(a, b)")  # fmt: skip
+        raise TrainingError(
+            f"fit_curve: a curve of degree {curve.degree} has no inner point to train. Fix: use "
+            "curves.bezier(a, b) or curves.chain(a, b)"
+        )
     step = Step(net, curve, slice(1, -1), recipe, task.device, perturb, pull, loss or cost)
     return run(step, curve, task, seed, checkpoint)
 
@@ -160,8 +164,10 @@ def run(
     for epoch in bar:
         losses.append(_epoch(step, curve, task, seed, epoch))
         if not losses[-1] < float("inf"):
-            raise TrainingError(f"train: the loss is {losses[-1]} in epoch {epoch + 1}; lower lr "
-                                f"(now {step.recipe.lr}) or look for broken inputs")  # fmt: skip
+            raise TrainingError(
+                f"train: the loss is {losses[-1]} in epoch {epoch + 1}. Fix: lower lr (now "
+                f"{step.recipe.lr}) or look for broken inputs"
+            )
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
         if checkpoint:
             checkpoint.save(step.state() | {"losses": torch.tensor(losses, dtype=torch.float64)})

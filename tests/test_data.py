@@ -439,7 +439,7 @@ class TestLoadErrors:
             self.load(tmp_path, validation=validation)
 
     @pytest.mark.parametrize(
-        ("name", "cure"),
+        ("name", "fix"),
         [
             ("fashion-mnist-small", "restore it from the repository"),
             ("fashion-mnist", "pass download=True"),
@@ -447,8 +447,8 @@ class TestLoadErrors:
             ("tiny-imagenet", r"unpack .*tiny-imagenet-200\.zip to .*downloads"),
         ],
     )
-    def test_a_missing_file(self, tmp_path: Path, name: str, cure: str) -> None:
-        with pytest.raises(DataError, match=rf"found no {name}.npz in .*; {cure}"):
+    def test_a_missing_file(self, tmp_path: Path, name: str, fix: str) -> None:
+        with pytest.raises(DataError, match=rf"found no {name}.npz in .*\. Fix: {fix}"):
             self.load(tmp_path, name)
 
     @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
@@ -505,7 +505,7 @@ class TestLoadErrors:
     ) -> None:
         arrays = {k: v for k, v in (toy_arrays() | change).items() if v is not None}
         np.savez(tmp_path / "cifar10.npz", **arrays)
-        with pytest.raises(DataError, match=rf"cifar10.npz {fault}.*; delete it"):
+        with pytest.raises(DataError, match=rf"cifar10.npz {fault}.*. Fix: delete it"):
             self.load(tmp_path)
 
 
@@ -542,12 +542,12 @@ class TestTorchvision:
         self.fashion(raw)
         path = raw / "train-images-idx3-ubyte"
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(DataError, match=r"no sound FashionMNIST in .*pass download=True"):
+        with pytest.raises(DataError, match=r"no intact FashionMNIST in .*pass download=True"):
             data.load("fashion-mnist", device="cpu", folder=tmp_path)
 
     def test_a_download_that_is_not_there(self, tmp_path: Path) -> None:
         (tmp_path / "downloads").mkdir()
-        with pytest.raises(DataError, match=r"no sound CIFAR10 in .*pass download=True"):
+        with pytest.raises(DataError, match=r"no intact CIFAR10 in .*pass download=True"):
             data.load("cifar10", device="cpu", folder=tmp_path)
 
     def test_the_embedded_set_is_made_the_same_way_each_time(self, tmp_path: Path) -> None:
@@ -610,7 +610,7 @@ class TestTinyImageNet:
 
     def test_a_folder_that_lacks_pictures(self, tmp_path: Path) -> None:
         (self.folder(tmp_path) / "train/n02/images/n02_2.JPEG").unlink()
-        with pytest.raises(DataError, match=r"n02 has 2 pictures, others 3; unpack .* again"):
+        with pytest.raises(DataError, match=r"n02 has 2 pictures, others 3. Fix: unpack .* again"):
             data.load("tiny-imagenet", device="cpu", folder=tmp_path)
 
 

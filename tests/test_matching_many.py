@@ -78,7 +78,7 @@ def test_one_order_brings_more_together_than_matching_each_to_the_first() -> Non
 
 def test_many_errors() -> None:
     net, data, thetas, sym = trained()
-    with pytest.raises(ValueError, match="got 1 network"):
+    with pytest.raises(ValueError, match="got 1 networks, expected at least 2"):
         matching.match_many(net, thetas[:1], data.train, sym)
     with pytest.raises(ValueError, match="method 'random', expected 'activations' or 'weights'"):
         matching.match_many(net, thetas, data.train, sym, method="random")

@@ -137,7 +137,7 @@ def test_errors() -> None:
     net, data = plain(), task()
     sym = symmetry.find(net, data.example)
     theta = train.initialise(net, 1)
-    with pytest.raises(AlignmentError, match="got 1 images, expected 2 or more"):
+    with pytest.raises(AlignmentError, match="got 1 images, expected at least 2"):
         matching.match(net, theta, theta, data.train.first(1), sym)
     with pytest.raises(AlignmentError, match=r"'3\.bias' is"):
         matching.match(net, theta, theta | {"3.bias": torch.zeros(9)}, data.train, sym)

@@ -340,7 +340,7 @@ def test_control_flow_on_data_is_an_error() -> None:
         symmetry.find(Branch(3, 3), torch.rand(2, 3))
     text = str(caught.value)
     assert "_local_scalar_dense needs values at the network (Branch), test_symmetry.py:" in text
-    assert "To fix it: control flow must not depend on the data (torch.where instead of if)" in text
+    assert "Fix: control flow must not depend on the data (torch.where instead of if)" in text
 
 
 @pytest.mark.parametrize(

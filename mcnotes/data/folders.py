@@ -46,7 +46,9 @@ def dataset(source: str, image_size: int | None = None, device: str = "auto") ->
             cut = len(y) - round(share * len(y))
             splits |= {name: Split(x[:cut], y[:cut]), other: Split(x[cut:], y[cut:])}
     if min(map(len, splits.values())) < 2:
-        raise DataError(f"data.dataset: {source} has too few images to train, validate and test")
+        raise DataError(
+            f"data.dataset: {source} has too few images to train, validate and test. Fix: add some"
+        )
     names = names or range(1 + int(max(split.labels.max() for split in splits.values())))
     return Task(source, splits["train"], splits["val"], splits["test"], tuple(map(str, names)))
 

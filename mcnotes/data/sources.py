@@ -23,7 +23,7 @@ _UNPACK = f"unpack {TINY}.zip there again"
 
 
 class DataError(RuntimeError):
-    """A data file is missing, damaged or of the wrong form; the text names it and the cure."""
+    """A data file is missing, damaged or of the wrong form; the message names it and the fix."""
 
 
 def find(root: Path, name: str) -> Path | None:
@@ -49,10 +49,10 @@ def read(name: str, root: Path, torchvision_class: str | None, download: bool) -
         return arrays
     if torchvision_class and (download or downloads.is_dir()):
         return check(_from_torchvision(torchvision_class, downloads, download), downloads)
-    cure = "pass download=True" if torchvision_class else "restore it from the repository"
+    fix = "pass download=True" if torchvision_class else "restore it from the repository"
     if name == "tiny-imagenet":
-        cure = f"unpack http://cs231n.stanford.edu/{TINY}.zip to {downloads / TINY}"
-    raise DataError(f"data.load: found no {name}.npz in {root} or {downloads}; {cure}, "
+        fix = f"unpack http://cs231n.stanford.edu/{TINY}.zip to {downloads / TINY}"
+    raise DataError(f"data.load: found no {name}.npz in {root} or {downloads}. Fix: {fix}, "
                     "or name another folder by folder=... or MCNOTES_DATA")  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def read_npz(path: Path) -> Arrays:
 def check(arrays: Arrays, path: Path) -> Arrays:
     """`arrays` as they are; raises DataError naming `path` if they are not of the form above."""
     if fault := next(_faults(arrays), None):
-        raise DataError(f"data.load: {path} {fault}; delete it and fetch or make it again")
+        raise DataError(f"data.load: {path} {fault}. Fix: delete it and fetch or make it again")
     return arrays
 
 
@@ -89,10 +89,10 @@ def _from_torchvision(torchvision_class: str, root: Path, download: bool) -> Arr
     import torchvision  # takes a second, and most loads do without
 
     make = getattr(torchvision.datasets, torchvision_class)
-    cure = "check the connection" if download else "pass download=True"
+    fix = "check the connection" if download else "pass download=True"
     arrays: Arrays = {}
-    with _sound(f"torchvision finds no sound {torchvision_class} in {root}",
-                f"delete what is there of it and {cure}"):  # fmt: skip
+    with _sound(f"torchvision finds no intact {torchvision_class} in {root}",
+                f"delete what is there of it and {fix}"):  # fmt: skip
         for split in ("train", "test"):
             files = make(root, train=split == "train", download=download)
             arrays[f"{split}_images"] = np.asarray(files.data)
@@ -116,8 +116,10 @@ def read_tiny_imagenet(folder: Path) -> Arrays:
         names = {i: word.split(",")[0] for i, word in words}
     count = np.bincount(train.targets)
     if count.min() < count.max():
-        raise DataError(f"data.load: in {folder / 'train'}, {train.classes[count.argmin()]} has "
-                        f"{count.min()} pictures, others {count.max()}; {_UNPACK}")  # fmt: skip
+        raise DataError(
+            f"data.load: in {folder / 'train'}, {train.classes[count.argmin()]} has {count.min()} "
+            f"pictures, others {count.max()}. Fix: {_UNPACK}"
+        )
     arrays: Arrays = {"class_names": np.array([names.get(i, i) for i in train.classes])}
     for split, files in (("train", train.samples), ("test", test)):
         pixels = []
@@ -130,13 +132,14 @@ def read_tiny_imagenet(folder: Path) -> Arrays:
 
 
 @contextlib.contextmanager
-def _sound(fault: str, cure: str) -> Iterator[None]:
+def _sound(fault: str, fix: str) -> Iterator[None]:
+    """While a source is read, whatever is raised becomes a DataError that says this."""
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:  # damaged files raise whatever their reader meets first
-        raise DataError(f"data.load: {fault} ({error}); {cure}") from error
+        raise DataError(f"data.load: {fault} ({error}). Fix: {fix}") from error
 
 
 def fair_order(images: NDArray[np.uint8], labels: NDArray[Any]) -> NDArray[np.intp]:

@@ -170,8 +170,10 @@ def default_folder() -> Path:
     """
     named = os.environ.get("MCNOTES_DATA")
     if named and not Path(named).is_dir():
-        raise DataError(f"data: MCNOTES_DATA is {named}, expected a folder; set it to the data, "
-                        "such as data/ of a clone of the repository")  # fmt: skip
+        raise DataError(
+            f"data: MCNOTES_DATA is {named}, expected a folder. Fix: set it to the data, such as "
+            "data/ of a clone of the repository"
+        )
     return Path(named) if named else cache.home()
 
 

@@ -62,7 +62,7 @@ def load(folder: Path) -> list[Record]:
         try:
             record = json.loads(path.read_text("utf8"))
         except ValueError as error:
-            raise ResultsError(f"{path}: {error}; collect it again or remove it") from error
+            raise ResultsError(f"{path}: {error}. Fix: collect it again or remove it") from error
         if "preset" in record:  # other measurements lie there, too
             check(record, str(path))
             found.append(record)
@@ -74,7 +74,7 @@ def check(record: Mapping[str, Any], where: str) -> None:
 
     def must(true: bool, what: str) -> None:
         if not true:
-            raise ResultsError(f"{where}: {what}; collect it again with results.collect")
+            raise ResultsError(f"{where}: {what}. Fix: collect it again with results.collect")
 
     must(record.get("format") == FORMAT, f"format {record.get('format')!r}, expected {FORMAT}")
     for name in ("preset", "experiment", "endpoints", "curves", "collected", "provenance"):

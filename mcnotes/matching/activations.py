@@ -146,11 +146,15 @@ def stream(
                 for m, other in zip(moments[name], taps, strict=True):
                     m.merge(other)
     if sum(samples) < 2:
-        raise AlignmentError(f"match: got {sum(samples)} images, expected 2 or more (thousands)")
+        raise AlignmentError(
+            f"match: got {sum(samples)} images, expected at least 2, better thousands"
+        )
     for name, taps in moments.items():
         if not all(m.cross.isfinite().all() for m in taps):
-            raise AlignmentError(f"match: activations of {name!r} are not finite; look for NaN "
-                                 "weights or inputs in either network")  # fmt: skip
+            raise AlignmentError(
+                f"match: activations of {name!r} are not finite. Fix: look for NaN weights or "
+                "inputs in either network"
+            )
     return moments
 
 

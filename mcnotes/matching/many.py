@@ -37,9 +37,9 @@ def match_many(
     Raises ValueError for fewer than two networks and for other methods, AlignmentError as there.
     """
     if len(thetas) < 2:
-        raise ValueError(f"match_many: got {len(thetas)} network, expected two or more")
+        raise ValueError(f"match_many: got {len(thetas)} networks, expected at least 2")
     if method not in ("activations", "weights"):
-        raise ValueError(f"match_many: method {method!r}, expected 'activations' or 'weights'")
+        raise ValueError(f"match_many: got method {method!r}, expected 'activations' or 'weights'")
     if method == "weights":
         improve = _by_weights(net, thetas, sym)
     else:

@@ -31,7 +31,7 @@ def repair(
     layers = _layers(net, theta, images)[:-1]
     if not layers:
         raise ValueError("repair: found no linear or convolution layer before the last; there is "
-                         "nothing to repair")  # fmt: skip
+                         "nothing to repair. Fix: use the average as it is")  # fmt: skip
     for layer in layers:
         if f"{layer}.bias" not in theta:
             raise ValueError(f"repair: {layer!r} has no bias to shift. Fix: build the network with "

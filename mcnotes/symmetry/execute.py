@@ -30,7 +30,7 @@ def outputs(net: nn.Module, theta: Mapping[str, Tensor], inputs: Inputs) -> list
     if not found:
         raise SymmetryError(
             f"the network returns no tensor, but {type(out).__name__}: nothing tells what it "
-            "computes. To fix it: wrap it in a module that returns its tensors."
+            "computes. Fix: wrap it in a module that returns its tensors."
         )
     return found
 
@@ -61,7 +61,7 @@ def parts(value: Any) -> Iterable[Any]:
     if not held or callable(value) or isinstance(value, Iterator | type):
         raise SymmetryError(
             f"the network returns a value of type {type(value).__name__}, in which tensors cannot "
-            "be looked for. To fix it: wrap it in a module that returns its tensors."
+            "be looked for. Fix: wrap it in a module that returns its tensors."
         )
     return held.values()
 

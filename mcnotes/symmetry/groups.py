@@ -157,7 +157,7 @@ def run_trace(
     if not labelled_in(ends):
         raise SymmetryError(
             "find: the outputs depend neither on the inputs nor on the parameters, as far as they "
-            "can be followed. To fix it: return tensors that the network computes."
+            "can be followed. Fix: return tensors that the network computes."
         )
     trace.use(labelled_in(ends), "the output")
     for x in labelled_in(ends):

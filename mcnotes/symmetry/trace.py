@@ -298,7 +298,7 @@ class Trace(Tape):
             if argument.is_write and len(tensors) > len(labelled_in(tensors)):
                 raise LostWrite(
                     f"find: {op_name(func)} writes units into a tensor that is no parameter, "
-                    f"buffer or result of the network{self.where()}. To fix it: make a new tensor."
+                    f"buffer or result of the network{self.where()}. Fix: make a new tensor."
                 )
 
     def use(self, xs: Iterable[Labelled], name: str) -> None:
@@ -340,7 +340,7 @@ class Trace(Tape):
         except (RuntimeError, NotImplementedError) as error:
             raise SymmetryError(
                 f"find: {name} needs values{self.where()}; it says: {str(error).splitlines()[0]} "
-                "To fix it: control flow must not depend on the data (torch.where instead of if); "
+                "Fix: control flow must not depend on the data (torch.where instead of if); "
                 "or take the part of the network without it."
             ) from error
 
