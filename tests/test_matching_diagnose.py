@@ -213,5 +213,5 @@ def test_a_permutation_that_was_not_applied_is_named() -> None:
 
 def test_the_report_is_a_table_of_the_findings() -> None:
     text = figures.findings([Finding("weak", 0.1, "matched units correlate by 0.10")]).data
-    assert "| weak | 0.1 | matched units correlate by 0.10 | other layers" in text
+    assert "| weak | 0.1 | matched units correlate by 0.10 | try other layers" in text
     assert "nothing" in figures.findings([]).data

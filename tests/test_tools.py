@@ -278,7 +278,7 @@ class TestRunner:
         listing = ["git", "ls-files", "-z", "mcnotes", "data"]
         told = subprocess.run(listing, cwd=presets.ROOT, check=True, capture_output=True, text=True)
         tracked = {*told.stdout.split("\0")} - {""}
-        assert {"data/paper.json", "mcnotes/slider.html"} <= tracked
+        assert {"data/paper.json", "mcnotes/lab/slider.html"} <= tracked
         tracked |= {"mcnotes/data/tasks.py", "mcnotes/store/locks/a.py", "data/results/a/b.json"}
         caches = {"data/store/a.json", "data/downloads/cifar10.npz", "data/zoo/a.checkpoint",
                   "data/zoo/locks/a.lock", "data/tiny-imagenet-200/train/a.JPEG",

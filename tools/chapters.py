@@ -170,7 +170,7 @@ def run(paths: list[Path], preset: str, force: bool = False, jobs: int = 1) -> l
     cell_timeout()  # raises before anything runs
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the stored outputs were made
-    key = inputs()
+    key, home = inputs(), Path.cwd()
     pool = ThreadPoolExecutor(jobs)
     try:
         running = {pool.submit(_timed, path, preset, key, force): path for path in paths}
@@ -181,6 +181,7 @@ def run(paths: list[Path], preset: str, force: bool = False, jobs: int = 1) -> l
             failures += [Failure(path.stem, error)] if error else []
     finally:  # an interrupt does not wait for the chapters that run
         pool.shutdown(wait=False, cancel_futures=True)
+        os.chdir(home)  # papermill changes the folder, which is one for all threads
     return report(failures, len(paths) - len(failures))
 
 
