@@ -274,8 +274,8 @@ class TestLimit:
             monkeypatch.setenv("MCNOTES_CELL_TIMEOUT", value)
             assert chapters.cell_timeout() == limit
         make = subprocess.run(
-            ["make", "-n", "test", "smoke", "book", "notebooks", "figures", "zoo"], cwd=ROOT, text=True,
-            capture_output=True, check=True
+            ["make", "-n", "test", "smoke", "book", "notebooks", "figures", "zoo"],
+            cwd=ROOT, text=True, capture_output=True, check=True
         ).stdout.splitlines()  # fmt: skip
         limited = [line for line in make if "MCNOTES_CELL_TIMEOUT" in line]
         assert any("tools.book run --preset smoke" in line for line in limited)
