@@ -14,7 +14,7 @@ LIMIT := 1800
 QUICK := $(addprefix tests/test_, project.py dependencies.py packaging.py permutations.py curves.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html notebooks figures check test smoke portable zoo clean
+.PHONY: help setup book html notebooks figures check test smoke portable kills zoo clean
 
 help:  ## say what the targets do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | column -t -s '|'
@@ -51,6 +51,9 @@ smoke: setup  ## run the chapters at the smallest preset
 
 portable: setup  ## the tests as on other processors (SETTINGS='avx2-1 default-2': only these)
 	$(BIN)/python -m tools.portable $(if $(SETTINGS),--settings $(SETTINGS))
+
+kills: setup  ## kill a whole batch at 50 random moments, and compare its numbers (half an hour)
+	$(BIN)/python -m tools.kills
 
 zoo: setup  ## compute all of data/zoo again, by running the chapters
 	rm -f data/zoo/*.safetensors data/zoo/*.json
