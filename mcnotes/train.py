@@ -21,7 +21,7 @@ from mcnotes import evaluate
 from mcnotes.attacks import Perturb
 from mcnotes.curves import Curve, Theta, check_same_space, views
 from mcnotes.data import Task
-from mcnotes.store import Checkpoint, State
+from mcnotes.store import Checkpoint
 
 
 class TrainingError(RuntimeError):
@@ -147,24 +147,24 @@ def run(step: "Step", curve: Curve, task: Task, seed: int, checkpoint: Checkpoin
             raise TrainingError(f"train: the loss is {losses[-1]} in epoch {epoch + 1}; lower lr "
                                 f"(now {step.recipe.lr}) or look for broken inputs")  # fmt: skip
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
-        if checkpoint:
+        if checkpoint and epoch + 1 < epochs:
             checkpoint.save(step.state() | {"losses": torch.tensor(losses, dtype=torch.float64)})
     return Fit(curve.with_points(step.points(curve)), losses)
 
 
 def _resume(step: "Step", checkpoint: Checkpoint) -> list[float]:
-    """Take over the stored state, if it is one of this step; the losses of the epochs so far."""
-    epochs = step.recipe.epochs
-
-    def fits(state: State) -> None:
-        done = state.get("losses", torch.empty(0)).numel()
-        if not 1 <= done <= epochs:
-            raise ValueError(f"it holds the losses of {done} epochs, expected 1 to {epochs}")
-        losses = {"losses": torch.empty(done, dtype=torch.float64)}
-        check_same_space(step.state() | losses, state, "checkpoint")
-
-    state = checkpoint.load(fits)
+    """Take over the stored state, unless it does not fit; the losses of the epochs so far."""
+    state, epochs = checkpoint.load(), step.recipe.epochs
     if state is None:
+        return []
+    done = state.get("losses", torch.empty(0)).numel()
+    losses = {"losses": torch.empty(done, dtype=torch.float64)}
+    try:
+        check_same_space(step.state() | losses, state, "checkpoint")
+        if not 1 <= done <= epochs:
+            raise ValueError(f"checkpoint: it holds {done} epochs, expected 1 to {epochs}")
+    except ValueError as error:
+        checkpoint.set_aside(error)
         return []
     step.restore(state)
     return [float(loss) for loss in state["losses"]]
