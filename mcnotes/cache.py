@@ -101,23 +101,26 @@ class Checkpoint:
                 warnings.warn(f"checkpoint {self.path}: {error}; going on without", StoreWarning, 2)
             self._warned = True
 
-    def load(self, fits: Callable[[State], None] = lambda _: None) -> State | None:
+    def load(self) -> State | None:
         """The stored state; None if there is none, or (with a StoreWarning) if it is set aside.
 
-        fits: raises ValueError about a state that is not of the expected form, such as an older
-        version's. Raises OSError if the file is there and cannot be read.
+        Whoever takes it over checks that it fits, and calls `set_aside` otherwise. Raises OSError
+        if the file is there and cannot be read.
         """
         try:
             entry = _read(self.path, self.config)
-            if entry is None:
-                return None
-            fits(entry.value)
-        except (BrokenFile, ValueError) as error:
-            _set_aside(self.path, error)
+        except BrokenFile as error:
+            self.set_aside(error)
+            return None
+        if entry is None:
             return None
         if self._before is None:
             self._before = float(entry.origin.get("seconds", 0.0))
         return dict(entry.value)
+
+    def set_aside(self, error: Exception) -> None:
+        """Rename the file, with a StoreWarning: it is wrong, or an older version's."""
+        _set_aside(self.path, error)
 
 
 def home() -> Path:

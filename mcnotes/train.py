@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from mcnotes import display, evaluate
 from mcnotes.attacks import Perturb
-from mcnotes.cache import Checkpoint, State
+from mcnotes.cache import Checkpoint
 from mcnotes.calls import Training, call, count, heads
 from mcnotes.curves import Curve, Theta, check_same_space, views
 
@@ -169,24 +169,24 @@ def run(
                 f"{step.recipe.lr}) or look for broken inputs"
             )
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
-        if checkpoint:
+        if checkpoint and epoch + 1 < epochs:
             checkpoint.save(step.state() | {"losses": torch.tensor(losses, dtype=torch.float64)})
     return Fit(curve.with_points(step.points(curve)), losses)
 
 
 def _resume(step: "Step", checkpoint: Checkpoint) -> list[float]:
-    """Take over the stored state, if it is one of this step; the losses of the epochs so far."""
-    epochs = step.recipe.epochs
-
-    def fits(state: State) -> None:
-        done = state.get("losses", torch.empty(0)).numel()
-        if not 1 <= done <= epochs:
-            raise ValueError(f"it holds the losses of {done} epochs, expected 1 to {epochs}")
-        losses = {"losses": torch.empty(done, dtype=torch.float64)}
-        check_same_space(step.state() | losses, state, "checkpoint")
-
-    state = checkpoint.load(fits)
+    """Take over the stored state, unless it does not fit; the losses of the epochs so far."""
+    state, epochs = checkpoint.load(), step.recipe.epochs
     if state is None:
+        return []
+    done = state.get("losses", torch.empty(0)).numel()
+    losses = {"losses": torch.empty(done, dtype=torch.float64)}
+    try:
+        check_same_space(step.state() | losses, state, "checkpoint")
+        if not 1 <= done <= epochs:
+            raise ValueError(f"checkpoint: it holds {done} epochs, expected 1 to {epochs}")
+    except ValueError as error:
+        checkpoint.set_aside(error)
         return []
     step.restore(state)
     return [float(loss) for loss in state["losses"]]

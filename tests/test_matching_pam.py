@@ -276,7 +276,7 @@ def test_stopped_after_any_save_it_gives_the_same_numbers(tmp_path: Path) -> Non
             assert_same(resumed(arguments, Checkpoint(tmp_path / f"{stop}")), whole)
         else:
             break
-    assert stop > 20
+    assert stop > 12
     stops = 0
     while True:
         try:
@@ -355,7 +355,7 @@ def test_a_checkpoint_that_does_not_fit_is_set_aside(
     arguments = (net, curves.bezier(a, b), task(), RECIPE, sym, settings)
     whole = pam.fit(*arguments, seed=1)  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
-        resumed(arguments, Stopped(tmp_path / "c", 6))
+        resumed(arguments, Stopped(tmp_path / "c", 5))
     checkpoint = Checkpoint(tmp_path / "c")
     state = checkpoint.load()
     assert state

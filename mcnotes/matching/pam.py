@@ -106,7 +106,9 @@ class _Run:
         probe = task.train.first(settings.probe)
         self.value: Callable[[Curve], float] = lambda c: objective(net, c, probe, settings.nodes)
         self.before: float | None = None  # Q, once the permutation step has measured it
-        if checkpoint and (state := checkpoint.load(self.fits)):
+        self.stored: State = {}  # what an earlier process left
+        if checkpoint and (state := _taken(checkpoint, self.fits)):
+            self.stored = state
             self.history = [Iteration(*row) for row in state["history"].tolist()]
             self.perm = {n: state[f"perm.{n}"] for n in self.perm}
             inner = [{n: state[f"inner.{i}.{n}"].to(task.device) for n in self.end}
@@ -143,7 +145,9 @@ class _Run:
 
     def part(self, name: str = "step.") -> "_Part | None":
         """Where the step that comes next keeps its state, beside `done`; name: one of STEPS."""
-        return _Part(self.checkpoint, self.done(), name) if self.checkpoint else None
+        if self.checkpoint is None:
+            return None
+        return _Part(self.checkpoint, self.stored, self.done(), name)
 
     def keep(self) -> None:
         """Save what was found between two steps, and the next one's state if there is one."""
@@ -195,24 +199,32 @@ class _Run:
 class _Part(Checkpoint):
     """One step's state within the checkpoint of the whole run: the names that begin with `name`."""
 
-    def __init__(self, whole: Checkpoint, done: State, name: str) -> None:
-        self.whole, self.done, self.name = whole, done, name
+    def __init__(self, whole: Checkpoint, stored: State, done: State, name: str) -> None:
+        self.whole, self.stored, self.done, self.name = whole, stored, done, name
 
     def save(self, state: Mapping[str, Tensor]) -> None:
         self.whole.save({**self.done, **{self.name + n: x for n, x in state.items()}})
 
-    def load(self, fits: Callable[[State], None] = lambda _: None) -> State | None:
-        found: State = {}
+    def load(self) -> State | None:
+        rows, now = (x.get("history", torch.empty(0)) for x in (self.stored, self.done))
+        if not torch.equal(rows.nan_to_num(-1), now.nan_to_num(-1)):
+            return None  # nothing, or the state of another step
+        names = [n for n in self.stored if n.startswith(self.name)]
+        return {n.removeprefix(self.name): self.stored[n] for n in names} or None
 
-        def part_fits(state: State) -> None:
-            rows, now = (x["history"].nan_to_num(-1) for x in (state, self.done))
-            if torch.equal(rows, now):  # else it is the state of another step
-                found.update({n.removeprefix(self.name): x for n, x in state.items()
-                              if n.startswith(self.name)})  # fmt: skip
-                if found:
-                    fits(found)
+    def set_aside(self, error: Exception) -> None:
+        self.whole.set_aside(error)
 
-        return found or None if self.whole.load(part_fits) else None
+
+def _taken(checkpoint: Checkpoint, fits: Callable[[State], None]) -> State | None:
+    """The stored state; None, and the file set aside, if `fits` raises ValueError about it."""
+    if state := checkpoint.load():
+        try:
+            fits(state)
+        except ValueError as error:
+            checkpoint.set_aside(error)
+            return None
+    return state
 
 
 class _Scores:
@@ -225,7 +237,7 @@ class _Scores:
         self.score, self.old, self.part = score, old, part
         self.matrices: Matrices = {}
         self.perms, self.values = list[Perm](), list[float]()
-        if part and (state := part.load(self.fits)):
+        if part and (state := _taken(part, self.fits)):
             self.matrices = {n: state[f"matrix.{n}"] for n in old}
             self.values = state["scores"].tolist()
             rows = range(len(self.values))
