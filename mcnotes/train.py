@@ -254,8 +254,10 @@ class Step:
         self.state_dict = dict(zip(names, self.leaves, strict=True)) | self.buffers
         forward: Callable[..., Any] = partial(call, net)
         self.forward = torch.compile(forward) if recipe.compile else forward
-        frozen = [torch.full((p.numel(),), not p.requires_grad) for p in net.parameters()]
-        self.frozen = torch.cat(frozen).to(device) if any(map(torch.any, frozen)) else None
+        self.frozen: Tensor | None = None  # [n], where there is such a parameter
+        if not all(p.requires_grad for p in net.parameters()):
+            frozen = [torch.full((p.numel(),), not p.requires_grad) for p in net.parameters()]
+            self.frozen = torch.cat(frozen).to(device)
 
     def __call__(self, x: Any, y: Any, weights: Tensor, lr: float) -> Tensor:
         """Inputs and targets of a batch, weights w(t) [k]: all on the device; gives the loss."""

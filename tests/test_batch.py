@@ -310,7 +310,7 @@ class TestRecord:
         [
             ("accuracy", [0.9, 90, 1], "accuracy"),
             ("loss", [0.1, float("nan"), 0.1], "arc or loss"),
-            ("t", [0, 1, 0.5], ": t;"),
+            ("t", [0, 1, 0.5], ": t\\."),
             ("arc", [0, 1], "sizes"),
             ("method", "alined", "unknown: curve"),
             ("provenance", {}, "no provenance"),

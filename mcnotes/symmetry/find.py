@@ -229,6 +229,8 @@ class Symmetry:
 
 def form(inputs: Inputs) -> tuple[Any, ...]:
     """What a trace depends on: shapes, types, how inputs lie in memory, and what is no tensor."""
+    if isinstance(inputs, tuple) and len(inputs) == 1:
+        inputs = inputs[0]  # the same call
     leaves, structure = tree_flatten(inputs)
     return str(structure), *(
         (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves
