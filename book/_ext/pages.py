@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from html import escape, unescape
+from importlib import import_module
 from typing import Any
 
 from docutils import nodes
 
 LENGTH = 155  # what search engines show
+WINGS = ("symmetry", "data", "matching", "lab")
 SHORT = 30  # letters of LaTeX in a formula that need not be broken on a phone
 
 
@@ -58,11 +60,14 @@ def keep_together(app: Any, doctree: nodes.document, docname: str) -> None:
 def list_modules(app: Any, docname: str, source: list[str]) -> None:
     """Expand a `{modules}` block, one name a line, into a section for each module."""
 
+    def section(name: str) -> str:
+        # What a wing re-exports stands under the module that defines it.
+        members = "\n   :no-members:" if name in WINGS else ""
+        directive = f".. automodule:: mcnotes.{name}{members}"
+        return f"## `mcnotes.{name}`\n\n```{{eval-rst}}\n{directive}\n```\n"
+
     def sections(block: re.Match[str]) -> str:
-        return "\n".join(
-            f"## `mcnotes.{name}`\n\n```{{eval-rst}}\n.. automodule:: mcnotes.{name}\n```\n"
-            for name in block[1].split()
-        )
+        return "\n".join(map(section, block[1].split()))
 
     source[0] = re.sub(r"```\{modules\}\n(.*?)```", sections, source[0], flags=re.DOTALL)
 
@@ -91,10 +96,26 @@ def skip_foreign(app: Any, what: str, name: str, obj: Any, skip: bool, options: 
     return True if home.split(".")[0] not in ("mcnotes", "builtins") else None
 
 
+def find_home(app: Any, env: Any, node: Any, text: Any) -> Any:
+    """The link to what a wing re-exports leads to the module that defines it."""
+    wing, name, *rest = [*node.get("reftarget", "").removeprefix("mcnotes.").split("."), "", ""]
+    if node.get("refdomain") != "py" or wing not in WINGS:
+        return None
+    found = getattr(import_module(f"mcnotes.{wing}"), name, None)
+    if not hasattr(found, "__qualname__"):
+        return None
+    target = ".".join([found.__module__, found.__qualname__, *filter(None, rest)])
+    domain = env.get_domain("py")
+    return domain.resolve_xref(
+        env, node["refdoc"], app.builder, node["reftype"], target, node, text
+    )
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", list_modules)
     app.connect("autodoc-process-docstring", mark_code)
     app.connect("autodoc-skip-member", skip_foreign)
+    app.connect("missing-reference", find_home)
     app.connect("doctree-resolved", drop_repeated_ids)
     app.connect("doctree-resolved", keep_together)
     app.connect("html-page-context", add_tags)
