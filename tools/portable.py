@@ -52,7 +52,7 @@ def environment(setting: str, store: Path) -> dict[str, str]:
     others = {k: v for k, v in os.environ.items() if k not in chosen}
     path = os.pathsep.join([str(chapters.ROOT), *filter(None, [others.get("PYTHONPATH")])])
     own = {"OMP_NUM_THREADS": threads, "MCNOTES_STORE": str(store), "PYTHONPATH": path}
-    own |= {"MCNOTES_CELL_TIMEOUT": str(LIMIT)}
+    own |= {"MCNOTES_CELL_TIMEOUT": str(LIMIT), "OMP_WAIT_POLICY": "passive"}  # for busy machines
     return others | chapters.ENVIRONMENT | INSTRUCTIONS[name] | own
 
 
