@@ -35,7 +35,8 @@ INSTRUCTIONS = {
 }
 THREADS = (1, 2)
 SETTINGS = [f"{name}-{threads}" for name in INSTRUCTIONS for threads in THREADS]
-NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=3600"]
+LIMIT = 3600  # seconds that a chapter's cell may take
+NBVAL = ["--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={LIMIT}"]
 
 
 def environment(setting: str, store: Path) -> dict[str, str]:
@@ -51,6 +52,7 @@ def environment(setting: str, store: Path) -> dict[str, str]:
     others = {k: v for k, v in os.environ.items() if k not in chosen}
     path = os.pathsep.join([str(chapters.ROOT), *filter(None, [others.get("PYTHONPATH")])])
     own = {"OMP_NUM_THREADS": threads, "MCNOTES_STORE": str(store), "PYTHONPATH": path}
+    own |= {"MCNOTES_CELL_TIMEOUT": str(LIMIT), "OMP_WAIT_POLICY": "passive"}  # for busy machines
     return others | chapters.ENVIRONMENT | INSTRUCTIONS[name] | own
 
 
