@@ -147,6 +147,8 @@ def align(
 ) -> Aligned:
     """Model B with its units in the order of model A's: another model of the same function.
 
+    (What a language model keeps for its next call, its cache, is no part of the function.)
+
     batches: some thousands of inputs of the training kind; targets are not read. Sequences should
     be padded to few lengths: each is a new layout, for which the network is followed again. method:
     "activations" (chapter 4), or "weights", which looks at the weights alone (chapter 9). device:

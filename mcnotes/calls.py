@@ -6,7 +6,6 @@ mapping are keywords; tensors have their batch in front. `Batches` are inputs wi
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -122,21 +121,6 @@ def field(outputs: Any, name: str) -> Any:
     if isinstance(outputs, Mapping) and name in outputs:
         return outputs[name]
     return getattr(outputs, name, None)
-
-
-def tensors(outputs: Any) -> list[Tensor]:
-    """All tensors of outputs: alone, or in sequences, mappings and dataclasses of any depth."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        parts = list(outputs.values())
-    elif isinstance(outputs, tuple | list):
-        parts = list(outputs)
-    elif is_dataclass(outputs):
-        parts = [getattr(outputs, f.name) for f in fields(outputs)]
-    else:
-        parts = []
-    return [x for part in parts for x in tensors(part)]
 
 
 def plain(inputs: Any) -> Inputs:

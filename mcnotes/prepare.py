@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mcnotes import calls, evaluate, symmetry, train
 from mcnotes.calls import InputError
@@ -21,6 +22,7 @@ from mcnotes.data import Loader
 from mcnotes.data.loader import widened
 from mcnotes.evaluate import Quantity
 from mcnotes.symmetry import Symmetry
+from mcnotes.symmetry.execute import tensors_in
 from mcnotes.train import Loss
 
 Metric = Callable[[Any, Any], Any]  # outputs and targets of a batch → the mean over it
@@ -120,7 +122,7 @@ def choose_loss(ready: Prepared, given: Loss | None) -> Loss:
             f"{ready.who}: the batches hold no targets, expected (inputs, targets), or "
             "a loss (outputs, targets) that needs none"
         )
-    if any(_equal(x, targets) for x in calls.tensors(inputs)):
+    if any(_equal(x, targets) for x in tree_leaves(inputs)):
         raise InputError(
             f"{ready.who}: the targets are the inputs, expected others for the "
             "cross-entropy: of a language model those of the next place; or pass a "
@@ -231,6 +233,10 @@ def working_copy(who: str, name: str, model: nn.Module, device: torch.device) ->
     """A copy to compute with: on the device, 16-bit floats as float32, in evaluation mode."""
 
     net: nn.Module = copied(who, name, model)._apply(lambda x: widened(x).to(device))
+    # What a language model of `transformers` keeps for its next call would count as its outputs,
+    # and hold the units of attention in their places.
+    if getattr(config := getattr(net, "config", None), "use_cache", False):
+        config.use_cache = False  # type: ignore[union-attr]
     return net.eval()
 
 
@@ -277,7 +283,8 @@ def first_outputs(
         inputs = {n: x for n, x in inputs.items() if n != "labels"}
     with evaluate.mode(net, training=False), torch.no_grad():
         torch.manual_seed(0)
-        found = calls.tensors(_call(who, name, net, state(net) if theta is None else theta, inputs))
+        theta = state(net) if theta is None else theta
+        found = [*tensors_in(_call(who, name, net, theta, inputs))]
     if not found:
         raise InputError(
             f"{who}: {name} gives no tensor, expected one, or a sequence, mapping or "

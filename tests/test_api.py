@@ -27,6 +27,7 @@ from mcnotes.calls import InputError
 from mcnotes.checkpoints import Loaded
 from mcnotes.data import Loader
 from mcnotes.symmetry import SymmetryError
+from mcnotes.symmetry.execute import tensors_in
 from mcnotes.train import TrainingError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +65,7 @@ def disturbed(model: nn.Module, level: float = 0.05) -> nn.Module:
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     with torch.no_grad(), evaluate.mode(model, training=False):
-        return calls.tensors(calls.call(model, prepare.state(model), inputs))
+        return [*tensors_in(calls.call(model, prepare.state(model), inputs))]
 
 
 def same_state(one: nn.Module, two: nn.Module) -> bool:
@@ -206,7 +207,9 @@ def test_a_planted_permutation_is_undone(kind: str) -> None:
     kept = copy.deepcopy(other)
     aligned = mcnotes.align(model, other, batches)
     assert same_state(kept, other)
-    for mine, right in zip(outputs(aligned.model, example), outputs(other, example), strict=True):
+    cpu = torch.device("cpu")
+    nets = [prepare.working_copy("test", "the model", m, cpu) for m in (aligned.model, other)]
+    for mine, right in zip(*(outputs(net, example) for net in nets), strict=True):
         scale = float(right.abs().max())
         torch.testing.assert_close(mine, right, rtol=0, atol=rounding(1000, scale))
     state, right = prepare.state(aligned.model), prepare.state(model)
@@ -303,6 +306,15 @@ def test_iterators_are_read_once_where_one_pass_is_enough() -> None:
     once = ((randn(32, 5, seed=s), randn(32, 1, seed=s)) for s in range(3))
     curve = mcnotes.connect(model, disturbed(model), once, loss=F.mse_loss, epochs=2)
     assert len(curve.losses) == 2
+
+
+def test_what_a_language_model_keeps_for_its_next_call_holds_no_units() -> None:
+    model, batches = tiny("gpt2"), text(2, lambda ids: ids)
+    aligned = mcnotes.align(model, disturbed(model), batches)
+    attention = [name for name in aligned.symmetry.groups if "attn" in name]
+    assert len(attention) == 2 * (2 * 2 + 1)  # layers: heads' queries and values; the heads
+    assert aligned.model.config.use_cache
+    assert model.config.use_cache
 
 
 def test_batches_may_differ_in_length() -> None:
