@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import pytest
 import torch
@@ -212,6 +213,19 @@ def test_a_permutation_that_was_not_applied_is_named() -> None:
 
 
 def test_the_report_is_a_table_of_the_findings() -> None:
-    text = figures.findings([Finding("weak", 0.1, "matched units correlate by 0.10")]).data
-    assert "| weak | 0.1 | matched units correlate by 0.10 | try other layers" in text
+    found = Finding("weak", 0.1, "matched units correlate by 0.10")
+    text = figures.findings([found]).data
+    assert f"| weak | 0.1 | matched units correlate by 0.10 | {found.fix} |" in text
+    assert str(found) == f"weak: matched units correlate by 0.10. Fix: {found.fix}."
     assert "nothing" in figures.findings([]).data
+
+
+@pytest.mark.parametrize(("side", "worse"), [("above", 0.3), ("below", 0.1)])
+def test_a_fault_lies_on_its_side_of_the_limit(
+    side: Literal["above", "below"], worse: float
+) -> None:
+    rule = matching.Fault(side, 0.2, "", "")
+    assert rule.holds(worse)
+    assert not rule.holds(0.2)
+    assert not rule.holds(0.4 - worse)
+    assert rule.holds(float("nan")), "what cannot be measured is not healthy"
