@@ -1,4 +1,4 @@
-"""The front door: two models of your own and their batches in, models out (chapter 10).
+"""The front door: two models of your own and their batches in, models out (chapter 10)::
 
     aligned = mcnotes.align(model_a, model_b, batches)
     curve = mcnotes.connect(model_a, aligned.model, batches)

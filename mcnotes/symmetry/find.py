@@ -1,4 +1,4 @@
-"""Find the permutation symmetries of any network, prove them, apply them (chapter 3).
+"""Find the permutation symmetries of any network, prove them, apply them (chapter 3)::
 
     sym = symmetry.find(net, example)
     sym.verify(net, example)
