@@ -5,7 +5,9 @@ mapping are keywords; tensors have their batch in front. `Batches` are inputs wi
 `data.Split` is the book's own, `data.Loader` makes them of whatever a user iterates over.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -89,6 +91,28 @@ def named_once(net: nn.Module, theta: Mapping[str, Tensor]) -> Theta:
     }
     tied = {at: theta[name] for name, at in own.items() if name in theta}
     return {n: theta.get(n, tied[at]) for n, at in own.items() if at in tied}
+
+
+def sound_gradients(net: nn.Module) -> AbstractContextManager[None]:
+    """Without oneDNN, where its gradients of `net` would be wrong or end the process; else nothing.
+
+    With AVX2 and no AVX-512, the gradient of a strided 1 x 1 convolution of fewer than 8 input
+    channels writes beyond its memory (oneDNN's issue 6035). Other kernels are slower and right.
+    """
+    limited = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    limited |= os.environ.get("ONEDNN_MAX_CPU_ISA", "").startswith("AVX2")
+    if not limited or not any(map(_too_narrow, net.modules())):
+        return nullcontext()
+    without: AbstractContextManager[None] = torch.backends.mkldnn.flags(enabled=False)
+    return without
+
+
+def _too_narrow(module: nn.Module) -> bool:
+    """Is this a strided convolution of single pixels that reads fewer than 8 channels?"""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    single, strided = set(module.kernel_size) == {1}, max(module.stride) > 1
+    return single and strided and module.in_channels // module.groups < 8
 
 
 def logits(outputs: Any) -> Tensor:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from mcnotes import display
 from mcnotes.attacks import Perturb
-from mcnotes.calls import Batch, Batches, call, count, logits
+from mcnotes.calls import Batch, Batches, call, count, logits, sound_gradients
 from mcnotes.curves import Curve, Theta, combine, views
 from mcnotes.data import Split
 
@@ -334,7 +334,7 @@ def curvature(
 
     start = np.random.default_rng(0).standard_normal(n)
     options = {"which": "LA", "v0": start, "tol": tolerance, "return_eigenvectors": False}
-    with mode(net, training=False):
+    with mode(net, training=False), sound_gradients(net):
         if not product(start).any():
             return np.zeros(top)  # H = 0, for which Lanczos has no direction to go on
         found = eigsh(LinearOperator((n, n), matvec=product, dtype=np.float64), top, **options)

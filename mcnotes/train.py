@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from mcnotes import display, evaluate
 from mcnotes.attacks import Perturb
 from mcnotes.cache import Checkpoint
-from mcnotes.calls import Training, call, count, heads
+from mcnotes.calls import Training, call, count, heads, sound_gradients
 from mcnotes.curves import Curve, Theta, check_same_space, views
 
 Loss = Callable[[Any, Any], Tensor]  # outputs and targets of a batch → their mean loss
@@ -280,9 +280,12 @@ class Step:
         if self.perturb:
             x = self.attacked(x, y, self.perturb)
         low = self.recipe.precision == "bfloat16"
-        with torch.autocast(self.theta.device.type, torch.bfloat16, enabled=low):
-            loss = self.loss(self.forward(self.state_dict, x), y)
-        slopes = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
+        with sound_gradients(self.net):
+            with torch.autocast(self.theta.device.type, torch.bfloat16, enabled=low):
+                loss = self.loss(self.forward(self.state_dict, x), y)
+            slopes = torch.autograd.grad(
+                loss, self.leaves, allow_unused=True, materialize_grads=True
+            )
         g = torch.cat([s.flatten() for s in slopes])
         g.add_(self.theta, alpha=self.recipe.weight_decay)
         return loss.detach(), g if self.frozen is None else g.masked_fill_(self.frozen, 0)

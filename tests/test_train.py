@@ -1,5 +1,6 @@
 """Training: it learns; plain PyTorch agrees; curves; resuming is bit-identical; errors."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -347,3 +348,37 @@ def test_auxiliary_heads_count_three_tenths() -> None:
     before = train.initialise(WithHead(), 1)
     after = train.fit(WithHead(), task(), train.Recipe(epochs=1, lr=0.05), seed=1).theta
     assert not torch.equal(before["extra.weight"], after["extra.weight"])
+
+
+NARROW = """
+import torch
+from small import pictures
+from mcnotes import curves, evaluate, models, train
+
+net = models.build("resnet20", num_classes=3, in_channels=1, width=4)
+theta = train.initialise(net, 1)
+step = train.Step(net, curves.Curve((theta,)), slice(0, 1), train.Recipe(1), torch.device("cpu"))
+x, _ = next(pictures(32).batches(32))
+y = torch.arange(32) % 3
+with evaluate.mode(net, training=True):
+    for _ in range(5):
+        _, found = step.gradient(x, y, torch.ones(1))
+    with torch.backends.mkldnn.flags(enabled=False):
+        _, exact = step.gradient(x, y, torch.ones(1))
+assert (found - exact).norm() <= 1e-3 * exact.norm(), float((found - exact).norm() / exact.norm())
+"""
+
+
+def test_gradients_of_narrow_residual_networks_are_sound_on_every_processor() -> None:
+    """With AVX2 alone, oneDNN's kernel for their shortcuts ends the process (its issue 6035)."""
+    processor = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW],
+        env=os.environ | processor | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,  # without the guard it may wait for ever
+    )
+    assert done.returncode == 0, done.stderr[-500:]
