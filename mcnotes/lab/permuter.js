@@ -90,7 +90,7 @@ function permuter(box, data) {
     align: button("Align", play),
     step: button("One step", () => advance()),
     compare: button("Compare with alignment", compare),
-    reset: button("Start again", () => jump(identity, "As they came.")),
+    reset: button("Start again", () => jump(identity, "As given.")),
   };
   const bar = make("div", { className: "bar" }, ...Object.values(controls));
 
@@ -137,14 +137,14 @@ function permuter(box, data) {
     cells[name][0].textContent = signed(sum(order));
     cells[name][1].textContent = height.toFixed(3);
   }
-  const headings = ["order of B's units", "sum of correlations", "barrier (nats)"];
+  const headings = ["order of B's units", "correlations, summed", "barrier (nats)"];
   const table = make("table", {},
     make("thead", {}, make("tr", {}, ...headings.map((h) => make("th", { scope: "col", textContent: h })))),
     make("tbody", {},
-      row("before", "as they came", "before", identity, line.barrier),
+      row("before", "as given", "before", identity, line.barrier),
       row("after", "aligned", "after", aligned, B.barrier(ts, after)),
       row("mine", "yours, now", "", identity, line.barrier),
-      row("best", "your best so far", "none", identity, line.barrier)));
+      row("best", "your best", "none", identity, line.barrier)));
 
   // What the network at t gets wrong.
   const knob = make("input", { type: "range", min: 0, max: 12, value: 6 });
@@ -199,7 +199,7 @@ function permuter(box, data) {
     mine.setAttribute("points", points(line.losses));
     const height = line.barrier;
     chart.setAttribute("aria-label",
-      `Test loss against t. Barrier as they came ${B.barrier(ts, before).toFixed(3)}, aligned ` +
+      `Test loss against t. Barrier as given ${B.barrier(ts, before).toFixed(3)}, aligned ` +
       `${B.barrier(ts, after).toFixed(3)}, in your order ${height.toFixed(3)} nats.`);
     fill("mine", line.order, height);
     if (height < best.barrier - 1e-9) {
@@ -462,7 +462,7 @@ function permuter(box, data) {
       const values = at(line.order);
       now.setAttribute("points", text(values));
       svg.setAttribute("aria-label", `The bound at t = 0.5: ${values[6].toFixed(1)} nats in your order, ` +
-        `${first[6].toFixed(1)} as they came, ${second[6].toFixed(1)} aligned.`);
+        `${first[6].toFixed(1)} as given, ${second[6].toFixed(1)} aligned.`);
     };
     return { node: svg, update };
   }

@@ -83,7 +83,7 @@ class Permuter:
         )
         name = f"permuter-{uuid.uuid5(uuid.NAMESPACE_URL, json.dumps(self.data)).hex[:8]}"
         alt = html.escape(
-            "Test loss on the straight line from A to B: the units as they came, and aligned."
+            "Test loss on the straight line from A to B: the units as given, and aligned."
         )
         data = json.dumps(self.data, separators=(",", ":"))
         return (
@@ -98,7 +98,8 @@ class Permuter:
 # Until the figure comes near, the picture stands in its place, and nothing is computed.
 START = """
 const start = () => permuter(box, data);
-if (typeof IntersectionObserver === "undefined") start();
+const near = box.getBoundingClientRect().top < innerHeight + 300;
+if (near || typeof IntersectionObserver === "undefined") start();
 else {
   const eye = new IntersectionObserver(([entry]) => {
     if (!entry.isIntersecting) return;
