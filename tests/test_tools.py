@@ -433,6 +433,8 @@ class TestLighten:
 .dropped::after { content: "\\f00d"; }
 a:is(h1, h2:not(.dropped)):hover .kept { margin: 0 }
 .kept:not(.dropped) { background: url("data:image/svg+xml,rotate(45)") }
+:focus-visible { outline: 1px }
+html[data-set-by="script"] { top: 0 }
 @media (max-width: 9px) { .dropped { top: 0 } .w\\.5 { top: 1px } }
 @media print { .dropped { top: 0 } }
 @keyframes turn { from { top: 0 } to { top: 1px } }
@@ -447,6 +449,8 @@ a:is(h1, h2:not(.dropped)):hover .kept { margin: 0 }
             ".kept",
             "a:is(h1, h2:not(.dropped)):hover .kept",
             ".kept:not(.dropped)",
+            ":focus-visible",
+            'html[data-set-by="script"]',
             "@media (max-width: 9px)",
             "@keyframes turn",
             "@font-face",
