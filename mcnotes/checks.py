@@ -18,6 +18,12 @@ def faults(values: Mapping[str, object], rules: Mapping[str, Rule]) -> list[str]
     return [f"{name}: {fault}" for name, fault in found.items() if fault]
 
 
+def require(who: str, values: Mapping[str, object], rules: Mapping[str, Rule]) -> None:
+    """Raise ValueError, which begins with `who`, unless the rules take all `values`."""
+    if found := faults(values, rules):
+        raise ValueError(f"{who}: {'; '.join(found)}")
+
+
 def got(value: object, expected: str) -> str:
     """The text of a fault."""
     return f"got {value!r:.200}, expected {expected}"
@@ -60,6 +66,21 @@ def flag(value: object) -> str:
 def text(value: object) -> str:
     """Some text."""
     return "" if isinstance(value, str) and value else got(value, "some text")
+
+
+def a(kind: type, words: str) -> Rule:
+    """A value of this type; words: how to call it."""
+
+    def rule(value: object) -> str:
+        found = f"a {type(value).__name__}"
+        return "" if isinstance(value, kind) else f"got {found}, expected {words}"
+
+    return rule
+
+
+def function(value: object) -> str:
+    """Something to call."""
+    return "" if callable(value) else got(value, "a function")
 
 
 def one_of(known: Collection[str]) -> Rule:
@@ -106,6 +127,18 @@ def mapping(rules: Mapping[str, Rule]) -> Rule:
         unknown = [name for name in value if name not in rules]
         odd = [f"got name {name!r}{suggest(name, rules)}" for name in unknown]
         return "; ".join(odd + faults(value, rules))
+
+    return rule
+
+
+def mapping_of(other: Rule) -> Rule:
+    """Names, and values such as `other` takes: one or more."""
+
+    def rule(value: object) -> str:
+        if not isinstance(value, Mapping) or not value:
+            return got(value, "one name or more, each with its value")
+        named = {str(name): other(each) for name, each in value.items()}
+        return "; ".join(f"{name!r}: {fault}" for name, fault in named.items() if fault)
 
     return rule
 

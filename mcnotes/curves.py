@@ -37,6 +37,9 @@ class Curve:
             raise ValueError(f"Curve: got kind {self.kind!r}, expected 'bezier' or 'chain'")
         for i, point in enumerate(self.points[1:], start=1):
             check_same_space(self.points[0], point, f"Curve: control point {i}")
+        places = {str(x.device) for point in self.points for x in point.values()}
+        if len(places) > 1 or "meta" in places:
+            raise ValueError(f"Curve: its points lie on {sorted(places)}, expected one device")
 
     def __repr__(self) -> str:
         numbers = sum(x.numel() for x in self.points[0].values())
@@ -101,10 +104,19 @@ class Curve:
 
 
 def combine(points: Sequence[Theta], weights: Sequence[float], near: int = 0) -> Theta:
-    """Σᵢ wᵢ pᵢ, for points of one space; integer buffers are those of the point `near`."""
-    (w, p), *others = [(w, p) for w, p in zip(weights, points, strict=True) if w != 0]
-    mixed = {n: p[n] * w if x.is_floating_point() else x.clone() for n, x in points[near].items()}
-    for name in (n for n, x in mixed.items() if x.is_floating_point()):
+    """Σᵢ wᵢ pᵢ with Σᵢ wᵢ = 1, for points of one space.
+
+    A tensor in which all agree, such as a mask, stays as it is, to the last bit. Integer buffers
+    are those of the point `near`.
+    """
+    used = [(w, p) for w, p in zip(weights, points, strict=True) if w != 0]
+    mixed = {}
+    for name, x in points[near].items():
+        if not x.is_floating_point() or all(torch.equal(p[name], x) for _, p in used):
+            mixed[name] = x.clone()
+            continue
+        (w, p), *others = used
+        mixed[name] = p[name] * w
         for w, p in others:
             mixed[name].add_(p[name], alpha=w)
     return mixed
