@@ -189,6 +189,7 @@ def merge(
         if sym.groups:
             perms = matching.match_many(net, thetas, ready.data, sym, method=method)
             thetas = [sym.permute(x, p) for x, p in zip(thetas, perms, strict=True)]
+        evaluate.check_mixable("merge", net, thetas)
         mean = combine(thetas, [1 / len(thetas)] * len(thetas))
         theta = evaluate.batchnorm(net, mean, ready.data)
     return prepare.filled("merge", models[0], theta)

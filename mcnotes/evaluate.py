@@ -402,8 +402,8 @@ def plane(
     """
     given = {"split": split, "statistics": statistics, "resolution": resolution}
     require("plane", given | {"margin": margin, "perturb": perturb}, RULES)
-    at = coordinates(net, corners)
     check_mixable("plane", net, [stated("plane", net, p, split.device) for p in corners])
+    at = coordinates(net, corners)
     pad = margin * np.ptp(at, axis=0).max()
     x, y = np.linspace(at.min(0) - pad, at.max(0) + pad, resolution).T
     # Barycentric weights of every cell: the affine map that sends the corners to themselves.

@@ -246,7 +246,9 @@ def _gain(correlation: Tensor) -> float:
 
 def _least_spread(pair: Pair, perm: Perm, images: Split) -> tuple[float, str]:
     """How much units vary half-way, as a multiple of A's, in the group where it is least."""
-    half = combine([pair.theta_a, pair.permuted(perm)], [0.5, 0.5])
+    ends = [pair.theta_a, pair.permuted(perm)]
+    evaluate.check_mixable("diagnose", pair.net, ends)
+    half = combine(ends, [0.5, 0.5])
     middle = evaluate.batchnorm(pair.net, half, images)
     seen = activations.stream(replace(pair, theta_a=middle, theta_b=pair.theta_a), images)
     ratios = []

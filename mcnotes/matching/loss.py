@@ -107,6 +107,7 @@ def loss_matching(
     lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images). Raises
     TrainingError if the loss is not finite.
     """
+    pam.check_only_parameters_move(pair.net, pair.sym)
     old = start or weight_matching(pair, seed=seed)
     line = curves.line(pair.theta_a, pair.permuted(old))
     nothing = images.first(0)

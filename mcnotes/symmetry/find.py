@@ -153,10 +153,10 @@ class Symmetry:
         """
         checks.require("verify", {"tolerance": tolerance}, {"tolerance": checks.number(0)})
         generator = torch.Generator().manual_seed(seed)
-        if theta is None:
-            theta = {n: t for n, t in net.state_dict().items() if isinstance(t, Tensor)}
-        theta = calls.stated("verify", net, theta)
-        given = {n: jitter(t, generator) for n, t in theta.items()}
+        kept = {n: t for n, t in net.state_dict().items() if isinstance(t, Tensor)}
+        state = calls.stated("verify", net, kept if theta is None else theta)
+        # Buffers that are not in the state_dict are constants of the network, as in `find`.
+        given = {n: jitter(t, generator) if n in kept else in_float64(t) for n, t in state.items()}
         run = partial(float64_outputs, net, self.train, inputs=calls.plain(example), seed=seed)
         before = run(given)
 
