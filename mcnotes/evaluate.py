@@ -62,6 +62,7 @@ def batched(value: object) -> str:
 
 
 RULES: dict[str, Rule] = {
+    "net": a(nn.Module, "an nn.Module"),
     "data": batched,
     "split": batched,
     "statistics": optional(batched),
@@ -402,7 +403,8 @@ def plane(
     """
     given = {"split": split, "statistics": statistics, "resolution": resolution}
     require("plane", given | {"margin": margin, "perturb": perturb}, RULES)
-    check_mixable("plane", net, [stated("plane", net, p, split.device) for p in corners])
+    states = [stated("plane", net, p, split.device) for p in _three(corners)]
+    check_mixable("plane", net, states)
     at = coordinates(net, corners)
     pad = margin * np.ptp(at, axis=0).max()
     x, y = np.linspace(at.min(0) - pad, at.max(0) + pad, resolution).T
@@ -415,16 +417,19 @@ def plane(
     return Plane(x, y, loss, accuracy, at)
 
 
+def _three(corners: Sequence[Theta]) -> Sequence[Theta]:
+    if not isinstance(corners, tuple | list) or len(corners) != 3:
+        raise ValueError("plane: corners: " + got(corners, "the states of three networks"))
+    return corners
+
+
 def coordinates(net: nn.Module, corners: tuple[Theta, Theta, Theta]) -> Array:
     """Where three networks lie in the plane through them: [3, 2], Euclidean over the parameters.
 
     The first is the origin, the second on the first axis. Raises ValueError as `plane`.
     """
-    if not isinstance(corners, tuple | list) or len(corners) != 3:
-        raise ValueError("plane: " + got(corners, "three networks' states"))
-    for corner in corners:
-        stated("plane", net, corner)
-    gram = Curve(tuple(corners)).gram(dict(net.named_parameters())).numpy()
+    states = tuple(stated("plane", net, corner) for corner in _three(corners))
+    gram = Curve(states).gram(dict(net.named_parameters())).numpy()
     a = np.sqrt(gram[1, 1])
     height = gram[2, 2] - (gram[1, 2] / a) ** 2 if a > 0 else 0.0
     if height <= 1e-10 * gram[2, 2]:
@@ -503,6 +508,7 @@ def mode(net: nn.Module, *, training: bool) -> Iterator[None]:
     By way of training mode, in which modules (LeViT's) forget what they kept of other parameters.
     One thread at a time: a network has one mode, and one set of parameters in its places.
     """
+    require("mode", {"net": net}, RULES)
     with _ONE:
         lock = _LOCKS.setdefault(net, RLock())
     with lock:

@@ -19,7 +19,7 @@ from mcnotes import evaluate
 from mcnotes.calls import Batch, Batches, Inputs, count, stated
 from mcnotes.checks import one_of, optional, require, whole
 from mcnotes.matching.assignment import bundles
-from mcnotes.matching.pair import AlignmentError, Pair
+from mcnotes.matching.pair import PAIRED, AlignmentError, Pair
 
 Cost = Literal["correlation", "covariance", "l2"]
 At = Literal["post", "pre"]
@@ -28,7 +28,7 @@ RULES = {
     "cost": one_of(get_args(Cost)),
     "batch_size": optional(whole(1)),
     "images": evaluate.batched,
-    "seed": whole(0, 2**64 - 1),
+    "seed": PAIRED["seed"],
 }
 """What the arguments of the functions below, and of `match`, may be."""
 PIECE = 2**18  # numbers that stay in the cache
@@ -121,7 +121,8 @@ def stream(
     core takes its share. Raises AlignmentError for fewer than two images, and for activations
     that are not finite.
     """
-    require("match", {"images": images, "at": at, "batch_size": batch_size}, RULES)
+    given = {"pair": pair, "images": images, "at": at, "batch_size": batch_size}
+    require("match", given, RULES | PAIRED)
     device = images.device
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     size = -(-batch_size // cores) if batch_size else 64 if device.type == "cpu" else 512

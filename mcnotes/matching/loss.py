@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from mcnotes import curves, train
+from mcnotes.checks import a, require
 from mcnotes.curves import Curve
 from mcnotes.data import Split, Task
 from mcnotes.matching import doubly_stochastic, pam
-from mcnotes.matching.pair import Pair
+from mcnotes.matching.pair import PAIRED, Pair
 from mcnotes.matching.weights import weight_matching
 from mcnotes.symmetry import Perm
 
@@ -107,8 +108,13 @@ def loss_matching(
     lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images). Raises
     TrainingError if the loss is not finite.
     """
+    given = {"pair": pair, "images": images, "how": how, "seed": seed}
+    rules = PAIRED | {"images": a(Split, "a data.Split"), "how": a(Descent, "a Descent")}
+    require("loss_matching", given, rules)
+    if not len(images):
+        raise ValueError("loss_matching: images: got none, expected at least one")
     pam.check_only_parameters_move(pair.net, pair.sym)
-    old = start or weight_matching(pair, seed=seed)
+    old = weight_matching(pair, seed=seed) if start is None else pair.sym.complete(start)
     line = curves.line(pair.theta_a, pair.permuted(old))
     nothing = images.first(0)
     task = Task("matching", images, nothing, nothing, ())  # nothing is validated or tested

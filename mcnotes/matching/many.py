@@ -39,6 +39,8 @@ def match_many(
     """
     given = {"images": images, "at": at, "cost": cost, "batch_size": batch_size, "sweeps": sweeps}
     require("match_many", given, RULES | {"sweeps": whole(1)})
+    if not isinstance(thetas, list | tuple):
+        raise ValueError(f"match_many: thetas: got a {type(thetas).__name__}, expected a list")
     if len(thetas) < 2:
         raise ValueError(f"match_many: got {len(thetas)} networks, expected at least 2")
     if method not in ("activations", "weights"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mcnotes.calls import stated
-from mcnotes.checks import a, require
+from mcnotes.checks import Rule, a, require, whole
 from mcnotes.curves import Theta, check_same_space
 from mcnotes.symmetry import Perm, Symmetry
 
@@ -43,3 +43,7 @@ class Pair:
     def permuted(self, perm: Perm) -> Theta:
         """B with its units permuted: the same function, in another order."""
         return self.sym.permute(self.theta_b, perm)
+
+
+PAIRED: dict[str, Rule] = {"pair": a(Pair, "a Pair"), "seed": whole(-(2**63), 2**64 - 1)}
+"""What the arguments of functions of a pair may be."""

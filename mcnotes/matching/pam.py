@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mcnotes import evaluate, train
 from mcnotes.cache import Checkpoint, State
+from mcnotes.checks import a, require
 from mcnotes.curves import Curve, Theta, check_same_space, combine
 from mcnotes.data import Split, Task
 from mcnotes.matching import assignment, doubly_stochastic
@@ -86,6 +87,10 @@ def fit(
     goes on from its last epoch or scored candidate and ends with the same numbers. Raises
     TrainingError as `train`.
     """
+    given = {"net": net, "curve": curve, "task": task, "recipe": recipe, "seed": seed}
+    given |= {"checkpoint": checkpoint, "sym": sym, "settings": settings}
+    rules = {"sym": a(Symmetry, "a Symmetry"), "settings": a(Settings, "pam.Settings")}
+    require("pam", given, train.RULES | rules)
     run = _Run(net, curve, task, recipe, sym, settings, seed, checkpoint)
     while len(run.history) < len(settings.epochs) or run.halfway:
         run.curve_step() if run.halfway else run.permutation_step()

@@ -91,6 +91,7 @@ def channel_statistics(
     layers: names of linear and convolution layers; default: all, in the order in which they work.
     By layer, two float64 tensors [channels].
     """
+    require("channel_statistics", {"images": images}, {"images": evaluate.batched})
     theta = stated("channel_statistics", net, theta, images.device)
     every = _layers(net, theta, images)
     layers = every if layers is None else layers
@@ -117,6 +118,8 @@ def channel_statistics(
 
 def _layers(net: nn.Module, theta: Theta, images: Split) -> list[str]:
     """Names of the linear and convolution layers, in the order in which they work."""
+    if not len(images):
+        raise ValueError("repair: images: got none, expected at least one")
     kinds = (nn.Linear, *CONVOLUTIONS)
     names = [name for name, m in net.named_modules() if isinstance(m, kinds)]
     order: list[str] = []

@@ -33,7 +33,25 @@ from mcnotes.symmetry.groups import Group, Pinned, Place, discover
 from mcnotes.symmetry.units import SymmetryError
 
 Perm = dict[str, Tensor]  # index vectors by group
-FIND = {"net": checks.a(nn.Module, "an nn.Module"), "train": checks.flag}
+
+
+def exemplary(value: object) -> str:
+    """Inputs of a network, with a tensor among them."""
+    tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+    if tensors or isinstance(value, Mapping):
+        return ""
+    return f"got a {type(value).__name__}, expected a tensor, or a tuple or mapping of some"
+
+
+RULES: dict[str, checks.Rule] = {
+    "net": checks.a(nn.Module, "an nn.Module"),
+    "example": exemplary,
+    "train": checks.flag,
+    "at": checks.one_of(["post", "pre"]),
+    "tolerance": checks.number(0, above=True),
+    "seed": checks.whole(-(2**63), 2**64 - 1),
+}
+"""What the arguments of the functions below may be."""
 TRACED: WeakKeyDictionary[nn.Module, dict[Any, Symmetry]] = WeakKeyDictionary()
 """What `find` found, by network, and by mode and form of the inputs; `tapper` looks it up."""
 
@@ -61,6 +79,8 @@ class Symmetry:
 
     def complete(self, perm: Perm) -> Perm:
         """`perm`, with the identity for groups that it leaves out. ValueError if it misfits."""
+        if not isinstance(perm, Mapping):
+            raise ValueError(f"got a {type(perm).__name__}, expected index vectors by group")
         if wrong := [name for name in perm if name not in self.groups]:
             raise ValueError(f"no group {wrong[0]!r} in this symmetry; there are {[*self.groups]}")
         checked = {
@@ -110,6 +130,8 @@ class Symmetry:
 
     def _check_shapes(self, theta: Theta) -> None:
         """Raise ValueError for tensors of other shapes than in the network that this is of."""
+        if not isinstance(theta, Mapping):
+            raise ValueError(f"permute: got a {type(theta).__name__}, expected tensors by name")
         for name in {at.name for group in self.groups.values() for at in group.places}:
             if name in theta and theta[name].shape != self.shapes.get(name, theta[name].shape):
                 raise ValueError(
@@ -123,8 +145,14 @@ class Symmetry:
         `torch.eye(size)[p]` is the permutation p; doubly stochastic matrices lie between
         permutations (chapter 7). Groups that are left out stay.
         """
+        if not isinstance(matrices, Mapping):
+            raise ValueError(f"got a {type(matrices).__name__}, expected matrices by group")
         if wrong := [name for name in matrices if name not in self.groups]:
             raise ValueError(f"no group {wrong[0]!r} in this symmetry; there are {[*self.groups]}")
+        for name, matrix in matrices.items():
+            size, got = self.groups[name].size, getattr(matrix, "shape", type(matrix).__name__)
+            if got != (size, size):
+                raise ValueError(f"group {name!r}: got {got}, expected a matrix {[size, size]}")
         self._check_shapes(theta)
         out = dict(theta)
         for name, group in self.groups.items():
@@ -151,17 +179,18 @@ class Symmetry:
         hide an error. Raises SymmetryError above `tolerance`, with the group that is worst alone,
         and if the network returns nothing that can be compared.
         """
-        checks.require("verify", {"tolerance": tolerance}, {"tolerance": checks.number(0)})
+        given = {"net": net, "example": example, "tolerance": tolerance, "seed": seed}
+        checks.require("verify", given, RULES)
         generator = torch.Generator().manual_seed(seed)
         kept = {n: t for n, t in net.state_dict().items() if isinstance(t, Tensor)}
         state = calls.stated("verify", net, kept if theta is None else theta)
         # Buffers that are not in the state_dict are constants of the network, as in `find`.
-        given = {n: jitter(t, generator) if n in kept else in_float64(t) for n, t in state.items()}
+        moved = {n: jitter(t, generator) if n in kept else in_float64(t) for n, t in state.items()}
         run = partial(float64_outputs, net, self.train, inputs=calls.plain(example), seed=seed)
-        before = run(given)
+        before = run(moved)
 
         def error(perm: Perm) -> float:
-            return relative_difference(before, run(self.permute(given, perm)))
+            return relative_difference(before, run(self.permute(moved, perm)))
 
         perm = {n: random_cycle(g.size, generator) for n, g in self.groups.items()}
         if (total := error(perm)) <= tolerance:
@@ -182,7 +211,7 @@ class Symmetry:
         Raises SymmetryError if `net` has other groups than this symmetry. Do not rebuild it in
         place after `find`: it is traced again only for inputs of another form.
         """
-        checks.require("tapper", {"at": at}, {"at": checks.one_of(["post", "pre"])})
+        checks.require("tapper", {"net": net, "at": at}, RULES)
         readers: dict[Any, Reader] = {}
         lock = Lock()
 
@@ -340,7 +369,7 @@ def find(net: nn.Module, example: Inputs, train: bool = False) -> Symmetry:
     understood is pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`;
     `Symmetry.verify` proves.
     """
-    checks.require("find", {"net": net, "train": train}, FIND)
+    checks.require("find", {"net": net, "example": example, "train": train}, RULES)
     inputs = calls.plain(example)
     shapes = {n: x.shape for n, x in net.state_dict().items() if isinstance(x, Tensor)}
     found = Symmetry(*discover(net, inputs, train), train, shapes)
