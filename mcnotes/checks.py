@@ -7,6 +7,8 @@ functions below, and of one another: `listed(whole(1))`. The book's table is `pa
 import sys
 from collections.abc import Callable, Collection, Mapping
 
+import torch
+
 from mcnotes.names import suggest
 
 Rule = Callable[[object], str]
@@ -18,10 +20,15 @@ def faults(values: Mapping[str, object], rules: Mapping[str, Rule]) -> list[str]
     return [f"{name}: {fault}" for name, fault in found.items() if fault]
 
 
-def require(who: str, values: Mapping[str, object], rules: Mapping[str, Rule]) -> None:
-    """Raise ValueError, which begins with `who`, unless the rules take all `values`."""
+def require(
+    who: str,
+    values: Mapping[str, object],
+    rules: Mapping[str, Rule],
+    error: type[ValueError] = ValueError,
+) -> None:
+    """Raise an error, whose text begins with `who`, unless the rules take all `values`."""
     if found := faults(values, rules):
-        raise ValueError(f"{who}: {'; '.join(found)}")
+        raise error(f"{who}: {'; '.join(found)}")
 
 
 def got(value: object, expected: str) -> str:
@@ -68,7 +75,7 @@ def text(value: object) -> str:
     return "" if isinstance(value, str) and value else got(value, "some text")
 
 
-def a(kind: type, words: str) -> Rule:
+def a(kind: type | tuple[type, ...], words: str) -> Rule:
     """A value of this type; words: how to call it."""
 
     def rule(value: object) -> str:
@@ -76,6 +83,15 @@ def a(kind: type, words: str) -> Rule:
         return "" if isinstance(value, kind) else f"got {found}, expected {words}"
 
     return rule
+
+
+def device(value: object) -> str:
+    """A device as PyTorch names it, or "auto"."""
+    try:
+        torch.device("cpu" if value == "auto" else value)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        return got(value, "a device, such as auto, cpu or cuda")
+    return ""
 
 
 def function(value: object) -> str:
@@ -131,12 +147,12 @@ def mapping(rules: Mapping[str, Rule]) -> Rule:
     return rule
 
 
-def mapping_of(other: Rule) -> Rule:
-    """Names, and values such as `other` takes: one or more."""
+def mapping_of(other: Rule, least: int = 0) -> Rule:
+    """Names, at least so many, and values such as `other` takes."""
 
     def rule(value: object) -> str:
-        if not isinstance(value, Mapping) or not value:
-            return got(value, "one name or more, each with its value")
+        if not isinstance(value, Mapping) or len(value) < least:
+            return got(value, f"{least} names or more, each with its value")
         named = {str(name): other(each) for name, each in value.items()}
         return "; ".join(f"{name!r}: {fault}" for name, fault in named.items() if fault)
 

@@ -67,7 +67,7 @@ RULES: dict[str, Rule] = {
     "split": batched,
     "statistics": optional(batched),
     "curve": a(Curve, "a Curve"),
-    "wanted": mapping_of(function),
+    "wanted": mapping_of(function, least=1),
     "batch_size": whole(1),
     "points": whole(2),  # both ends
     "resolution": whole(2),

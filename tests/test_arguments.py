@@ -116,11 +116,11 @@ wrong: dict[str, Mapping[str, Any]] = {
     "labels": {"floats": DATA.test.labels.float(), "fewer": DATA.test.labels[:3], "none": None},
     "name": NAMED, "num_classes": COUNT, "in_channels": COUNT,
     "width": {n: x for n, x in POSITIVE.items() if n != "none"}, "image_size": COUNT,
-    "options": {"unknown": 3}, "model_a": NETS, "model_b": NETS,
+    "options": {}, "model_a": NETS, "model_b": NETS,
     "models": {"one": [NET], "no networks": ["a", "b"], "none": None},
     "batches": {"one tensor": BATCHES[0][0], "empty": [], "none": None, "a number": 3},
     "device": {"another": "gpu", "a number": 1.5},
-    "metrics": {"no functions": {"accuracy": 3}, "a list": ["accuracy"]},
+    "metrics": {"nothing": {}, "no functions": {"accuracy": 3}, "a list": ["accuracy"]},
     "matrices": {
         "another group": {"5": torch.eye(16)}, "not square": {"1": torch.ones(16, 3)},
         "too small": {"1": torch.eye(5)}, "no tensor": {"1": 3}, "none": None,
@@ -187,7 +187,7 @@ given: dict[str, Mapping[str, Any]] = {
     "attacks.strong": {"eps": 0.1},
     "train.Recipe": {"epochs": 1},
     "models.build": {"name": "mlp", "num_classes": 3, "in_channels": 1, "image_size": 12},
-    "api.profile": {"curve": CONNECTION, "points": 2},
+    "api.profile": {"curve": CONNECTION, "points": 2, "batches": BATCHES, "statistics": BATCHES},
     "api.connect": {"epochs": 1},
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mcnotes import cache, display
-from mcnotes.checks import require, whole
+from mcnotes.checks import a, require, whole
 from mcnotes.data.augment import Augment
 from mcnotes.data.sources import Arrays, DataError, fair_order, read
 from mcnotes.names import suggest
@@ -36,6 +36,8 @@ class Split:
 
     def __post_init__(self) -> None:
         x, y = self.images, self.labels
+        tensor = a(Tensor, "a tensor")
+        require("Split", vars(self), {"images": tensor, "labels": tensor})
         if x.dtype != torch.uint8 or x.ndim != 4:
             raise ValueError(f"Split: got images {x.dtype} {tuple(x.shape)}, "
                              "expected torch.uint8 [N, C, H, W]")  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mcnotes import curves, train
-from mcnotes.checks import a, require
+from mcnotes.checks import a, one_of, require, whole
 from mcnotes.curves import Curve
 from mcnotes.data import Split, Task
 from mcnotes.matching import doubly_stochastic, pam
@@ -52,10 +52,7 @@ class Descent:
     samples: int = 16  # Birkhoff–von Neumann terms that are tried at the end ("sinkhorn")
 
     def __post_init__(self) -> None:
-        if self.action not in ACTIONS:
-            raise ValueError(f"Descent: got action {self.action!r}, expected one of {[*ACTIONS]}")
-        if self.samples < 0:
-            raise ValueError(f"Descent: got samples={self.samples}, expected at least 0")
+        require("Descent", vars(self), {"action": one_of(ACTIONS), "samples": whole(0)})
         _ = self.recipe  # which checks the rest
 
     @property

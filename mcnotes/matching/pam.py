@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mcnotes import evaluate, train
 from mcnotes.cache import Checkpoint, State
-from mcnotes.checks import a, require
+from mcnotes.checks import Rule, a, flag, listed, number, one_of, require, whole
 from mcnotes.curves import Curve, Theta, check_same_space, combine
 from mcnotes.data import Split, Task
 from mcnotes.matching import assignment, doubly_stochastic
@@ -42,14 +42,22 @@ class Settings:
     follow: bool = False  # do the inner control points move along with the end point?
 
     def __post_init__(self) -> None:
-        known = [*doubly_stochastic.PROJECTIONS, "straight-through"]
-        if self.relaxation not in known:
-            raise ValueError(f"pam: relaxation {self.relaxation!r}, expected one of {known}")
-        for name in ("p_epochs", "p_lr", "nu", "images", "probe", "nodes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"pam: {name}={getattr(self, name)}, expected more than 0")
-        if not self.epochs or min(self.epochs) < 1:
-            raise ValueError(f"pam: epochs={self.epochs}, expected a number ≥ 1 per iteration")
+        require("pam", vars(self), OPTIONS)
+
+
+OPTIONS: dict[str, Rule] = {
+    "epochs": listed(whole(1), once=False),
+    "p_epochs": whole(1),
+    "p_lr": number(0, above=True),
+    "nu": number(0, above=True),
+    "relaxation": one_of([*doubly_stochastic.PROJECTIONS, "straight-through"]),
+    "samples": whole(0),
+    "images": whole(1),
+    "probe": whole(1),
+    "nodes": whole(1),
+    "follow": flag,
+}
+"""What the fields of `Settings` may be."""
 
 
 class Iteration(NamedTuple):
