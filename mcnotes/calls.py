@@ -8,13 +8,14 @@ mapping are keywords; tensors have their batch in front. `Batches` are inputs wi
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from threading import RLock
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mkldnn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -284,7 +285,8 @@ def same_device(a: torch.device, b: torch.device) -> bool:
     return a.type == b.type and (a.index or 0) == (b.index or 0)
 
 
-def sound_gradients(net: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def sound_gradients(net: nn.Module) -> Iterator[None]:
     """Without oneDNN, where its gradients of `net` would be wrong or end the process; else nothing.
 
     With AVX2 and no AVX-512, the gradient of a strided 1 x 1 convolution of fewer than 8 input
@@ -292,10 +294,13 @@ def sound_gradients(net: nn.Module) -> AbstractContextManager[None]:
     """
     limited = torch.backends.cpu.get_cpu_capability() == "AVX2"
     limited |= os.environ.get("ONEDNN_MAX_CPU_ISA", "").startswith("AVX2")
-    if not limited or not any(map(_too_narrow, net.modules())):
-        return nullcontext()
-    without: AbstractContextManager[None] = torch.backends.mkldnn.flags(enabled=False)
-    return without
+    before: Any = mkldnn.enabled
+    if limited and any(map(_too_narrow, net.modules())):
+        mkldnn.enabled = False  # type: ignore[assignment]  # `mkldnn.flags` sets more than this
+    try:
+        yield
+    finally:
+        mkldnn.enabled = before
 
 
 def _too_narrow(module: nn.Module) -> bool:
