@@ -120,7 +120,7 @@ wrong: dict[str, Mapping[str, Any]] = {
     "models": {"one": [NET], "no networks": ["a", "b"], "none": None},
     "batches": {"one tensor": BATCHES[0][0], "empty": [], "none": None, "a number": 3},
     "device": {"another": "gpu", "a number": 1.5},
-    "metrics": {"nothing": {}, "no functions": {"accuracy": 3}, "a list": ["accuracy"]},
+    "metrics": {"no functions": {"accuracy": 3}, "a list": ["accuracy"]},
     "matrices": {
         "another group": {"5": torch.eye(16)}, "not square": {"1": torch.ones(16, 3)},
         "too small": {"1": torch.eye(5)}, "no tensor": {"1": 3}, "none": None,

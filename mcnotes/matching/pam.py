@@ -45,12 +45,16 @@ class Settings:
         require("pam", vars(self), OPTIONS)
 
 
+def _relaxation(value: object) -> str:
+    return one_of([*doubly_stochastic.PROJECTIONS, "straight-through"])(value)
+
+
 OPTIONS: dict[str, Rule] = {
     "epochs": listed(whole(1), once=False),
     "p_epochs": whole(1),
     "p_lr": number(0, above=True),
     "nu": number(0, above=True),
-    "relaxation": one_of([*doubly_stochastic.PROJECTIONS, "straight-through"]),
+    "relaxation": _relaxation,
     "samples": whole(0),
     "images": whole(1),
     "probe": whole(1),
