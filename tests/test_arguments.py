@@ -37,8 +37,9 @@ CONNECTION = mcnotes.connect(NET, plain(), BATCHES, kind="line")
 right: dict[str, Any] = {
     "net": NET, "theta": A, "theta_a": A, "theta_b": B, "thetas": [A, B], "a": A, "b": B,
     "split": DATA.test, "data": DATA.test, "images": DATA.test, "statistics": DATA.train,
-    "task": DATA, "recipe": RECIPE, "curve": BENT, "sym": SYM, "perm": PERM, "seed": 1, "pair": PAIR,
-    "corners": (A, B, C), "wanted": evaluate.CLASSIFICATION, "ends": (A, B), "example": DATA.example,
+    "task": DATA, "recipe": RECIPE, "curve": BENT, "sym": SYM, "perm": PERM, "seed": 1,
+    "pair": PAIR, "corners": (A, B, C), "wanted": evaluate.CLASSIFICATION, "ends": (A, B),
+    "example": DATA.example,
     "model_a": NET, "model_b": NET, "models": [NET, NET], "batches": BATCHES,
     "how": Descent(epochs=1), "settings": pam.Settings((1,), 1, images=48, probe=24, samples=1),
     "training": False, "points": [A, B],

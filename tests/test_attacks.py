@@ -356,7 +356,7 @@ def test_refuses_what_no_attack_can_be() -> None:
         PGD(0.1, loss="hinge")
     with pytest.raises(ValueError, match="schedule: got 'cosine', expected one of"):
         PGD(0.1, schedule="cosine")
-    with pytest.raises(ValueError, match="eps: got -0.1, expected a number of at least 0"):
+    with pytest.raises(ValueError, match=r"eps: got -0\.1, expected a number of at least 0"):
         PGD(-0.1)
     with pytest.raises(ValueError, match="need start=True and best=True"):
         PGD(0.1, restarts=2, best=False)

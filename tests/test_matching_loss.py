@@ -69,7 +69,7 @@ def test_units_in_buffers_that_would_stay_are_refused() -> None:
 
 
 def test_what_no_descent_can_be_is_refused_before_any_work() -> None:
-    with pytest.raises(ValueError, match="action: got 'sinkhron', expected one of .*sinkhorn"):
+    with pytest.raises(ValueError, match=r"action: got 'sinkhron', expected one of .*sinkhorn"):
         Descent("sinkhron")
     with pytest.raises(ValueError, match="samples: got -1, expected a whole number of at least 0"):
         Descent(samples=-1)
