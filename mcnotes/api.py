@@ -24,6 +24,8 @@ from torch import nn
 
 from mcnotes import cache, curves, display, evaluate, matching, prepare, train
 from mcnotes.calls import InputError
+from mcnotes.checks import Rule, a, function, mapping_of, optional, require, whole
+from mcnotes.checks import device as placed
 from mcnotes.curves import Theta, combine
 from mcnotes.data import Loader
 from mcnotes.evaluate import Array
@@ -136,6 +138,19 @@ class Profile:
         return display.described(self, *drawn)
 
 
+RULES: dict[str, Rule] = {
+    "models": a(Sequence, "a list of models"),
+    "curve": a(Connection, "what connect gave"),
+    "loss": optional(function),
+    "metrics": optional(mapping_of(function)),
+    "points": whole(2),  # both ends
+    "device": placed,
+    "seed": whole(-(2**63), 2**64 - 1),
+    "checkpoint": optional(a((str, Path), "a path")),
+}
+"""What the arguments of the functions below may be."""
+
+
 def align(
     model_a: nn.Module,
     model_b: nn.Module,
@@ -154,6 +169,7 @@ def align(
     "activations" (chapter 4), or "weights", which looks at the weights alone (chapter 9). device:
     where to work; "auto": CUDA if there is one, else where model A is.
     """
+    require("align", {"device": device, "seed": seed}, RULES, InputError)
     _known("align: method", method, METHODS)
     with prepare.untouched(batches, seed):
         ready = prepare.prepare("align", (model_a, model_b), batches, device, once=True)
@@ -180,6 +196,8 @@ def merge(
     They are matched to each other all at once (chapter 9); BatchNorm's statistics are computed anew
     on `batches`. The other arguments as in `align`.
     """
+    given = {"models": models, "device": device, "seed": seed}
+    require("merge", given, RULES, InputError)
     _known("merge: method", method, METHODS)
     if len(models := list(models)) < 2:
         raise InputError(f"merge: got {len(models)} models, expected two or more")
@@ -189,6 +207,7 @@ def merge(
         if sym.groups:
             perms = matching.match_many(net, thetas, ready.data, sym, method=method)
             thetas = [sym.permute(x, p) for x, p in zip(thetas, perms, strict=True)]
+        evaluate.check_mixable("merge", net, thetas)
         mean = combine(thetas, [1 / len(thetas)] * len(thetas))
         theta = evaluate.batchnorm(net, mean, ready.data)
     return prepare.filled("merge", models[0], theta)
@@ -216,6 +235,8 @@ def connect(
     where it falls linearly to 0 (chapter 2). Parameters with requires_grad=False stay on the line.
     checkpoint: a file from which a run that was stopped goes on; from another run it is refused.
     """
+    given = {"device": device, "seed": seed, "checkpoint": checkpoint, "loss": loss}
+    require("connect", given, RULES, InputError)
     _known("connect: kind", kind, KINDS)
     recipe = train.Recipe(epochs, lr=lr, weight_decay=0.0, schedule="linear", augment=False)
     with prepare.untouched(batches, seed):
@@ -250,6 +271,8 @@ def profile(
     where the loss is the cross-entropy of one class for each input or place. BatchNorm's statistics
     are computed anew at each place on `statistics` (default: what the curve was trained with).
     """
+    given = {"curve": curve, "loss": loss, "metrics": metrics, "points": points}
+    require("profile", given, RULES, InputError)
     net, loss, device = curve.net, loss or curve.loss, curve.batches.device
     with prepare.untouched(batches, 0):
         labels = loss is None and prepare.takes_labels(net)

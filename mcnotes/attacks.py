@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from mcnotes.checks import Rule, flag, number, one_of, optional, require, whole
+
 Model = Callable[[Tensor], Tensor]
 Perturb = Callable[[Model, Tensor, Tensor], Tensor]
 
@@ -33,6 +35,19 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": lambda z, y: cross_entropy(z, y, reduction="none"), "margin": margin, "dlr": dlr,
 }  # fmt: skip
 STEP_SCHEDULES = ("constant", "linear")  # linear: down to 0
+OPTIONS: dict[str, Rule] = {
+    "eps": number(0),
+    "steps": whole(1),
+    "norm": one_of(["linf", "l2"]),
+    "restarts": whole(1),
+    "loss": one_of(LOSSES),
+    "targeted": flag,
+    "step": optional(number(0)),
+    "schedule": one_of(STEP_SCHEDULES),
+    "start": flag,
+    "best": flag,
+}
+"""What the fields of an attack may be."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +66,7 @@ class Attack:
     best: bool = True  # the worst point met, x included (to evaluate), or the last (to train)
 
     def __post_init__(self) -> None:
-        names = {"norm": ("linf", "l2"), "loss": LOSSES, "schedule": STEP_SCHEDULES}
-        for name, known in names.items():
-            if (got := getattr(self, name)) not in known:
-                raise ValueError(f"attack: got {name} {got!r}, expected one of {[*known]}")
-        if not (self.eps >= 0 and self.steps >= 1 and self.restarts >= 1):
-            raise ValueError(f"attack: got {self}, expected eps >= 0, steps and restarts >= 1")
+        require("attack", vars(self), OPTIONS)
         if self.restarts > 1 and not (self.best and self.start):
             raise ValueError("attack: several restarts need start=True and best=True")
 
@@ -148,6 +158,9 @@ class Ensemble:
 
 def strong(eps: float, *, steps: int = 50, restarts: int = 2, squares: int = 500) -> Ensemble:
     """What a claim is to stand (in the spirit of AutoAttack): PGD on two losses, then `Square`."""
+    require(
+        "strong", {"eps": eps, "steps": steps, "squares": squares}, OPTIONS | {"squares": whole(1)}
+    )
     one = PGD(eps, steps, restarts=restarts, schedule="linear", step=eps / 2)
     return Ensemble((one, replace(one, loss="dlr"), Square(eps, squares, loss="margin")))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mcnotes.checks import Rule, number, optional, require, whole
 from mcnotes.names import suggest
 
 
@@ -244,6 +245,15 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
 }  # fmt: skip
 
 
+SIZES: dict[str, Rule] = {
+    "num_classes": whole(1),
+    "in_channels": whole(1),
+    "width": optional(number(0, above=True)),
+    "image_size": optional(whole(1)),
+}
+"""What the sizes of a network may be."""
+
+
 def build(
     name: str, *, num_classes: int, in_channels: int, width: float | None = None,
     image_size: int | None = None, **options: Any
@@ -254,8 +264,10 @@ def build(
     of each of two hidden layers (MLP); None takes the network's own. Only the MLP needs
     `image_size`. Raises ValueError for an unknown name and for an MLP without `image_size`.
     """
-    if name not in BUILDERS:
+    if not isinstance(name, str) or name not in BUILDERS:
         raise ValueError(f"build: got {name!r}, expected a network{suggest(name, BUILDERS)}")
+    given = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
+    require("build", given | {"image_size": image_size}, SIZES)
     if name == "mlp":
         if image_size is None:
             raise ValueError(

@@ -3,7 +3,6 @@
 What does not fit is refused by an InputError of one sentence: what was found, what was expected.
 """
 
-import copy
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -217,7 +216,7 @@ def module(who: str, name: str, model: Any) -> nn.Module:
 def copied(who: str, name: str, model: nn.Module) -> nn.Module:
     """A copy that shares nothing, without gradients. InputError if that cannot be."""
     try:
-        made = copy.deepcopy(module(who, name, model))
+        made = calls.duplicate(module(who, name, model))
     except InputError:
         raise
     except Exception as error:  # of whatever the module holds

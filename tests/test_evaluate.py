@@ -93,7 +93,7 @@ def test_along_recomputes_batchnorm_at_every_point(pair: tuple[Theta, Theta]) ->
         assert loss == evaluate.score(net, theta, data.test).loss
     without = evaluate.profile(net, line, data.test, statistics=None, points=5)
     assert abs(without.loss[2] - path.loss[2]) > 1e-4
-    with pytest.raises(ValueError, match="points=1, expected at least 2"):
+    with pytest.raises(ValueError, match="points: got 1, expected a whole number of at least 2"):
         evaluate.profile(net, line, data.test, statistics=None, points=1)
 
 

@@ -387,9 +387,9 @@ def test_distances() -> None:
 
 def test_settings_are_checked() -> None:
     for wrong, words in (
-        ({"relaxation": "nearest"}, "relaxation 'nearest', expected one of"),
-        ({"nu": 0.0}, "nu=0.0, expected more than 0"),
-        ({"epochs": ()}, r"epochs=\(\), expected a number"),
+        ({"relaxation": "nearest"}, "relaxation: got 'nearest', expected one of"),
+        ({"nu": 0.0}, "nu: got 0.0, expected a number above 0"),
+        ({"epochs": ()}, r"epochs: got \(\), expected a list of one value or more"),
     ):
         with pytest.raises(ValueError, match=words):
             replace(SMALL, **wrong)  # type: ignore[arg-type]

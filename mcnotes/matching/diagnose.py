@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mcnotes import evaluate, train
 from mcnotes.attacks import Model, Perturb
+from mcnotes.checks import a, flag, require, whole
 from mcnotes.curves import Theta, combine
 from mcnotes.data import Split, Task
 from mcnotes.matching import activations, assignment
@@ -153,12 +154,15 @@ def diagnose(
     Where a network itself is at fault (one of `ENDS`) nothing is said about the pair. Raises
     AlignmentError when the networks differ in shape.
     """
+    given = {"task": task, "images": images, "every": every}
+    require("diagnose", given, {"task": a(Task, "a data.Task"), "images": whole(1), "every": flag})
     pair = Pair(net, sym, theta_a, theta_b)
+    perm = None if perm is None else sym.complete(perm)
     few = replace(task, train=task.train.first(images), val=task.held_out.first(images))
     found = [*_network(net, "A", theta_a, few), *_network(net, "B", theta_b, few)]
     if not any(f.serious and f.fault in ENDS for f in found):
         found += _pair(pair, few)
-        if perm:
+        if perm is not None:
             found += _permutation(pair, perm, few.train)
     return [f for f in found if every or f.serious]
 
@@ -246,7 +250,9 @@ def _gain(correlation: Tensor) -> float:
 
 def _least_spread(pair: Pair, perm: Perm, images: Split) -> tuple[float, str]:
     """How much units vary half-way, as a multiple of A's, in the group where it is least."""
-    half = combine([pair.theta_a, pair.permuted(perm)], [0.5, 0.5])
+    ends = [pair.theta_a, pair.permuted(perm)]
+    evaluate.check_mixable("diagnose", pair.net, ends)
+    half = combine(ends, [0.5, 0.5])
     middle = evaluate.batchnorm(pair.net, half, images)
     seen = activations.stream(replace(pair, theta_a=middle, theta_b=pair.theta_a), images)
     ratios = []

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from mcnotes import curves, train
+from mcnotes.checks import a, one_of, require, whole
 from mcnotes.curves import Curve
 from mcnotes.data import Split, Task
 from mcnotes.matching import doubly_stochastic, pam
-from mcnotes.matching.pair import Pair
+from mcnotes.matching.pair import PAIRED, Pair
 from mcnotes.matching.weights import weight_matching
 from mcnotes.symmetry import Perm
 
@@ -51,10 +52,7 @@ class Descent:
     samples: int = 16  # Birkhoff–von Neumann terms that are tried at the end ("sinkhorn")
 
     def __post_init__(self) -> None:
-        if self.action not in ACTIONS:
-            raise ValueError(f"Descent: got action {self.action!r}, expected one of {[*ACTIONS]}")
-        if self.samples < 0:
-            raise ValueError(f"Descent: got samples={self.samples}, expected at least 0")
+        require("Descent", vars(self), {"action": one_of(ACTIONS), "samples": whole(0)})
         _ = self.recipe  # which checks the rest
 
     @property
@@ -107,7 +105,13 @@ def loss_matching(
     lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images). Raises
     TrainingError if the loss is not finite.
     """
-    old = start or weight_matching(pair, seed=seed)
+    given = {"pair": pair, "images": images, "how": how, "seed": seed}
+    rules = PAIRED | {"images": a(Split, "a data.Split"), "how": a(Descent, "a Descent")}
+    require("loss_matching", given, rules)
+    if not len(images):
+        raise ValueError("loss_matching: images: got none, expected at least one")
+    pam.check_only_parameters_move(pair.net, pair.sym)
+    old = weight_matching(pair, seed=seed) if start is None else pair.sym.complete(start)
     line = curves.line(pair.theta_a, pair.permuted(old))
     nothing = images.first(0)
     task = Task("matching", images, nothing, nothing, ())  # nothing is validated or tested

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mcnotes import evaluate, train
 from mcnotes.cache import Checkpoint, State
+from mcnotes.checks import Rule, a, flag, listed, number, one_of, require, whole
 from mcnotes.curves import Curve, Theta, check_same_space, combine
 from mcnotes.data import Split, Task
 from mcnotes.matching import assignment, doubly_stochastic
@@ -41,14 +42,26 @@ class Settings:
     follow: bool = False  # do the inner control points move along with the end point?
 
     def __post_init__(self) -> None:
-        known = [*doubly_stochastic.PROJECTIONS, "straight-through"]
-        if self.relaxation not in known:
-            raise ValueError(f"pam: relaxation {self.relaxation!r}, expected one of {known}")
-        for name in ("p_epochs", "p_lr", "nu", "images", "probe", "nodes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"pam: {name}={getattr(self, name)}, expected more than 0")
-        if not self.epochs or min(self.epochs) < 1:
-            raise ValueError(f"pam: epochs={self.epochs}, expected a number ≥ 1 per iteration")
+        require("pam", vars(self), OPTIONS)
+
+
+def _relaxation(value: object) -> str:
+    return one_of([*doubly_stochastic.PROJECTIONS, "straight-through"])(value)
+
+
+OPTIONS: dict[str, Rule] = {
+    "epochs": listed(whole(1), once=False),
+    "p_epochs": whole(1),
+    "p_lr": number(0, above=True),
+    "nu": number(0, above=True),
+    "relaxation": _relaxation,
+    "samples": whole(0),
+    "images": whole(1),
+    "probe": whole(1),
+    "nodes": whole(1),
+    "follow": flag,
+}
+"""What the fields of `Settings` may be."""
 
 
 class Iteration(NamedTuple):
@@ -86,6 +99,10 @@ def fit(
     goes on from its last epoch or scored candidate and ends with the same numbers. Raises
     TrainingError as `train`.
     """
+    given = {"net": net, "curve": curve, "task": task, "recipe": recipe, "seed": seed}
+    given |= {"checkpoint": checkpoint, "sym": sym, "settings": settings}
+    rules = {"sym": a(Symmetry, "a Symmetry"), "settings": a(Settings, "pam.Settings")}
+    require("pam", given, train.RULES | rules)
     run = _Run(net, curve, task, recipe, sym, settings, seed, checkpoint)
     while len(run.history) < len(settings.epochs) or run.halfway:
         run.curve_step() if run.halfway else run.permutation_step()
