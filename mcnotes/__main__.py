@@ -31,8 +31,14 @@ if TYPE_CHECKING:
 CHAPTER = "10_your_own_models.ipynb"
 BOOK_ONLY = {"book", "remove-cell"}  # cells of the chapter that are no part of a report
 REPORT_NEEDS = "papermill and nbconvert. Fix: pip install 'mcnotes[report]'"
-REFUSALS = ("InputError", "SymmetryError", "CheckpointError", "DataError", "AlignmentError",
-            "TrainingError")  # fmt: skip
+REFUSALS = (
+    "InputError",
+    "SymmetryError",
+    "CheckpointError",
+    "DataError",
+    "AlignmentError",
+    "TrainingError",
+)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 TEXT_BARS = "import tqdm, tqdm.auto\ntqdm.auto.tqdm = tqdm.tqdm  # as text, for the terminal"
 
@@ -148,41 +154,71 @@ def parser() -> Parser:
 
     def add(name: str, run: Any, about: str, examples: str) -> Parser:
         made = commands.add_parser(
-            name, help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=examples,
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=examples,
             formatter_class=raw,
-        )  # fmt: skip
+        )
         made.set_defaults(run=run)
         return made
 
     made = add("report", report, "make a page on two checkpoints", MODEL_HELP + REPORT_EXAMPLES)
     pair_arguments(made)
-    made.add_argument("--loss", type=python_path, metavar="MODULE:FUNCTION",
-                      help="of (outputs, targets); default: the cross-entropy of logits, or what a "
-                           "model of transformers computes itself")  # fmt: skip
-    made.add_argument("--metric", type=python_path, action="append", default=[], dest="metrics",
-                      metavar="MODULE:FUNCTION",
-                      help="of (outputs, targets), the mean of a batch; may be repeated; "
-                           "default: accuracy, where there are classes")  # fmt: skip
+    made.add_argument(
+        "--loss",
+        type=python_path,
+        metavar="MODULE:FUNCTION",
+        help="of (outputs, targets); default: the cross-entropy of logits, or what a "
+        "model of transformers computes itself",
+    )
+    made.add_argument(
+        "--metric",
+        type=python_path,
+        action="append",
+        default=[],
+        dest="metrics",
+        metavar="MODULE:FUNCTION",
+        help="of (outputs, targets), the mean of a batch; may be repeated; "
+        "default: accuracy, where there are classes",
+    )
     made.add_argument("--epochs", type=positive, default=12, help="of a curve (default: 12)")
     made.add_argument("--lr", type=float, default=0.02, help="of a curve (default: 0.02)")
-    made.add_argument("--points", type=positive, default=25,
-                      help="where a curve is measured (default: 25)")  # fmt: skip
-    made.add_argument("--out", type=Path, default=Path("report.html"), metavar="REPORT.html",
-                      help="the page (default: report.html)")  # fmt: skip
+    made.add_argument(
+        "--points", type=positive, default=25, help="where a curve is measured (default: 25)"
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="REPORT.html",
+        help="the page (default: report.html)",
+    )
 
     made = add("align", align, "put B's units into A's order", MODEL_HELP + ALIGN_EXAMPLES)
     pair_arguments(made)
-    made.add_argument("--out", type=Path, default=Path("aligned.safetensors"),
-                      help="the aligned network (default: aligned.safetensors)")  # fmt: skip
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=Path("aligned.safetensors"),
+        help="the aligned network (default: aligned.safetensors)",
+    )
 
     made = add("symmetry", show_symmetry, "show which units may change places", SYMMETRY_EXAMPLES)
     made.add_argument("model", type=python_path, metavar="MODEL", help="module:name")
     model_arguments(made)
     made.add_argument("--data", metavar="DATA", help="take inputs from there")
-    made.add_argument("--shape", type=positive, nargs="+", default=[3, 224, 224], metavar="N",
-                      help="or inputs of this shape (default: 3 224 224)")  # fmt: skip
-    made.add_argument("--tokens", type=positive, metavar="N",
-                      help="inputs are token ids below N, not floats")  # fmt: skip
+    made.add_argument(
+        "--shape",
+        type=positive,
+        nargs="+",
+        default=[3, 224, 224],
+        metavar="N",
+        help="or inputs of this shape (default: 3 224 224)",
+    )
+    made.add_argument(
+        "--tokens", type=positive, metavar="N", help="inputs are token ids below N, not floats"
+    )
 
     made = add("data", show_data, "fetch a data set, or look at one", DATA_EXAMPLES)
     made.add_argument("data", nargs="?", metavar="DATA", help="a name, a folder, module:function")
@@ -194,30 +230,50 @@ def pair_arguments(made: Parser) -> None:
     """Two checkpoints, the network and the data."""
     made.add_argument("checkpoint_a", type=existing, metavar="A", help="a checkpoint")
     made.add_argument("checkpoint_b", type=existing, metavar="B", help="another of this network")
-    made.add_argument("--model", type=python_path, required=True, metavar="MODULE:NAME",
-                      help="what makes the network")  # fmt: skip
+    made.add_argument(
+        "--model",
+        type=python_path,
+        required=True,
+        metavar="MODULE:NAME",
+        help="what makes the network",
+    )
     model_arguments(made)
-    made.add_argument("--prefix", help="what stands before the network's names in the files, if "
-                                       "several networks in them fit")  # fmt: skip
+    made.add_argument(
+        "--prefix",
+        help="what stands before the network's names in the files, if several networks in them fit",
+    )
     made.add_argument("--data", required=True, help="see below")
     made.add_argument("--image-size", type=positive, help="cut pictures to this")
-    for name, about in {
-        "mean": "subtracted from pixels in [0, 1]",
-        "std": "then divided by",
-    }.items():
-        made.add_argument(f"--{name}", type=float, nargs="+", metavar="X",
-                          help=f"{about}, by channel")  # fmt: skip
+    made.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="subtracted from pixels in [0, 1], by channel",
+    )
+    made.add_argument(
+        "--std", type=float, nargs="+", metavar="X", help="what they are then divided by"
+    )
     made.add_argument("--batch-size", type=positive, default=128, help="of pictures (default: 128)")
-    made.add_argument("--samples", type=positive, default=2000,
-                      help="training inputs on which units are compared and BatchNorm's statistics "
-                           "computed (default: 2000)")  # fmt: skip
+    made.add_argument(
+        "--samples",
+        type=positive,
+        default=2000,
+        help="training inputs on which units are compared and BatchNorm's statistics "
+        "computed (default: 2000)",
+    )
     made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     made.add_argument("--seed", type=int, default=1)
 
 
 def model_arguments(made: Parser) -> None:
-    made.add_argument("--arguments", type=json_object, default={}, metavar="JSON",
-                      help="""of the network: '{"num_classes": 3}'""")  # fmt: skip
+    made.add_argument(
+        "--arguments",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="""of the network: '{"num_classes": 3}'""",
+    )
 
 
 def python_path(text: str) -> str:
@@ -298,8 +354,18 @@ def chapter() -> Path:
 
 def parameters(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The parameters of the chapter."""
-    same = ["prefix", "image_size", "mean", "std", "loss", "metrics", "lr", "points", "device",
-            "batch_size"]  # fmt: skip
+    same = [
+        "prefix",
+        "image_size",
+        "mean",
+        "std",
+        "loss",
+        "metrics",
+        "lr",
+        "points",
+        "device",
+        "batch_size",
+    ]
     return {name: getattr(args, name) for name in same} | {
         "factory": args.model,
         "factory_arguments": args.arguments,
@@ -341,6 +407,8 @@ def run(notebook: Any, out: Path, values: dict[str, Any]) -> None:
         if error.ename in REFUSALS:
             raise Refused(error.evalue) from error
         raise Refused(f"{error.ename}: {error.evalue} (where: see {out})") from error
+    except OSError as error:
+        raise Refused(f"cannot write {out} ({error}). Fix: see --out") from error
 
 
 def tags(cell: Any) -> list[str]:
@@ -359,9 +427,12 @@ def page(ran: Any, args: argparse.Namespace) -> str:
         if cell.cell_type == "markdown":
             cell.source = plain(cell.source)
     exporter = HTMLExporter(
-        template_name="basic", exclude_input=True, exclude_anchor_links=True,
-        exclude_input_prompt=True, exclude_output_prompt=True,
-    )  # fmt: skip
+        template_name="basic",
+        exclude_input=True,
+        exclude_anchor_links=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
     body, _ = exporter.from_notebook_node(ran)
     template = Path(__file__).with_name("report.html").read_text("utf8")
     name = f"{args.checkpoint_a.name} and {args.checkpoint_b.name}"
@@ -433,9 +504,12 @@ def align(args: argparse.Namespace) -> None:
     about = {"a": found[0].sha256, "b": found[1].sha256, "factory": args.model}
     try:
         checkpoints.save(
-            args.out, aligned.model.state_dict(), net,
-            what="B in the order of A's units, the same function", made_from=about,
-        )  # fmt: skip
+            args.out,
+            aligned.model.state_dict(),
+            net,
+            what="B in the order of A's units, the same function",
+            made_from=about,
+        )
     except OSError as error:
         raise Refused(f"cannot write {args.out} ({error}). Fix: see --out") from error
     print(f"{args.out}: the aligned network")

@@ -318,8 +318,9 @@ def compare(
     if not models:
         raise InputError("compare: got no models, expected at least one")
     with prepare.untouched(batches, 0):
-        first = prepare.prepare("compare", [*models.values()][:1], batches, device,
-                                labels=loss is None)  # fmt: skip
+        first = prepare.prepare(
+            "compare", [*models.values()][:1], batches, device, labels=loss is None
+        )
         data, wanted = first.data, prepare.quantities(first, loss, metrics)
         nets = [
             prepare.working_copy("compare", name, model, data.device)
