@@ -102,10 +102,10 @@ examples:
 
 DATA_EXAMPLES = """
 examples:
-  mcnotes data                    the data sets of the book
-  mcnotes data cifar10            fetch it, if it is not there, and look at it
-  mcnotes data photos             a folder of pictures of your own
-  mcnotes data mynets:loader      a function that gives a DataLoader
+  mcnotes data                  # the data sets of the book
+  mcnotes data cifar10          # fetch it, if it is not there, and look at it
+  mcnotes data photos           # a folder of pictures of your own
+  mcnotes data mynets:loader    # a function that gives a DataLoader
 """
 
 
@@ -325,11 +325,7 @@ def report(args: argparse.Namespace) -> None:
         raise Refused(f"needs {REPORT_NEEDS} ({error})") from error
     if args.out.suffix != ".html":
         raise Refused(f"got --out {args.out}, expected a name that ends in .html")
-    folder = args.out.with_suffix("")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"cannot make the folder {folder} ({error}). Fix: see --out") from error
+    folder = made_folder(args.out.with_suffix(""))
     notebook = nbformat.read(chapter(), as_version=4)
     notebook.cells = [c for c in notebook.cells if not BOOK_ONLY.intersection(tags(c))]
     executed = folder / "report.ipynb"
@@ -344,6 +340,15 @@ def report(args: argparse.Namespace) -> None:
     for path in [executed, *folder.glob("*.checkpoint")]:
         path.unlink()
     print(f"{args.out}: the report; {folder}{os.sep}: the networks")
+
+
+def made_folder(folder: Path) -> Path:
+    """The folder of --out, made if there is none. Raises Refused."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"cannot make the folder {folder} ({error}). Fix: see --out") from error
+    return folder
 
 
 def chapter() -> Path:
@@ -489,6 +494,7 @@ def align(args: argparse.Namespace) -> None:
     import mcnotes
     from mcnotes import checkpoints, data, prepare
 
+    made_folder(args.out.parent)
     net = build(args.model, args.arguments)
     found = checkpoints.load_pair(args.checkpoint_a, args.checkpoint_b, net, args.prefix)
     sets = named_sets(args)
