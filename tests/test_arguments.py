@@ -143,6 +143,7 @@ FUNCTIONS = cases_of(
     pam.fit, SYM.permute, SYM.apply_matrices, SYM.verify, SYM.tapper, SYM.complete, SYM.compose,
     SYM.inverse, train.Recipe, Descent, pam.Settings, attacks.PGD, attacks.Square, attacks.fgsm,
     attacks.strong, Curve, Split, models.build, api.align, api.merge, api.connect, api.profile,
+    api.compare,
 )  # fmt: skip
 MISFITS = ("transposed", "of a wider network", "none")
 OTHERS = {"another": WIDER, "nothing": {}, "none": None, "elsewhere": STATES["without values"]}
@@ -156,6 +157,7 @@ own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do no
     "curves.Curve": {"points": {"none at all": (), "one wrong": (A, WIDER), "none": None}},
     "data.tasks.Split": {"images": {"floats": DATA.test.images.float(), "none": None}},
     "api.align": {"seed": wrong["seed"]},
+    "api.compare": {"models": {"nothing": {}, "a list": [NET], "no networks": {"A": 3}}},
     "api.profile": {"curve": CURVES, "points": COUNT | {"one": 1}, "loss": FUNCTION,
                     "statistics": {"empty": [], "a number": 3}},
     "api.connect": {"checkpoint": {"a number": 3}},
@@ -190,6 +192,7 @@ given: dict[str, Mapping[str, Any]] = {
     "models.build": {"name": "mlp", "num_classes": 3, "in_channels": 1, "image_size": 12},
     "api.profile": {"curve": CONNECTION, "points": 2, "batches": BATCHES, "statistics": BATCHES},
     "api.connect": {"epochs": 1},
+    "api.compare": {"models": {"A": NET}},
 }
 
 

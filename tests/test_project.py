@@ -75,8 +75,10 @@ ORDER = [
     "lab",
     "prepare",
     "api",
+    "__main__",
 ]
 INNER = {
+    "__main__",
     "display",
     "prepare",
     "symmetry.units",

@@ -72,6 +72,6 @@ ALLOWED: dict[str, checks.Rule] = {
     "robust_curve_epochs": checks.whole(1),
     "test_images": checks.whole(1),
     "image_size": checks.optional(checks.whole(1)),
-    "mean": checks.listed(checks.number(0, 1), once=False),
-    "std": checks.listed(checks.number(0, above=True), once=False),
+    "mean": checks.optional(checks.listed(checks.number(0, 1), once=False)),
+    "std": checks.optional(checks.listed(checks.number(0, above=True), once=False)),
 }
