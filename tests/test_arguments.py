@@ -169,7 +169,10 @@ own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do no
     "evaluate.along": {"points": COUNT | {"one": 1}},
     "symmetry.find.Symmetry.permute": {"theta": {n: STATES[n] for n in MISFITS}},
     "symmetry.find.Symmetry.apply_matrices": {"theta": {n: STATES[n] for n in MISFITS}},
-    "symmetry.find.Symmetry.verify": {"theta": {n: x for n, x in STATES.items() if n != "none"}},
+    "symmetry.find.Symmetry.verify": {
+        "theta": {n: x for n, x in STATES.items() if n != "none"},
+        "tolerance": {n: x for n, x in POSITIVE.items() if n != "infinite"},
+    },
     "matching.diagnose.diagnose": {"images": COUNT},
     "matching.weights.weight_matching": {"only": {"another": ["7"], "text": "x"}},
     "curves.line": {"a": {}, "b": OTHERS},

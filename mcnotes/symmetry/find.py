@@ -48,7 +48,7 @@ RULES: dict[str, checks.Rule] = {
     "example": exemplary,
     "train": checks.flag,
     "at": checks.one_of(["post", "pre"]),
-    "tolerance": checks.number(0, above=True),
+    "tolerance": lambda x: "" if x == math.inf else checks.number(0, above=True)(x),
     "seed": checks.whole(-(2**63), 2**64 - 1),
 }
 """What the arguments of the functions below may be."""
