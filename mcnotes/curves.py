@@ -45,8 +45,11 @@ class Curve:
     def _repr_html_(self) -> str:
         names = [n for n, x in self.points[0].items() if x.is_floating_point()]
         apart = self.gram(names)
-        rows = ({"control point": i, "distance from the first": float(apart[i, i]) ** 0.5}
-                for i in range(len(self.points)))  # fmt: skip
+        distances = apart.diagonal().sqrt().tolist()
+        rows = [
+            {"control point": i, "distance from the first": distance}
+            for i, distance in enumerate(distances)
+        ]
         return display.described(self, display.table(rows))
 
     @property
@@ -128,8 +131,10 @@ def chain(a: Theta, b: Theta, bends: int = 1) -> Curve:
 def check_same_space(a: Theta, b: Theta, who: str) -> None:
     """Raise ValueError, naming the tensor, unless names, shapes and dtypes agree."""
     if odd := sorted(a.keys() ^ b.keys()):
-        raise ValueError(f"{who}: {odd[0]!r} is in one network only ({len(odd)} such names). "
-                         "Fix: take both from the same architecture")  # fmt: skip
+        raise ValueError(
+            f"{who}: {odd[0]!r} is in one network only ({len(odd)} such names). "
+            "Fix: take both from the same architecture"
+        )
     for name, x in a.items():
         y = b[name]
         if x.shape != y.shape or x.dtype != y.dtype:

@@ -61,8 +61,14 @@ class Descent:
     def recipe(self) -> train.Recipe:
         """As the training loop knows it."""
         lr = RATES[self.action] if self.lr is None else self.lr
-        return train.Recipe(self.epochs, self.batch_size, lr, weight_decay=0.0, schedule="linear",
-                            augment=False)  # fmt: skip
+        return train.Recipe(
+            self.epochs,
+            self.batch_size,
+            lr,
+            weight_decay=0.0,
+            schedule="linear",
+            augment=False,
+        )
 
 
 class MiddleStep(train.Step):
@@ -73,9 +79,14 @@ class MiddleStep(train.Step):
     """
 
     def __init__(
-        self, pair: Pair, line: Curve, recipe: train.Recipe, start: Perm, act: Action,
-        device: torch.device
-    ) -> None:  # fmt: skip
+        self,
+        pair: Pair,
+        line: Curve,
+        recipe: train.Recipe,
+        start: Perm,
+        act: Action,
+        device: torch.device,
+    ) -> None:
         super().__init__(pair.net, line, slice(0, 0), recipe, device)
         self.end = pam.MovedEnd(self, line, pair.theta_b, pair.sym)
         self.half = torch.full([2], 0.5).to(self.rows)  # the weights of both ends

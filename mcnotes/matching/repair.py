@@ -30,12 +30,16 @@ def repair(
     """
     layers = _layers(net, theta, images)[:-1]
     if not layers:
-        raise ValueError("repair: found no linear or convolution layer before the last; there is "
-                         "nothing to repair. Fix: use the average as it is")  # fmt: skip
+        raise ValueError(
+            "repair: found no linear or convolution layer before the last; there is nothing to "
+            "repair. Fix: use the average as it is"
+        )
     for layer in layers:
         if f"{layer}.bias" not in theta:
-            raise ValueError(f"repair: {layer!r} has no bias to shift. Fix: build the network with "
-                             "one, or use evaluate.batchnorm if it has BatchNorm")  # fmt: skip
+            raise ValueError(
+                f"repair: {layer!r} has no bias to shift. Fix: build the network with one, or use "
+                "evaluate.batchnorm if it has BatchNorm"
+            )
     goal = [channel_statistics(net, end, images, layers) for end in ends]
     out = dict(theta)
     for layer in layers:
