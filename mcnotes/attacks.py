@@ -32,8 +32,10 @@ def dlr(z: Tensor, y: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": lambda z, y: cross_entropy(z, y, reduction="none"), "margin": margin, "dlr": dlr,
-}  # fmt: skip
+    "ce": lambda z, y: cross_entropy(z, y, reduction="none"),
+    "margin": margin,
+    "dlr": dlr,
+}
 STEP_SCHEDULES = ("constant", "linear")  # linear: down to 0
 OPTIONS: dict[str, Rule] = {
     "eps": number(0),
@@ -170,12 +172,15 @@ class Ball:
 
     def __init__(self, x: Tensor, eps: float, norm: str) -> None:
         self.x, self.eps, self.norm = x, eps, norm
-        ends = [(x.double() + d).to(x.dtype) for d in (-eps, eps)]
-        out = [(v.double() - x.double()).abs() > eps for v in ends]  # rounded outwards: step back
-        self.low, self.high = (torch.where(o, v.nextafter(x), v).clamp(0, 1)
-                               for o, v in zip(out, ends, strict=True))  # fmt: skip
+        self.low, self.high = self._end(-eps), self._end(eps)
         # Rounding x + d may add to the length of d (ℓ2).
         self.radius = max(0.0, eps * (1 - 1e-6) - x[0].numel() ** 0.5 * 2**-24)
+
+    def _end(self, d: float) -> Tensor:
+        """x + d in [0, 1], and no further from x than `eps`, to the last bit (ℓ∞)."""
+        end = (self.x.double() + d).to(self.x.dtype)
+        too_far = (end.double() - self.x.double()).abs() > self.eps  # rounded outwards
+        return torch.where(too_far, end.nextafter(self.x), end).clamp(0, 1)
 
     def project(self, u: Tensor) -> Tensor:
         """The nearest point of the ball, then of [0, 1] (which leads no further from x)."""

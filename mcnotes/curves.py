@@ -49,8 +49,11 @@ class Curve:
     def _repr_html_(self) -> str:
         names = [n for n, x in self.points[0].items() if x.is_floating_point()]
         apart = self.gram(names)
-        rows = ({"control point": i, "distance from the first": float(apart[i, i]) ** 0.5}
-                for i in range(len(self.points)))  # fmt: skip
+        distances = apart.diagonal().sqrt().tolist()
+        rows = [
+            {"control point": i, "distance from the first": distance}
+            for i, distance in enumerate(distances)
+        ]
         return display.described(self, display.table(rows))
 
     @property
@@ -146,8 +149,10 @@ def check_same_space(a: Theta, b: Theta, who: str) -> None:
         if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
             raise ValueError(f"{who}: got a {type(state).__name__}, expected tensors by name")
     if odd := sorted(a.keys() ^ b.keys()):
-        raise ValueError(f"{who}: {odd[0]!r} is in one network only ({len(odd)} such names). "
-                         "Fix: take both from the same architecture")  # fmt: skip
+        raise ValueError(
+            f"{who}: {odd[0]!r} is in one network only ({len(odd)} such names). "
+            "Fix: take both from the same architecture"
+        )
     for name, x in a.items():
         y = b[name]
         if x.shape != y.shape or x.dtype != y.dtype:

@@ -47,9 +47,16 @@ class ConvBlock(nn.Module):
     """Convolution without bias, BatchNorm, and ReLU unless `relu=False`."""
 
     def __init__(
-        self, before: int, after: int, kernel: int = 3, stride: int = 1, *,
-        padding: int | None = None, relu: bool = True, eps: float = 1e-5
-    ) -> None:  # fmt: skip
+        self,
+        before: int,
+        after: int,
+        kernel: int = 3,
+        stride: int = 1,
+        *,
+        padding: int | None = None,
+        relu: bool = True,
+        eps: float = 1e-5,
+    ) -> None:
         super().__init__()
         pad = kernel // 2 if padding is None else padding
         self.conv = nn.Conv2d(before, after, kernel, stride, pad, bias=False)
@@ -84,11 +91,15 @@ class TinyTen(Network):
         super().__init__()
         w = width
         self.blocks = nn.Sequential(
-            ConvBlock(in_channels, w), ConvBlock(w, w),
-            ConvBlock(w, 2 * w, stride=2), ConvBlock(2 * w, 2 * w), ConvBlock(2 * w, 2 * w),
-            ConvBlock(2 * w, 4 * w, stride=2), ConvBlock(4 * w, 4 * w, padding=0),
+            ConvBlock(in_channels, w),
+            ConvBlock(w, w),
+            ConvBlock(w, 2 * w, stride=2),
+            ConvBlock(2 * w, 2 * w),
+            ConvBlock(2 * w, 2 * w),
+            ConvBlock(2 * w, 4 * w, stride=2),
+            ConvBlock(4 * w, 4 * w, padding=0),
             ConvBlock(4 * w, 4 * w, kernel=1),
-        )  # fmt: skip
+        )
         self.head = nn.Linear(4 * w, num_classes)
         self.reset_parameters()
 
@@ -137,9 +148,14 @@ class ResNet(Network):
     drawn = (nn.Conv2d,)
 
     def __init__(
-        self, depth: int = 32, num_classes: int = 10, in_channels: int = 3, width: int = 16, *,
-        shortcut: str = "conv"
-    ) -> None:  # fmt: skip
+        self,
+        depth: int = 32,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: int = 16,
+        *,
+        shortcut: str = "conv",
+    ) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"ResNet: got depth={depth}, expected 6n + 2, such as 20, 32 or 56")
@@ -181,12 +197,16 @@ class Inception(nn.Module):
 
 
 INCEPTIONS = {  # Szegedy et al. (2015), table 1
-    "3a": (64, 96, 128, 16, 32, 32), "3b": (128, 128, 192, 32, 96, 64),
-    "4a": (192, 96, 208, 16, 48, 64), "4b": (160, 112, 224, 24, 64, 64),
-    "4c": (128, 128, 256, 24, 64, 64), "4d": (112, 144, 288, 32, 64, 64),
+    "3a": (64, 96, 128, 16, 32, 32),
+    "3b": (128, 128, 192, 32, 96, 64),
+    "4a": (192, 96, 208, 16, 48, 64),
+    "4b": (160, 112, 224, 24, 64, 64),
+    "4c": (128, 128, 256, 24, 64, 64),
+    "4d": (112, 144, 288, 32, 64, 64),
     "4e": (256, 160, 320, 32, 128, 128),
-    "5a": (256, 160, 320, 32, 128, 128), "5b": (384, 192, 384, 48, 128, 128),
-}  # fmt: skip
+    "5a": (256, 160, 320, 32, 128, 128),
+    "5b": (384, 192, 384, 48, 128, 128),
+}
 
 
 class GoogLeNet(Network):
@@ -202,9 +222,13 @@ class GoogLeNet(Network):
     draw = staticmethod(partial(nn.init.trunc_normal_, std=0.01, a=-0.02, b=0.02))
 
     def __init__(
-        self, num_classes: int = 10, in_channels: int = 3, width: float = 1.0, *,
-        auxiliary: bool = False
-    ) -> None:  # fmt: skip
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: float = 1.0,
+        *,
+        auxiliary: bool = False,
+    ) -> None:
         super().__init__()
 
         def scaled(*sizes: int) -> list[int]:
@@ -241,8 +265,11 @@ class GoogLeNet(Network):
 
 RESNETS = {f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 56)}
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": MLP, "tinyten": TinyTen, **RESNETS, "googlenet": GoogLeNet
-}  # fmt: skip
+    "mlp": MLP,
+    "tinyten": TinyTen,
+    **RESNETS,
+    "googlenet": GoogLeNet,
+}
 
 
 SIZES: dict[str, Rule] = {
@@ -255,9 +282,14 @@ SIZES: dict[str, Rule] = {
 
 
 def build(
-    name: str, *, num_classes: int, in_channels: int, width: float | None = None,
-    image_size: int | None = None, **options: Any
-) -> nn.Module:  # fmt: skip
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    width: float | None = None,
+    image_size: int | None = None,
+    **options: Any,
+) -> nn.Module:
     """A network by its name: one of `BUILDERS`. `options` go to its constructor.
 
     `width` is the channels of the first stage (TinyTen, ResNet), a factor (GoogLeNet) or the units

@@ -41,71 +41,84 @@ class Fault:
 
 FAULTS = {
     "inputs": Fault(
-        "above", 0.1,
+        "above",
+        0.1,
         "{} is right on {:.0%} of the images, on {:.0%} if they are {}",
         "show the images to each network as it was trained on them",
     ),
     "labels": Fault(
-        "above", 0.1,
+        "above",
+        0.1,
         "{} is right on {:.0%} of the images, on {:.0%} if its classes are renamed",
         "put the head's outputs into the data set's order of classes",
     ),
     "statistics": Fault(
-        "above", 0.15,
+        "above",
+        0.15,
         "{}'s loss is {:.2f}, with fresh BatchNorm statistics {:.2f}",
         "recompute the statistics with evaluate.batchnorm",
     ),
     "broken": Fault(
-        "below", 0.2,
+        "below",
+        0.2,
         "{} is right on {:.0%} of the images, a constant answer on {:.0%}",
         "load this network again, or train it again",
     ),
     "under-trained": Fault(
-        "above", 0.005,
+        "above",
+        0.005,
         "{}'s loss is {:.2f}, after a little more training {:.2f}",
         "train it to the end before you align",
     ),
     "same": Fault(
-        "below", 1e-3,
+        "below",
+        1e-3,
         "the two networks' probabilities differ by {:.4f} on average",
         "take two networks of different seeds",
     ),
     "copy": Fault(
-        "above", 0.5,
+        "above",
+        0.5,
         "as they come, units correlate by {:.2f}: one network stems from the other",
         "permute nothing, average them as they are",
     ),
     "dead": Fault(
-        "above", 0.2,
+        "above",
+        0.2,
         "{} of the two networks' {} units never change",
         "train with a smaller rate or another start, or remove these units",
     ),
     "weak": Fault(
-        "below", 0.2,
+        "below",
+        0.2,
         "matched units correlate by {:.2f} on average, least in {}",
         "try other layers, another method, or networks that are wider or trained for longer",
     ),
     "narrow": Fault(
-        "above", 0.12,
+        "above",
+        0.12,
         "among twice as many units the best partner correlates by {:.2f} more",
         "use wider layers, in which each unit finds a better partner",
     ),
     "collapse": Fault(
-        "below", 0.6,
+        "below",
+        0.6,
         "half-way, the units of {} vary {:.2f} times as much as A's",
         "use matching.repair, or networks with BatchNorm",
     ),
     "direction": Fault(
-        "above", 0.1,
+        "above",
+        0.1,
         "matched units correlate by {:.2f}, under the inverse by {:.2f}",
         "apply the inverse: new[i] = old[p[i]], and to network B",
     ),
     "permutation": Fault(
-        "above", 0.1,
+        "above",
+        0.1,
         "matched units correlate by {:.2f}, by a fresh matching by {:.2f}",
         "apply to B what matching.match returns, once and whole",
     ),
-}  # fmt: skip
+}
 """All that is looked for, by name."""
 ENDS = {"inputs", "labels", "broken"}  # with one of these the rest means nothing
 
@@ -144,9 +157,16 @@ Found = Iterator[Finding]
 
 
 def diagnose(
-    net: nn.Module, theta_a: Theta, theta_b: Theta, task: Task, sym: Symmetry, *,
-    perm: Perm | None = None, images: int = 2_000, every: bool = False
-) -> list[Finding]:  # fmt: skip
+    net: nn.Module,
+    theta_a: Theta,
+    theta_b: Theta,
+    task: Task,
+    sym: Symmetry,
+    *,
+    perm: Perm | None = None,
+    images: int = 2_000,
+    every: bool = False,
+) -> list[Finding]:
     """What is wrong with these two networks, or with their alignment; empty where nothing is.
 
     perm: the permutation of B in question (the identity, if B comes permuted); without it only the

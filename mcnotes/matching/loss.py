@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from mcnotes import curves, train
 from mcnotes.checks import a, one_of, require, whole
 from mcnotes.curves import Curve
-from mcnotes.data import Split, Task
+from mcnotes.data import Split
 from mcnotes.matching import doubly_stochastic, pam
 from mcnotes.matching.pair import PAIRED, Pair
 from mcnotes.matching.weights import weight_matching
@@ -59,25 +60,42 @@ class Descent:
     def recipe(self) -> train.Recipe:
         """As the training loop knows it."""
         lr = RATES[self.action] if self.lr is None else self.lr
-        return train.Recipe(self.epochs, self.batch_size, lr, weight_decay=0.0, schedule="linear",
-                            augment=False)  # fmt: skip
+        return train.Recipe(
+            self.epochs,
+            self.batch_size,
+            lr,
+            weight_decay=0.0,
+            schedule="linear",
+            augment=False,
+        )
+
+
+class Shown(NamedTuple):
+    """Images for the loop of `train`, as a `calls.Training`: none is held out or augmented."""
+
+    train: Split
+    augment: None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self.train.device
 
 
 class MiddleStep(train.Step):
     """A step of Adam on one free matrix for each group, by the loss at the middle of the line.
 
     The middle is taken whatever t is drawn. The matrices begin at the permutation `start`, and
-    are never projected; what acts on B is `act` of them.
+    are never projected; what acts on B is `how.action` of them.
     """
 
     def __init__(
-        self, pair: Pair, line: Curve, recipe: train.Recipe, start: Perm, act: Action,
-        device: torch.device
-    ) -> None:  # fmt: skip
-        super().__init__(pair.net, line, slice(0, 0), recipe, device)
+        self, pair: Pair, line: Curve, start: Perm, how: Descent, device: torch.device
+    ) -> None:
+        super().__init__(pair.net, line, slice(0, 0), how.recipe, device)
         self.end = pam.MovedEnd(self, line, pair.theta_b, pair.sym)
         self.half = torch.full([2], 0.5).to(self.rows)  # the weights of both ends
-        self.act = act
+        self.act = ACTIONS[how.action]
         self.matrices = {n: doubly_stochastic.matrix(p).requires_grad_() for n, p in start.items()}
         self.adam = torch.optim.Adam(self.matrices.values())
 
@@ -113,10 +131,8 @@ def loss_matching(
     pam.check_only_parameters_move(pair.net, pair.sym)
     old = weight_matching(pair, seed=seed) if start is None else pair.sym.complete(start)
     line = curves.line(pair.theta_a, pair.permuted(old))
-    nothing = images.first(0)
-    task = Task("matching", images, nothing, nothing, ())  # nothing is validated or tested
-    step = MiddleStep(pair, line, how.recipe, old, ACTIONS[how.action], task.device)
-    train.run(step, line, task, seed, None)
+    step = MiddleStep(pair, line, old, how, images.device)
+    train.run(step, line, Shown(images), seed, None)
     found = {n: m.detach() for n, m in step.matrices.items()}
     samples = 0
     if how.action == "sinkhorn":

@@ -25,10 +25,17 @@ Similarities = dict[tuple[int, int, str], Tensor]  # i, j, group: [units of i, u
 
 
 def match_many(
-    net: nn.Module, thetas: Sequence[Theta], images: Batches, sym: Symmetry, *,
-    method: str = "activations", at: At = "post", cost: Cost = "correlation",
-    batch_size: int | None = None, sweeps: int = 100
-) -> list[Perm]:  # fmt: skip
+    net: nn.Module,
+    thetas: Sequence[Theta],
+    images: Batches,
+    sym: Symmetry,
+    *,
+    method: str = "activations",
+    at: At = "post",
+    cost: Cost = "correlation",
+    batch_size: int | None = None,
+    sweeps: int = 100,
+) -> list[Perm]:
     """For each network a permutation into one common order: that of the first, which stays.
 
     They maximise the similarity summed over all pairs by coordinate ascent: one network at a time

@@ -96,10 +96,18 @@ METHODS: dict[str, Method] = {
 
 
 def match(
-    net: nn.Module, theta_a: Theta, theta_b: Theta, images: Batches, sym: Symmetry, *,
-    method: str = "activations", at: At = "post", cost: Cost = "correlation",
-    batch_size: int | None = None, seed: int = 0
-) -> Matching:  # fmt: skip
+    net: nn.Module,
+    theta_a: Theta,
+    theta_b: Theta,
+    images: Batches,
+    sym: Symmetry,
+    *,
+    method: str = "activations",
+    at: At = "post",
+    cost: Cost = "correlation",
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Matching:
     """A permutation of B's units; by default that which makes them most similar to A's.
 
     images: what to correlate on, some thousands of training images. at: activations after ("post")

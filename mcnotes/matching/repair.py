@@ -39,8 +39,10 @@ def repair(
     theta = stated("repair", net, theta, images.device)
     layers = _layers(net, theta, images)[:-1]
     if not layers:
-        raise ValueError("repair: found no linear or convolution layer before the last; there is "
-                         "nothing to repair. Fix: use the average as it is")  # fmt: skip
+        raise ValueError(
+            "repair: found no linear or convolution layer before the last; there is nothing to "
+            "repair. Fix: use the average as it is"
+        )
     for layer in layers:
         _check_layer(net, layer)
     goal = [channel_statistics(net, end, images, layers) for end in ends]

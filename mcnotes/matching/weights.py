@@ -16,9 +16,13 @@ Agreement = Callable[[Theta], Tensor]  # ⟨θ_A, θ⟩ [], float64
 
 
 def weight_matching(
-    pair: Pair, *, start: Perm | None = None, only: Collection[str] | None = None, seed: int = 0,
-    sweeps: int = 100
-) -> Perm:  # fmt: skip
+    pair: Pair,
+    *,
+    start: Perm | None = None,
+    only: Collection[str] | None = None,
+    seed: int = 0,
+    sweeps: int = 100,
+) -> Perm:
     """Weight matching: a permutation P that makes ⟨θ_A, Pθ_B⟩ large (Ainsworth et al. 2023, 3.2).
 
     No data is needed. Block coordinate ascent: one group at a time, the others held fixed, is a
