@@ -5,7 +5,7 @@
     profile = mcnotes.profile(curve, batches)
     scores = mcnotes.compare({"A": model_a, "best": curve.model(profile.best)}, batches)
 
-Models are any `nn.Module`s of one architecture; batches any iterable that `data.Loader` takes. What
+Models are any modules of one architecture; batches any iterable that `data.Loader` takes. What
 is given is left as it was: weights, buffers, modes, the state of random generators. What does not
 fit is refused with an InputError, a SymmetryError or an AlignmentError before any long work.
 Networks of 16-bit floats are worked on in float32 and come back in a type of their own.

@@ -257,10 +257,11 @@ def plane(
     statistics: Batches | None, resolution: int = 17, margin: float = 0.2,
     perturb: Perturb | None = None
 ) -> Plane:  # fmt: skip
-    """Evaluate a `resolution`² grid of the plane through three networks (paper, section 5).
+    """Evaluate a square grid in the plane through three networks (paper, section 5).
 
-    margin: how far the grid goes beyond the corners, as a share of their extent. `statistics` and
-    `perturb` as in `profile`, in each cell. Raises ValueError when the three lie on one line.
+    resolution: points along a side. margin: how far it goes beyond the corners, as a share of
+    their extent. `statistics` and `perturb` as in `profile`, in each cell. Raises ValueError when
+    the three lie on one line.
     """
     at = coordinates(net, corners)
     pad = margin * np.ptp(at, axis=0).max()

@@ -1,4 +1,4 @@
-"""The networks of the paper: plain `nn.Module`s that know nothing about curves or permutations.
+"""The networks of the paper: plain modules that know nothing about curves or permutations.
 
 Every network maps images [N, C, H, W] in [0, 1] to logits [N, num_classes] and normalises its input
 itself, by a fixed `(x - 0.5) / 0.25`. The convolutional ones take 28 x 28 and 32 x 32 images alike.

@@ -89,25 +89,29 @@ class Permuter:
         return (
             f"<style>{style}</style>"
             f'<div class="permuter" id="{name}"><img alt="{alt}" src="{self.picture}"></div>'
+            f"<script>window[{json.dumps(name)}]={data};</script>"
             f"<script>(() => {{{_plain(maths)}\n{_plain(interface)}\n"
-            f"const box = document.getElementById({name!r});\n"
-            f"const data = {data};\n{START}}})();</script>"
+            f"const name = {json.dumps(name)};\n{START}}})();</script>"
         )
 
 
-# Until the figure comes near, the picture stands in its place, and nothing is computed.
+# Until the figure comes near, the picture stands in its place, and nothing is computed. The numbers
+# may come later, from a file of their own: the book's pages move large ones there.
 START = """
-const start = () => permuter(box, data);
-const near = box.getBoundingClientRect().top < innerHeight + 300;
-if (near || typeof IntersectionObserver === "undefined") start();
-else {
+const box = document.getElementById(name);
+const start = () => permuter(box, window[name]);
+const wait = () => {
+  const near = box.getBoundingClientRect().top < innerHeight + 300;
+  if (near || typeof IntersectionObserver === "undefined") return start();
   const eye = new IntersectionObserver(([entry]) => {
     if (!entry.isIntersecting) return;
     eye.disconnect();
     start();
   }, { rootMargin: "300px" });
   eye.observe(box);
-}
+};
+if (window[name]) wait();
+else addEventListener("DOMContentLoaded", wait);
 """
 
 

@@ -155,7 +155,7 @@ class Symmetry:
     def tapper(
         self, net: nn.Module, at: Literal["post", "pre"] = "post"
     ) -> Callable[..., dict[str, list[Tensor]]]:
-        """A function (θ, *inputs) → {group: [activations [samples, units], …]}, in one run.
+        """A function `(θ, *inputs) → {group: [activations [samples, units], …]}`, in one run.
 
         at: "post", what the next contraction sees, after the nonlinearity; "pre", before it. All
         positions but those of the units are samples. Evaluation mode, any batch size, no gradients.
