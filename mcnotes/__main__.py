@@ -424,6 +424,7 @@ def page(ran: Any, args: argparse.Namespace) -> str:
     """One HTML page that loads nothing: title, figure and verdict, then what led to them."""
     from nbconvert import HTMLExporter
 
+    ran.metadata.pop("widgets", None)  # what progress bars leave
     cells = [c for c in ran.cells if c.cell_type == "markdown" or shown(c)]
     first = [c for c in cells if "summary" in tags(c)]
     rest = [c for c in cells if c not in first]

@@ -348,7 +348,7 @@ class TestReport:
         assert code == 0, err
         page = read_report(home)
         assert "in l1_loss against" in page
-        assert "ensemble" not in page.split("The point to take")[0]
+        assert "<td>ensemble of A and B</td>" not in page
         check_networks(home, checkpoints.build("mynets:Net"), (torch.randn(5, 8),))
 
     @pytest.mark.slow
@@ -359,7 +359,7 @@ class TestReport:
         code, _, err = ran(capsys, line)
         assert code == 0, err
         page = read_report(home)
-        assert "ensemble of A and B" in page
+        assert "<td>ensemble of A and B</td>" in page
         words = torch.randint(40, (5, 7))
         check_networks(home, checkpoints.build("mynets:Text"), (words, torch.ones(5, 7)))
 
