@@ -432,7 +432,7 @@ def page(ran: Any, args: argparse.Namespace) -> str:
     for cell in ran.cells:
         if cell.cell_type == "markdown":
             cell.source = plain(cell.source)
-    exporter = HTMLExporter(  # type: ignore[no-untyped-call]
+    exporter = HTMLExporter(
         template_name="basic",
         exclude_input=True,
         exclude_anchor_links=True,
