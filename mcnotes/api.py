@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from mcnotes import cache, curves, display, evaluate, matching, prepare, train
-from mcnotes.calls import Batch, InputError, call, count
+from mcnotes.calls import Batch, InputError
 from mcnotes.checks import Rule, a, function, mapping_of, optional, require, whole
 from mcnotes.checks import device as placed
 from mcnotes.curves import Theta, combine
@@ -355,15 +355,14 @@ def compare(
     by_name = [*enumerate(wanted)]
     sums = {name: table[:, :, k, 0].T for k, name in by_name}
     counts = {name: table[:, 0, k, 1] for k, name in by_name}
+    evaluate.check_counted({name: n.sum() for name, n in counts.items()})
     return Scores([*models], sums, counts)
 
 
-def _sums(net: nn.Module, batch: Batch, wanted: Mapping[str, Quantity]) -> list[list[float]]:
-    """The sum of each quantity over a batch, and how many it counts: [quantities, 2]."""
-    inputs, targets = batch
+def _sums(net: nn.Module, batch: Batch, wanted: Mapping[str, Quantity]) -> Array:
+    """`evaluate.sums` of a model as it is."""
     with evaluate.mode(net, training=False), torch.no_grad():
-        outputs, n = call(net, {}, inputs), count(inputs)
-        return [[float(x) for x in quantity(outputs, targets, n)] for quantity in wanted.values()]
+        return evaluate.sums(net, {}, batch, wanted, torch.device("cpu")).numpy()
 
 
 def _resumable(path: Path, thetas: list[Theta], what: Mapping[str, Any]) -> cache.Checkpoint:

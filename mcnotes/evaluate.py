@@ -110,17 +110,36 @@ def means(
     total: Tensor | None = None
     with mode(net, training=False), torch.no_grad():
         for x, y in attacked(net, theta, data.batches(batch_size), perturb):
-            outputs, n = call(net, theta, x), count(x)
-            pairs = [quantity(outputs, y, n) for quantity in wanted.values()]
-            sums = torch.stack([torch.stack([_exact(v, data.device) for v in p]) for p in pairs])
-            total = sums if total is None else total + sums
+            found = sums(net, theta, (x, y), wanted, data.device)
+            total = found if total is None else total + found
     if total is None:
         raise ValueError("evaluate: got no batch, expected at least one")
-    for name, n in zip(wanted, total[:, 1].tolist(), strict=True):
-        if n == 0:
-            raise ValueError(f"evaluate: found nothing that counts for {name!r}, only targets "
-                             f"{IGNORED}, expected at least one other")  # fmt: skip
+    check_counted(dict(zip(wanted, total[:, 1].tolist(), strict=True)))
     return dict(zip(wanted, (total[:, 0] / total[:, 1]).tolist(), strict=True))
+
+
+def sums(
+    net: nn.Module,
+    theta: Mapping[str, Tensor],
+    batch: Batch,
+    wanted: Mapping[str, Quantity],
+    device: torch.device,
+) -> Tensor:
+    """The sum of each quantity over a batch, and how many it counts: float64 [quantities, 2]."""
+    inputs, targets = batch
+    outputs, n = call(net, theta, inputs), count(inputs)
+    pairs = [quantity(outputs, targets, n) for quantity in wanted.values()]
+    return torch.stack([torch.stack([_exact(v, device) for v in pair]) for pair in pairs])
+
+
+def check_counted(counts: Mapping[str, float]) -> None:
+    """Raise ValueError if there is a quantity, by name, for which no target counts."""
+    for name, n in counts.items():
+        if n == 0:
+            raise ValueError(
+                f"evaluate: found nothing that counts for {name!r}, only targets {IGNORED}, "
+                "expected at least one other"
+            )
 
 
 def _exact(value: Tensor | float, device: torch.device) -> Tensor:

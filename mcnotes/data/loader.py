@@ -1,7 +1,6 @@
 """Batches of your own, of whatever kind: any iterable of inputs, or of inputs with targets."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
-from mcnotes.calls import Batch, InputError, Inputs, count, plain
+from mcnotes.calls import Batch, InputError, Inputs, count, plain, seeded
 from mcnotes.data.folders import SPLITS, dataset
 from mcnotes.data.sources import DataError
 from mcnotes.data.tasks import SOURCES, Split, Task
@@ -282,7 +281,7 @@ def _with_held_out(source: str, found: list[Any]) -> Sets:
     whole = found[-1]
     if len(found) == len(SPLITS):
         return Sets(*found)
-    with _repeatable():
+    with seeded(0, torch.device("cpu")):  # a loader shuffles the same each time
         batches = [*_checked(whole)]
     if len(batches) < (least := len(SPLITS) + 1 - len(found)):
         raise DataError(
@@ -300,18 +299,10 @@ def take(source: Any, samples: int) -> Any:
     if isinstance(source, Cut):
         return Cut(source.split.first(samples), MEASURED_SIZE)
     kept: list[Batch] = []
-    with _repeatable():
+    with seeded(0, torch.device("cpu")):  # as in `_with_held_out`
         for batch in Loader(source, torch.device("cpu"), once=True).batches(0):
             kept.append(batch)
             samples -= count(batch[0])
             if samples <= 0:
                 break
     return kept
-
-
-@contextmanager
-def _repeatable() -> Iterator[None]:
-    """PyTorch's random numbers from one seed for a while: a loader shuffles the same each time."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield

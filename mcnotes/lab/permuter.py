@@ -12,7 +12,6 @@ import html
 import io
 import json
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mcnotes import curves, evaluate, matching
+from mcnotes import curves, evaluate, matching, symmetry
 from mcnotes.curves import Theta
 from mcnotes.data import Split
 from mcnotes.lab import figures
@@ -70,7 +69,8 @@ class Permuter:
         if bound:
             data["norms"] = sum(float(np.linalg.norm(x["A"], 2)) for x in (a, b))
         self.data = data
-        self.picture = _picture(net, theta_a, theta_b, some, a["z"], b["z"], (hidden, head))
+        sym = symmetry.find(net, next(some.first(2).batches(2))[0].cpu())
+        self.picture = _picture(net, theta_a, theta_b, some, sym)
 
     def __repr__(self) -> str:
         return f"Permuter({self.units} units, {len(self.data['labels'])} images)"
@@ -201,26 +201,12 @@ def _sheet(pictures: Tensor) -> dict[str, Any]:
 
 
 def _picture(
-    net: nn.Module,
-    theta_a: Theta,
-    theta_b: Theta,
-    some: Split,
-    z_a: NDArray[np.float64],
-    z_b: NDArray[np.float64],
-    layers: tuple[str, str],
+    net: nn.Module, theta_a: Theta, theta_b: Theta, some: Split, sym: symmetry.Symmetry
 ) -> str:
     """What stands in place of the figure where scripts are off: the line, before and after."""
-    hidden, head = layers
-    p = matching.assign(_correlation(z_a, z_b))
-    moved: Mapping[str, Tensor] = {
-        **theta_b,
-        f"{hidden}.weight": theta_b[f"{hidden}.weight"][p],
-        f"{head}.weight": theta_b[f"{head}.weight"][:, p],
-    }
-    if (bias := theta_b.get(f"{hidden}.bias")) is not None:
-        moved = {**moved, f"{hidden}.bias": bias[p]}
+    perm = matching.match(net, theta_a, theta_b, some, sym).perm
     figure, ax = plt.subplots(figsize=(5.2, 2.8))
-    for method, end in (("unaligned", theta_b), ("aligned", dict(moved))):
+    for method, end in (("unaligned", theta_b), ("aligned", sym.permute(theta_b, perm))):
         line = curves.line(theta_a, end)
         found = evaluate.profile(net, line, some, points=9, statistics=None)
         ax.plot(found.t, found.loss, color=figures.color(method), label=method)
@@ -230,10 +216,3 @@ def _picture(
     figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
     plt.close(figure)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _correlation(z_a: NDArray[np.float64], z_b: NDArray[np.float64]) -> Tensor:
-    """Of the units' outputs after the ReLU, [units of A, units of B]."""
-    u, v = (torch.from_numpy(z).relu() for z in (z_a, z_b))
-    u, v = ((h - h.mean(0)) / h.std(0, correction=0).clamp_min(1e-12) for h in (u, v))
-    return u.T @ v / len(u)
