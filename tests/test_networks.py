@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import Keeps
 from small import NETWORKS, agree, normed, pictures, plain, task, terms
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -508,34 +509,11 @@ def old_weight_norm() -> nn.Module:
     )
 
 
-class KeepsForEvaluation(nn.Module):
-    """Keeps what it computed of its parameters, history and all, in a dictionary, as LeViT does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.bias, self.last = (
-            nn.Linear(144, 6),
-            nn.Parameter(torch.ones(6)),
-            nn.Linear(6, 3),
-        )
-        self.kept: dict[str, Tensor] = {}
-
-    def train(self, mode: bool = True) -> KeepsForEvaluation:
-        super().train(mode)
-        self.kept = {} if mode else self.kept
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias.exp() if self.training else self.kept.setdefault("bias", self.bias.exp())
-        z: Tensor = self.last((self.first(x.flatten(1)) + bias).relu())
-        return z
-
-
 KEEPERS = {
     "weight_norm": old_weight_norm,
     "spectral_norm": lambda: spectral(False),
     "pruned": masked,
-    "a cache": KeepsForEvaluation,
+    "a cache": Keeps,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from docutils import nodes
@@ -22,7 +24,7 @@ from book._ext import lighten, mathematics, pages, repository
 from mcnotes.curves import Curve
 from mcnotes.evaluate import Score
 from mcnotes.lab import Experiment
-from tools import chapters, notebooks, presets
+from tools import book, chapters, counts, notebooks, presets
 
 
 def notebook(*sources: str, **parameters: object) -> Any:
@@ -503,3 +505,51 @@ html[data-set-by="script"] { top: 0 }
             '<img loading="lazy" width="30" height="20" alt="x" src="a.png" />'
             '<img src="a.png" width="9" /><img src="b.svg" />'
         )
+
+
+class TestCounts:
+    def test_what_is_shown_and_what_is_folded(self) -> None:
+        table = new_output("display_data", {"text/markdown": "| a |\n| --- |\n| 1 |"})
+        picture = new_output("display_data", {"image/png": ""})
+        printed = new_output("stream", name="stdout", text="1")
+        folded = new_code_cell("x = 1\n\ny = 2", metadata={"tags": ["hide-input"]})
+        shown = new_code_cell("z = 3\nz", outputs=[table, picture, printed])
+        made = new_notebook(cells=[new_markdown_cell("Two words, 3 $x$."), folded, shown])
+        assert counts.of(made) == counts.Counts(
+            shown=2, folded=2, words=2, characters=7, figures=1, tables=1, printed=1
+        )
+
+    def test_html_tables_count_and_other_html_does_not(self) -> None:
+        frame = new_output("display_data", {"text/html": "<div><table><tr></tr></table></div>"})
+        slider = new_output("display_data", {"text/html": "<div></div>"})
+        made = new_notebook(cells=[new_code_cell("x", outputs=[frame, slider])])
+        assert counts.of(made).tables == 1
+
+
+class TestPictures:
+    def picture(self) -> bytes:
+        buffer = io.BytesIO()
+        colours = Image.linear_gradient("L").resize((300, 200))
+        Image.merge("RGB", (colours, colours.rotate(180), colours)).save(buffer, "png")
+        return buffer.getvalue()
+
+    def test_few_colours_look_the_same(self) -> None:
+        whole = self.picture()
+        with Image.open(io.BytesIO(notebooks.of_few_colours(whole))) as light:
+            found = np.asarray(light.convert("RGB")).astype(int)
+        with Image.open(io.BytesIO(whole)) as before:
+            expected = np.asarray(before).astype(int)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 16  # of 255
+
+    def test_a_thumbnail_has_its_size(self) -> None:
+        with Image.open(io.BytesIO(notebooks.thumbnail(self.picture()))) as small:
+            assert small.size == (360, 216)
+
+    def test_the_landing_page_has_a_card_for_each_chapter(self) -> None:
+        paths = chapters.chapters()
+        assert {path.name[:2] for path in paths} == book.CARDS.keys()
+        for path in paths:
+            assert notebooks.figure(notebooks.read(path), book.CARDS[path.name[:2]]), path.name
+        (hero,) = (path for path in paths if path.name.startswith(book.HERO))
+        assert notebooks.living_figure(notebooks.read(hero))

@@ -1,8 +1,7 @@
 """Run the chapters, and run one again only when its result could differ.
 
 Each executed notebook carries the key of what it was made from. Snakemake, which runs
-`experiments/`, keeps keys in a folder of its own and takes a result without a key for up to date;
-and it takes 5 s to find that nothing is to be done, where this takes 1 s.
+`experiments/`, keeps keys in a folder of its own and takes a result without a key for up to date.
 """
 
 from __future__ import annotations
