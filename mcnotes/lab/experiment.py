@@ -229,8 +229,8 @@ class Experiment:
 
     def matching(self, a: int, b: int) -> matching.Matching:
         """Neuron alignment of network b to network a. Cheap: computed each time."""
-        images = self.task.train.first(self.match_images)
-        return matching.match(self.net, *self.ends(a, b), images, self.sym)
+        pair = matching.Pair(self.net, self.sym, *self.ends(a, b))
+        return matching.match(pair, self.task.train.first(self.match_images))
 
     def aligned(self, a: int, b: int) -> Perm:
         """What `matching` found first: so a curve fits its end on every machine, in every step."""
@@ -288,16 +288,8 @@ class Experiment:
             return fitted.curve.points[1]
 
         def by_pam(checkpoint: cache.Checkpoint) -> Theta:
-            found = pam.fit(
-                self.net,
-                fresh,
-                self.task,
-                recipe,
-                self.sym,
-                self.pam_settings(),
-                seed=seed,
-                checkpoint=checkpoint,
-            )
+            problem = pam.Problem(self.net, self.sym, self.task, recipe, self.pam_settings())
+            found = pam.fit(problem, fresh, seed=seed, checkpoint=checkpoint)
             perm = {f"perm {n}": p for n, p in found.perm.items()}
             return found.curve.points[1] | perm | {"history": torch.tensor(found.history).double()}
 
