@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mcnotes.calls import Inputs, call
+from mcnotes.symmetry.foreign import first_line
 from mcnotes.symmetry.units import SymmetryError
 
 SCALARS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
@@ -74,7 +75,13 @@ def inference_copy(net: nn.Module, train: bool) -> nn.Module:
     attributes = (
         x for m in net.modules() for d in (m._parameters, m._buffers, vars(m)) for x in d.values()
     )
-    net = copy.deepcopy(net, {id(x): x for x in attributes if isinstance(x, Tensor)})
+    try:
+        net = copy.deepcopy(net, {id(x): x for x in attributes if isinstance(x, Tensor)})
+    except Exception as error:  # of whatever it holds
+        raise SymmetryError(
+            f"the network cannot be copied: {first_line(error)}. Fix: let its modules hold no "
+            "generators, open files and the like."
+        ) from error
     for m in net.modules():
         own = any(m.children()) and not type(m).__module__.startswith("torch.nn.")
         m.training = train and own
