@@ -284,9 +284,9 @@ def shown(example: Inputs, others: Iterable[Inputs]) -> Iterator[tuple[Inputs, b
     small = sum(x.numel() for x in tensors) <= SMALL
     for axis in range(max((x.dim() for x in tensors), default=0)):
         size = next(x.shape[axis] for x in tensors if x.dim() > axis)
-        longer, shorter = (size + 1 if axis == 0 else 2 * size), (size + 1) // 2
-        for new in {longer if small else shorter, shorter if axis else longer}:
-            if new not in (0, size) and (small or new < size):
+        for new in (size + 1 if axis == 0 else 2 * size, (size + 1) // 2):
+            # A batch of one may be something else.
+            if new != size and new > (axis == 0) and (small or new < size):
                 yield resized(example, axis, size, new), False
 
 

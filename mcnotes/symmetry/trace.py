@@ -52,7 +52,7 @@ ALIASES = {"unsqueeze", "squeeze", "expand", "clone", "_to_copy", "detach", "ali
 
 LOOK_UPS = {"index": 1, "embedding": 1, "index_select": 2}
 """Operators that choose by indices, and which of their arguments these are."""
-FILLING = {"full", "zeros", "ones", "new_full", "new_zeros", "new_ones"} | {
+FILLING = {"full", "zeros", "ones", "new_full", "new_zeros", "new_ones", "fill", "zero"} | {
     f"{name}_like" for name in ("full", "zeros", "ones")
 }
 """Operators that fill a new tensor with one number."""
@@ -335,6 +335,7 @@ class Trace(Tape):
         """The results of an operator on tensors without units, of which all is known."""
         constant = all(x.constant for x in tree_leaves((args, kwargs)) if isinstance(x, Labelled))
         constant &= name in EVEN or torch.Tag.pointwise in func.tags
+        constant |= name in FILLING
         out = func(*known_values(args), **known_values(kwargs))
         return tree_map_only(Tensor, partial(self.label_known, constant=constant), out)
 
