@@ -144,9 +144,12 @@ class Symmetry:
         """
         generator = torch.Generator().manual_seed(seed)
         movable = {p.name for g in self.groups.values() for p in g.places}
-        given = {
-            n: jitter(t, generator, n in movable) for n, t in (theta or net.state_dict()).items()
-        }
+        theta = theta or net.state_dict()
+        if empty := next((n for n, t in theta.items() if t.is_meta), None):
+            raise SymmetryError(
+                f"verify: {empty!r} has a shape alone. Fix: give parameters with values."
+            )
+        given = {n: jitter(t, generator, n in movable) for n, t in theta.items()}
         run = partial(float64_outputs, net, self.train, seed=seed)
         perm = {n: random_cycle(g.size, generator) for n, g in self.groups.items()}
         moved = self.permute(given, perm)
