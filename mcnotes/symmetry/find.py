@@ -153,7 +153,7 @@ class Symmetry:
         run = partial(float64_outputs, net, self.train, seed=seed)
         perm = {n: random_cycle(g.size, generator) for n, g in self.groups.items()}
         moved = self.permute(given, perm)
-        worst = 0.0
+        worst, visible = 0.0, False
         for inputs, wanted in shown(calls.plain(example), map(calls.plain, others)):
             try:
                 before = run(given, inputs)
@@ -162,11 +162,7 @@ class Symmetry:
                     raise cannot_run(error) from error
                 continue
             scales = changes(before, partial(run, given), inputs, generator)
-            if wanted and self.groups and not any(scales):
-                raise SymmetryError(
-                    "verify: the outputs do not depend on the inputs, so that nothing can be "
-                    "compared. Fix: give an example, or parameters, for which they do."
-                )
+            visible |= any(scales)
             harm = partial(harm_of, before, scales, partial(run, inputs=inputs))
             if not (total := harm(moved)) <= tolerance:
                 alone = {n: harm(self.permute(given, {n: p})) for n, p in perm.items()}
@@ -177,6 +173,11 @@ class Symmetry:
                     + ("" if wanted else f"; on inputs of shapes {shapes(inputs)}")
                 )
             worst = max(worst, total)
+        if self.groups and not visible:
+            raise SymmetryError(
+                "verify: the outputs do not depend on the inputs, so that nothing can be compared. "
+                "Fix: give an example, or parameters, for which they do."
+            )
         return worst
 
     def tapper(

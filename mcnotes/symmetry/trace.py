@@ -130,7 +130,7 @@ class Trace(Tape):
         if followed or x.numel() < 2:
             return x
         if id(x) not in self.adopted:
-            known = self.label_known(x.detach().cpu().clone())
+            known = self.label_known(x.detach().clone())
             self.adopted[id(x)] = x, FunctionalTensor.to_functional(known)
         return self.adopted[id(x)][1]
 
@@ -143,6 +143,7 @@ class Trace(Tape):
 
     def label_known(self, values: Tensor, constant: bool = False) -> Labelled:
         """A tensor of known values, without units."""
+        values = values.cpu()
         x = Labelled(self, values)
         x.value, x.constant = values, constant and is_uniform(values)
         return x
