@@ -72,11 +72,14 @@ ORDER = [
     "lab.experiment",
     "lab.results",
     "lab.figures",
+    "lab.permuter",
     "lab",
     "prepare",
     "api",
+    "__main__",
 ]
 INNER = {
+    "__main__",
     "display",
     "prepare",
     "symmetry.units",

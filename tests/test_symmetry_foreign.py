@@ -187,7 +187,6 @@ def graph(run: Callable[..., Any]) -> Callable[[], nn.Module]:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
-    "function": (lambda: torch.tanh, X, "got a builtin_function_or_method"),
     "script": (scripted, X, "compiled by torch.jit"),
     "trace": (traced, X, "compiled by torch.jit"),
     "data parallel": (lambda: nn.DataParallel(mlp()), X, "wrapped in DataParallel"),
@@ -196,7 +195,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "generator": (with_generator, X, "cannot be copied: TypeError: cannot pickle 'generator'"),
     "shape": (mlp, torch.rand(2, 5), r"itself fails on this example at 0 \(Linear\): RuntimeError"),
     "keyword": (mlp, {"y": X}, "itself fails on this example .* unexpected keyword argument 'y'"),
-    "nothing": (mlp, None, r"itself fails on this example at 0 \(Linear\): TypeError"),
     "own fault": (
         graph(lambda s, x: s.o(s.a(x)) / (1 // 0)),
         X,
@@ -223,6 +221,12 @@ def test_refused(name: str) -> None:
     assert re.search(r"\. Fix: .*\.$", text)
     assert "\n" not in text
     assert len(text) < 600
+
+
+@pytest.mark.parametrize(("net", "example"), [(torch.tanh, X), (mlp(), None), (mlp(), [1.0])])
+def test_what_is_no_network_or_example_is_refused(net: Any, example: Any) -> None:
+    with pytest.raises(symmetry.SymmetryError, match=r"find: (net|example): got .*, expected a"):
+        symmetry.find(net, example)
 
 
 def test_verify_needs_values() -> None:

@@ -25,6 +25,20 @@ STAGE = ROOT / "_build" / "stage"
 NEW = ROOT / "_build" / "new"
 HTML = ROOT / "_build" / "html"
 README_FIGURE, README_PICTURE = "fig-04-main", ROOT / "book" / "main-result.png"
+CARDS = {  # of the landing page: a chapter's number, and the figure that stands for it
+    "01": "fig-01-planes",
+    "02": "fig-02-plane",
+    "03": "fig-03-plane",
+    "04": "fig-04-matrices",
+    "05": "fig-05-ladder",
+    "06": "fig-06-along",
+    "07": "fig-07-paths",
+    "08": "fig-08-main",
+    "09": "fig-09-width",
+    "10": "fig-10-paths",
+    "11": "fig-11-small",
+}
+HERO = "03"  # the chapter whose living figure the landing page shows
 KEY = ROOT / "_build" / "html.key"  # what the pages were built from
 SITE = ["_config.yml", "_toc.yml", "index.md", "pyproject.toml"]
 
@@ -39,6 +53,19 @@ def stage(ran: list[Path], preset: str) -> None:
         notebook = notebooks.read(path)
         notebooks.take_outputs(notebook, notebooks.read(chapters.result_path(path, preset)))
         notebooks.write(STAGE / path.relative_to(ROOT), notebook)
+    landing_page()
+
+
+def landing_page() -> None:
+    """Put beside the staged sources what the landing page shows of the chapters' outputs."""
+    static = STAGE / "book" / "_static"
+    (static / "cards").mkdir()
+    for path in sorted((STAGE / "book").glob("*.ipynb")):
+        number, notebook = path.name[:2], notebooks.read(path)
+        if picture := notebooks.figure(notebook, CARDS.get(number, "")):
+            (static / "cards" / f"{number}.png").write_bytes(notebooks.thumbnail(picture))
+        if number == HERO and (living := notebooks.living_figure(notebook)):
+            (static / "hero.html").write_text(living, "utf8")
 
 
 def html(ran: list[Path], preset: str) -> int:
@@ -83,6 +110,7 @@ def write_back(paths: list[Path], preset: str) -> None:
         notebook = notebooks.read(path)
         notebooks.take_outputs(notebook, notebooks.read(chapters.result_path(path, preset)))
         notebooks.normalise(notebook)
+        notebooks.lighten_pictures(notebook)
         print(f"{path.name}: {'written' if notebooks.write(path, notebook) else 'unchanged'}")
         if picture := notebooks.figure(notebook, README_FIGURE):
             README_PICTURE.write_bytes(picture)

@@ -25,17 +25,31 @@ Array = NDArray[np.float64]
 
 # Okabe and Ito's palette: distinct under the common forms of colour blindness.
 COLORS = {
-    "endpoints": "#000000", "random": "#7F7F7F", "other": "#009E73", "robust": "#CC79A7",
-    "unaligned": "#D55E00", "PAM unaligned": "#E69F00",
-    "aligned": "#0072B2", "PAM aligned": "#56B4E9",
-}  # fmt: skip
+    "endpoints": "#000000",
+    "random": "#7F7F7F",
+    "other": "#009E73",
+    "robust": "#CC79A7",
+    "unaligned": "#D55E00",
+    "PAM unaligned": "#E69F00",
+    "aligned": "#0072B2",
+    "PAM aligned": "#56B4E9",
+}
 STYLE: dict[str, Any] = {
-    "figure.figsize": (6.0, 3.4), "figure.dpi": 110, "savefig.dpi": 160,
-    "figure.facecolor": "white", "figure.constrained_layout.use": True, "font.size": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "lines.linewidth": 1.8, "legend.frameon": False, "image.cmap": "viridis",
+    "figure.figsize": (6.0, 3.4),
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "image.cmap": "viridis",
     "svg.hashsalt": "mcnotes",
-}  # fmt: skip
+}
 
 
 def set_style() -> None:
@@ -65,9 +79,15 @@ def chord(ax: Axes, y: Array) -> None:
 
 
 def surface(
-    ax: Axes, x: Array, y: Array, z: Array, *,
-    label: str, levels: int = 18, top: float | None = None
-) -> None:  # fmt: skip
+    ax: Axes,
+    x: Array,
+    y: Array,
+    z: Array,
+    *,
+    label: str,
+    levels: int = 18,
+    top: float | None = None,
+) -> None:
     """Contours of z [rows, columns] over x, y, cut above `top`, and their colour bar, `label`."""
     shown = np.minimum(z, top if top is not None else z.max())
     filled = ax.contourf(x, y, shown, levels=levels, cmap="viridis_r")
@@ -80,8 +100,9 @@ def corners(ax: Axes, at: Array, names: Sequence[str], colors: Sequence[str]) ->
     """Mark and name points at [n, 2] of a plane."""
     for (x, y), name, shade in zip(at, names, colors, strict=True):
         ax.plot(x, y, "o", color=shade, mec="white", ms=8, zorder=5)
-        ax.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points", color="black",
-                    bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1})  # fmt: skip
+        box = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1}
+        beside: dict[str, Any] = {"xytext": (6, 6), "textcoords": "offset points"}
+        ax.annotate(name, (x, y), **beside, color="black", bbox=box)
 
 
 def correlation(ax: Axes, matrix: Array, *, top: float = 1.0) -> None:
@@ -160,8 +181,7 @@ class Slider:
         width, height = self.size
         path = " ".join(f"{x},{y}" for x, y in self.points)
         data = json.dumps({"p": self.points, "t": self.t, "r": self.readings})
+        x, y = self.points[0]
+        shown = {"width": width, "height": height, "path": path, "data": data, "x": x, "y": y}
         template = Path(__file__).with_name("slider.html").read_text("utf8")
-        return Template(template).substitute(
-            vars(self), width=width, height=height, path=path, data=data, last=len(self.t) - 1,
-            x=self.points[0][0], y=self.points[0][1],
-        )  # fmt: skip
+        return Template(template).substitute(vars(self), **shown, last=len(self.t) - 1)

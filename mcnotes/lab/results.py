@@ -24,9 +24,12 @@ class ResultsError(ValueError):
 
 
 def collect(
-    lab: Experiment, preset: str, pairs: Sequence[Sequence[int]], methods: Collection[str],
-    shapes: Collection[str]
-) -> Record:  # fmt: skip
+    lab: Experiment,
+    preset: str,
+    pairs: Sequence[Sequence[int]],
+    methods: Collection[str],
+    shapes: Collection[str],
+) -> Record:
     """All paths of an experiment, loaded or computed, each with where its parts were computed.
 
     The record has JSON values only; `check` describes its form.
@@ -39,14 +42,20 @@ def collect(
         if shape != "line":
             parts["curve"] = lab.curve_config(a, b, method, shape)
         origins = {what: cache.origin(config) for what, config in parts.items()}
-        values = {name: array.tolist() for name, array in path._asdict().items()}
-        curves.append({"pair": [a, b], "method": method, "shape": shape} | values
-                      | {"provenance": origins})  # fmt: skip
+        curve = {"pair": [a, b], "method": method, "shape": shape}
+        curve |= {name: array.tolist() for name, array in path._asdict().items()}
+        curves.append(curve | {"provenance": origins})
     seeds = sorted({seed for pair in pairs for seed in pair})
     nets = [{"seed": s, "provenance": cache.origin(lab.endpoint_config(s))} for s in seeds]
-    return {"format": FORMAT, "preset": preset, "experiment": asdict(lab), "endpoints": nets,
-            "curves": curves, "collected": datetime.now(timezone.utc).date().isoformat(),
-            "provenance": cache.provenance(0.0)}  # fmt: skip
+    return {
+        "format": FORMAT,
+        "preset": preset,
+        "experiment": asdict(lab),
+        "endpoints": nets,
+        "curves": curves,
+        "collected": datetime.now(timezone.utc).date().isoformat(),
+        "provenance": cache.provenance(0.0),
+    }
 
 
 def save(record: Record, path: Path) -> None:

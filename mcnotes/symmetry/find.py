@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from threading import Lock, get_ident
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -25,16 +26,35 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-from mcnotes import calls
+from mcnotes import calls, checks
 from mcnotes.calls import Inputs
-from mcnotes.symmetry import permutations
+from mcnotes.symmetry import foreign, permutations
 from mcnotes.symmetry.activations import Reader, Theta
-from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
+from mcnotes.symmetry.execute import Shared, inference_copy, outputs, unfused_attention
 from mcnotes.symmetry.foreign import first_line
 from mcnotes.symmetry.groups import Group, Pinned, Place, discover
 from mcnotes.symmetry.units import SymmetryError
 
 Perm = dict[str, Tensor]  # index vectors by group
+
+
+def exemplary(value: object) -> str:
+    """Inputs of a network, with a tensor among them."""
+    tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+    if tensors or isinstance(value, Mapping):
+        return ""
+    return f"got a {type(value).__name__}, expected a tensor, or a tuple or mapping of some"
+
+
+RULES: dict[str, checks.Rule] = {
+    "net": checks.a(nn.Module, "an nn.Module"),
+    "example": exemplary,
+    "train": checks.flag,
+    "at": checks.one_of(["post", "pre"]),
+    "tolerance": lambda x: "" if x == math.inf else checks.number(0, above=True)(x),
+    "seed": checks.whole(-(2**63), 2**64 - 1),
+}
+"""What the arguments of the functions below may be."""
 TRACED: WeakKeyDictionary[nn.Module, dict[Any, Symmetry]] = WeakKeyDictionary()
 """What `find` found, by network, and by mode and form of the inputs; `tapper` looks it up."""
 SMALL = 2**16  # entries of an example that `verify` also makes longer; larger ones get shorter
@@ -46,11 +66,13 @@ class Symmetry:
     """All that may be permuted in a network without changing its function: a value.
 
     A group of n units stands for n! copies of the network. train: the mode it was found in.
+    shapes: of the tensors of that network, by name.
     """
 
     groups: Mapping[str, Group]
     pinned: tuple[Pinned, ...] = ()
     train: bool = False
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict, repr=False)
 
     def identity(self) -> Perm:
         """The permutation that moves nothing."""
@@ -62,6 +84,8 @@ class Symmetry:
 
     def complete(self, perm: Perm) -> Perm:
         """`perm`, with the identity for groups that it leaves out. ValueError if it misfits."""
+        if not isinstance(perm, Mapping):
+            raise ValueError(f"got a {type(perm).__name__}, expected index vectors by group")
         if wrong := [name for name in perm if name not in self.groups]:
             raise ValueError(f"no group {wrong[0]!r} in this symmetry; there are {[*self.groups]}")
         checked = {
@@ -93,6 +117,7 @@ class Symmetry:
         perm: group → index vector; groups that it leaves out stay. Any device. Raises ValueError
         for permutations, or parameters, that do not fit.
         """
+        self._check_shapes(theta)
         # For each parameter and axes the order in which positions are taken: all groups at once.
         orders: dict[tuple[str, tuple[int, ...]], tuple[Place, Tensor]] = {}
         for name, p in self.complete(perm).items():  # those within blocks before the blocks
@@ -108,12 +133,32 @@ class Symmetry:
             out[at.name] = moved.view(theta[at.name].shape)
         return out
 
+    def _check_shapes(self, theta: Theta) -> None:
+        """Raise ValueError for tensors of other shapes than in the network that this is of."""
+        if not isinstance(theta, Mapping):
+            raise ValueError(f"permute: got a {type(theta).__name__}, expected tensors by name")
+        for name in {at.name for group in self.groups.values() for at in group.places}:
+            if name in theta and theta[name].shape != self.shapes.get(name, theta[name].shape):
+                raise ValueError(
+                    f"permute: {name!r} has shape {[*theta[name].shape]}, expected "
+                    f"{[*self.shapes[name]]}: is it of another network?"
+                )
+
     def apply_matrices(self, theta: Theta, matrices: Mapping[str, Tensor]) -> Theta:
         """`permute` by square matrices [size, size], differentiably: new = M · old at each place.
 
         `torch.eye(size)[p]` is the permutation p; doubly stochastic matrices lie between
         permutations (chapter 7). Groups that are left out stay.
         """
+        if not isinstance(matrices, Mapping):
+            raise ValueError(f"got a {type(matrices).__name__}, expected matrices by group")
+        if wrong := [name for name in matrices if name not in self.groups]:
+            raise ValueError(f"no group {wrong[0]!r} in this symmetry; there are {[*self.groups]}")
+        for name, matrix in matrices.items():
+            size, got = self.groups[name].size, getattr(matrix, "shape", type(matrix).__name__)
+            if got != (size, size):
+                raise ValueError(f"group {name!r}: got {got}, expected a matrix {[size, size]}")
+        self._check_shapes(theta)
         out = dict(theta)
         for name, group in self.groups.items():
             for at in group.places if name in matrices else ():
@@ -142,17 +187,27 @@ class Symmetry:
         statistics) cannot hide an error. Raises SymmetryError above `tolerance`, with the group
         that is worst alone; and if nothing can be compared.
         """
+        asked = {"net": net, "example": example, "tolerance": tolerance, "seed": seed}
+        checks.require("verify", asked, RULES)
         generator = torch.Generator().manual_seed(seed)
-        movable = {p.name for g in self.groups.values() for p in g.places}
-        theta = theta or net.state_dict()
-        if empty := next((n for n, t in theta.items() if t.is_meta), None):
+        kept = {n: t for n, t in net.state_dict().items() if isinstance(t, Tensor)}
+        if empty := next((n for n, t in (kept | dict(theta or {})).items() if t.is_meta), None):
             raise SymmetryError(
                 f"verify: {empty!r} has a shape alone. Fix: give parameters with values."
             )
-        given = {n: jitter(t, generator, n in movable) for n, t in theta.items()}
+        state = calls.stated("verify", net, kept if theta is None else theta)
+        movable = {p.name for g in self.groups.values() for p in g.places}
+        # Buffers that are not in the state_dict are constants of the network, as in `find`.
+        given = {
+            n: jitter(t, generator, n in movable) if n in kept else in_float64(t)
+            for n, t in state.items()
+        }
         run = partial(float64_outputs, net, self.train, seed=seed)
+
+        def harm(p: Perm, x: Inputs, before: list[Tensor], scales: list[float]) -> float:
+            return relative_difference(before, run(self.permute(given, p), x), scales)
+
         perm = {n: random_cycle(g.size, generator) for n, g in self.groups.items()}
-        moved = self.permute(given, perm)
         worst, visible = 0.0, False
         for inputs, wanted in shown(calls.plain(example), map(calls.plain, others)):
             try:
@@ -163,9 +218,9 @@ class Symmetry:
                 continue
             scales = changes(before, partial(run, given), inputs, generator)
             visible |= any(scales)
-            harm = partial(harm_of, before, scales, partial(run, inputs=inputs))
-            if not (total := harm(moved)) <= tolerance:
-                alone = {n: harm(self.permute(given, {n: p})) for n, p in perm.items()}
+            compared = inputs, before, scales
+            if not (total := harm(perm, *compared)) <= tolerance:
+                alone = {n: harm({n: p}, *compared) for n, p in perm.items()}
                 name = max(alone, key=lambda n: alone[n])
                 raise SymmetryError(
                     f"verify: outputs differ by {total:.1e} (relative, float64), allowed "
@@ -183,13 +238,14 @@ class Symmetry:
     def tapper(
         self, net: nn.Module, at: Literal["post", "pre"] = "post"
     ) -> Callable[..., dict[str, list[Tensor]]]:
-        """A function (θ, *inputs) → {group: [activations [samples, units], …]}, in one run.
+        """A function `(θ, *inputs) → {group: [activations [samples, units], …]}`, in one run.
 
         at: "post", what the next contraction sees, after the nonlinearity; "pre", before it. All
         positions but those of the units are samples. Evaluation mode, any batch size, no gradients.
         Raises SymmetryError if `net` has other groups than this symmetry. Do not rebuild it in
         place after `find`: it is traced again only for inputs of another form.
         """
+        checks.require("tapper", {"net": net, "at": at}, RULES)
         readers: dict[Any, Reader] = {}
         lock = Lock()
 
@@ -338,14 +394,11 @@ def float64_outputs(
 
     Random numbers within come from `seed`; those outside are left alone.
     """
-    device = next((t.device for t in theta.values()), None)
+    device = next((t.device for t in theta.values()), torch.device("cpu"))
     values = {n: in_float64(b) for n, b in net.named_buffers()} | theta
     for n, _ in net.named_buffers():
         values[n] = values[n].clone()  # which a forward pass may change
-    with (
-        float64_default(), unfused_attention, torch.no_grad(), torch.random.fork_rng(devices=[])
-    ):  # fmt: skip
-        torch.manual_seed(seed)
+    with float64_default, unfused_attention, torch.no_grad(), calls.seeded(seed, device):
         given = tree_map_only(Tensor, lambda x: in_float64(x).to(device), inputs)
         with InFloat64():
             return outputs(inference_copy(net, train), values, given)
@@ -386,9 +439,10 @@ def cannot_run(error: Exception) -> SymmetryError:
     )
 
 
+@Shared
 @contextmanager
 def float64_default() -> Iterator[None]:
-    """Tensors that a network makes are float64, too."""
+    """Tensors that a network makes are float64, too: `with float64_default:`."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -408,18 +462,15 @@ def change(before: Tensor, after: Tensor) -> float:
     return largest if largest > VISIBLE * float(x.abs().max()) else 0.0
 
 
-def harm_of(
-    before: Sequence[Tensor],
-    scales: Sequence[float],
-    run: Callable[[Theta], list[Tensor]],
-    theta: Theta,
+def relative_difference(
+    before: Sequence[Tensor], after: Sequence[Tensor], scales: Iterable[float] = repeat(0.0)
 ) -> float:
     """The largest difference of an entry, relative to its tensor's scale; infinite if NaN.
 
     Where the scale is 0, or larger than that, to the tensor's largest entry.
     """
     worst = 0.0
-    for x, y, scale in zip(before, run(theta), scales, strict=True):
+    for (x, y), scale in zip(zip(before, after, strict=True), scales, strict=False):
         if x.numel():
             x, y = (t if t.is_complex() else t.double() for t in (x, y))
             largest = float(x.abs().max())
@@ -437,16 +488,16 @@ def jitter(t: Tensor, generator: torch.Generator, movable: bool = True) -> Tenso
     t = t.detach()
     if t.is_complex():
         return torch.complex(*(jitter(part.contiguous(), generator) for part in (t.real, t.imag)))
+    if not t.numel() or not (movable or t.is_floating_point()):
+        return in_float64(t)
     noise = torch.rand(2, *t.shape, dtype=torch.float64, generator=generator).to(t.device)
     if not t.is_floating_point():
-        return t ^ (noise[0] < 0.5).to(t.dtype) if movable and t.numel() > 1 else t
+        return t ^ (noise[0] < 0.5).to(t.dtype)
     t = t.double()
-    if not t.numel():
-        return t
     if bool((t == t.flatten()[0]).all()):
         return t * (0.75 + noise[0] / 2) + 0.1 * noise[1]
-    reach = float(t.std()) * t[0].numel() ** 0.5 if t.dim() > 1 else float(t.abs().mean())
-    return t * (0.75 + noise[0] / 2) / (reach if 0 < reach < 0.1 else 1)
+    reach = float(t.std()) * t[0].numel() ** 0.5 if t.dim() > 1 else 10 * float(t.abs().mean())
+    return t * (0.75 + noise[0] / 2) / (reach if 0 < reach < 1 else 1)
 
 
 def find(net: nn.Module, example: Inputs, train: bool = False) -> Symmetry:
@@ -458,7 +509,11 @@ def find(net: nn.Module, example: Inputs, train: bool = False) -> Symmetry:
     understood is pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`;
     `Symmetry.verify` proves.
     """
+    given = {"net": net, "example": example, "train": train}
+    checks.require("find", given, RULES, SymmetryError)
+    foreign.check(net)
     inputs = calls.plain(example)
-    found = Symmetry(*discover(net, inputs, train), train)
+    shapes = {n: x.shape for n, x in net.state_dict().items() if isinstance(x, Tensor)}
+    found = Symmetry(*discover(net, inputs, train), train, shapes)
     TRACED.setdefault(net, {})[train, form(inputs)] = found
     return found

@@ -11,15 +11,13 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mcnotes.symmetry.units import Labelled, SymmetryError
+from mcnotes.symmetry.units import ExampleError, Labelled, SymmetryError
 
 Frames = Iterable[tuple[FrameType, int]]  # the innermost first
 
 
-def check(net: Any) -> None:
-    """Raise SymmetryError for what is no network of PyTorch whose parameters can be replaced."""
-    if not isinstance(net, nn.Module):
-        raise SymmetryError(f"find: got a {type(net).__name__}. Fix: give a torch.nn.Module.")
+def check(net: nn.Module) -> None:
+    """Raise SymmetryError for a network whose parameters cannot be replaced."""
     if isinstance(net, torch.jit.ScriptModule):
         raise SymmetryError(
             "find: the network is compiled by torch.jit, and its parameters cannot be replaced. "
@@ -71,7 +69,7 @@ def explained(
     try:
         run()
     except Exception as own:
-        return SymmetryError(
+        return ExampleError(
             f"find: the network itself fails on this example{where}: {first_line(own)}. "
             "Fix: give inputs as it takes them: a tensor, a tuple of arguments, or a dictionary "
             "of keywords."

@@ -21,7 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.utils._pytree import tree_map_only
 
 from mcnotes import display
-from mcnotes.calls import Inputs
+from mcnotes.calls import Inputs, arranged
 from mcnotes.symmetry import foreign
 from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
 from mcnotes.symmetry.rules import MOVING, PASSING, RULES
@@ -146,10 +146,12 @@ def run_trace(
     merged: see `Trace`. What reaches the outputs is pinned, and so are parameters of which the run
     does not use all: nothing is known of the rest.
     """
-    foreign.check(net)
     net = inference_copy(net, train)
     modules = {id(m): f"{n or 'the network'} ({type(m).__name__})" for n, m in net.named_modules()}
-    trace = Trace(RULES, MOVING, PASSING, modules, merged)
+    inputs = arranged(net, inputs)
+    kept = set(map(id, net.state_dict(keep_vars=True).values()))
+    constants = {id(b) for b in net.buffers()} - kept
+    trace = Trace(RULES, MOVING, PASSING, modules, constants, merged)
     theta = labelled_parameters(net, trace)
     given = tree_map_only(Tensor, partial(labelled_input, trace), inputs)
     # PyTorch makes writing in place a chain of new tensors.
@@ -183,9 +185,11 @@ def labelled_parameters(net: nn.Module, trace: Trace) -> dict[str, Labelled]:
     convs = (m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd))
     conv_groups = {id(m.weight): m.groups for m in convs}
     labelled: dict[int, Labelled] = {}
-    for t in state.values():
+    for t in state.values():  # an extra state may be anything
+        if not isinstance(t, Tensor) or id(t) in labelled:
+            continue
         whole = not (t.is_floating_point() or t.is_complex())
-        if id(t) not in labelled and not (whole and t.numel() < 2):
+        if not whole or t.numel() > 1:
             labelled[id(t)] = x = trace.parameter(t, conv_groups.get(id(t), 1))
             x.value, x.stored = (t.detach().cpu(), True) if whole else (None, False)
     return {n: labelled[id(t)] for n, t in state.items() if id(t) in labelled}

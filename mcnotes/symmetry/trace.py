@@ -75,8 +75,9 @@ class Trace(Tape):
 
     rules: what operators do to units, by the operators' names (see `rules`). moving: the names of
     operators that only move data; passing: of those whose result is no activation of its own.
-    modules: for the id of each module, how to name it in reasons. merged [units]: in a second
-    trace, the code that stands for each unit of the first.
+    modules: for the id of each module, how to name it in reasons. constants: ids of tensors that
+    are what they are. merged [units]: in a second trace, the code that stands for each unit of the
+    first.
     """
 
     def __init__(
@@ -85,11 +86,12 @@ class Trace(Tape):
         moving: Collection[str],
         passing: Collection[str],
         modules: Mapping[int, str],
+        constants: Collection[int] = (),
         merged: Tensor | None = None,
     ) -> None:
         super().__init__(self.name_taps)
         self.rules, self.moving, self.passing, self.modules = rules, moving, passing, modules
-        self.merged = merged
+        self.constants, self.merged = constants, merged
         self.adopted: dict[int, tuple[Tensor, Tensor]] = {}  # by id: what `adopt` got and made
         self.next_unit = 2
         self.facts: list[Tensor] = []  # each [4, entries]: event, code, other code, tag
@@ -124,13 +126,13 @@ class Trace(Tape):
         """A tensor that was there before the run, and is no parameter: its entries are fixed.
 
         Even if all of them are one number, for they may be trained: raw parameters, reached by a
-        list, a closure or a hook.
+        list, a closure or a hook. Buffers that no state dict holds are what they are.
         """
         followed = isinstance(x, FunctionalTensor | Labelled) or torch._is_functional_tensor(x)
         if followed or x.numel() < 2:
             return x
         if id(x) not in self.adopted:
-            known = self.label_known(x.detach().clone())
+            known = self.label_known(x.detach().clone(), id(x) in self.constants)
             self.adopted[id(x)] = x, FunctionalTensor.to_functional(known)
         return self.adopted[id(x)][1]
 

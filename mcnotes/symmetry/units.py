@@ -26,6 +26,10 @@ class SymmetryError(ValueError):
     """A network cannot be followed, or a symmetry does not hold; the text says why and where."""
 
 
+class ExampleError(SymmetryError):
+    """The network itself fails on the example; the cause is its own error."""
+
+
 @dataclass(eq=False)
 class Tap:
     """A result in the network: its name, its factors, and what entered its nonlinearity."""
