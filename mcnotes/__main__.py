@@ -552,7 +552,7 @@ def show_symmetry(args: argparse.Namespace) -> None:
     widths = {n: max(len(str(row[n])) for row in [{n: n}, *rows]) for n in rows[0]}
     for row in [{n: n for n in rows[0]}, *rows]:
         print("  ".join(str(value).ljust(widths[n]) for n, value in row.items()).rstrip())
-    print(f"Proved: with every unit moved, outputs differ by {moved:.0e} of the largest.")
+    print(f"Proved: with every unit moved, outputs differ by {moved:.0e} (relative).")
 
 
 def print_pinned(sym: Any) -> None:

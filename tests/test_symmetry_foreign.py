@@ -233,7 +233,7 @@ def test_verify_needs_values() -> None:
     net = mlp().to("meta")
     sym = symmetry.find(net, X)
     assert [g.size for g in sym.groups.values()] == [8]
-    with pytest.raises(symmetry.SymmetryError, match="Fix: give parameters with values"):
+    with pytest.raises(symmetry.SymmetryError, match="Fix: give values as theta"):
         sym.verify(net, X)
 
 

@@ -46,9 +46,17 @@ def exemplary(value: object) -> str:
     return f"got a {type(value).__name__}, expected a tensor, or a tuple or mapping of some"
 
 
+def examples(value: object) -> str:
+    """A list of inputs."""
+    if not isinstance(value, list | tuple):
+        return f"got a {type(value).__name__}, expected a list of inputs"
+    return next((fault for x in value if (fault := exemplary(x))), "")
+
+
 RULES: dict[str, checks.Rule] = {
     "net": checks.a(nn.Module, "an nn.Module"),
     "example": exemplary,
+    "others": examples,
     "train": checks.flag,
     "at": checks.one_of(["post", "pre"]),
     "tolerance": lambda x: "" if x == math.inf else checks.number(0, above=True)(x),
@@ -174,7 +182,7 @@ class Symmetry:
         example: Inputs,
         theta: Theta | None = None,
         *,
-        others: Iterable[Inputs] = (),
+        others: Sequence[Inputs] = (),
         tolerance: float = 1e-6,
         seed: int = 0,
     ) -> float:
@@ -187,14 +195,12 @@ class Symmetry:
         statistics) cannot hide an error. Raises SymmetryError above `tolerance`, with the group
         that is worst alone; and if nothing can be compared.
         """
-        asked = {"net": net, "example": example, "tolerance": tolerance, "seed": seed}
-        checks.require("verify", asked, RULES)
+        asked = {"net": net, "example": example, "others": others}
+        checks.require("verify", asked | {"tolerance": tolerance, "seed": seed}, RULES)
         generator = torch.Generator().manual_seed(seed)
         kept = {n: t for n, t in net.state_dict().items() if isinstance(t, Tensor)}
-        if empty := next((n for n, t in (kept | dict(theta or {})).items() if t.is_meta), None):
-            raise SymmetryError(
-                f"verify: {empty!r} has a shape alone. Fix: give parameters with values."
-            )
+        if theta is None and any(t.is_meta for t in kept.values()):
+            raise SymmetryError("verify: the network has shapes alone. Fix: give values as theta.")
         state = calls.stated("verify", net, kept if theta is None else theta)
         movable = {p.name for g in self.groups.values() for p in g.places}
         # Buffers that are not in the state_dict are constants of the network, as in `find`.
