@@ -69,6 +69,7 @@ ORDER = [
     "matching.diagnose",
     "matching",
     "lab.parameters",
+    "lab.frames",
     "lab.experiment",
     "lab.results",
     "lab.figures",

@@ -6,10 +6,10 @@ them need is computed once. `make zoo` fills data/zoo by running the chapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,14 @@ from mcnotes import (
     train,
 )
 from mcnotes.curves import Curve, Theta
+from mcnotes.lab import frames
 from mcnotes.lab.parameters import ALIGNMENTS, ALLOWED, SHAPES
 from mcnotes.matching import pam
 from mcnotes.names import suggest
 from mcnotes.symmetry import Perm
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # What a configuration names in ways of its own, or not at all: `Experiment.config`.
 SPECIAL = frozenset(
@@ -60,6 +64,19 @@ def _may_be_parameter(name: str, value: object) -> bool:
     """Whether a notebook's global may be a parameter: a plain value that is not IPython's own."""
     plain = isinstance(value, bool | int | float | str | list | tuple | dict | None)
     return plain and not name.startswith("_") and name not in ("In", "Out")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON: what has a `config` by that, arrays and tuples as lists, named tuples by names."""
+    if hasattr(value, "config"):
+        return value.config()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(x) for name, x in value.items()}
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 class Record(NamedTuple):
@@ -373,6 +390,35 @@ class Experiment:
         return evaluate.Profile(
             **{name: np.array(found[name]) for name in evaluate.Profile._fields}
         )
+
+    def paths(
+        self,
+        pairs: Iterable[Sequence[int]],
+        methods: Iterable[str] = ("unaligned", "aligned"),
+        shapes: Iterable[str] = ("line", "bezier"),
+        **choices: Any,
+    ) -> DataFrame:
+        """`path` for all of these, as a tidy frame (`frames.points`): pair, method, shape, t, …"""
+        return frames.points(
+            (
+                {"pair": f"{a}–{b}", "method": method, "shape": shape},
+                self.path(a, b, method, shape, **choices),
+            )
+            for shape in shapes
+            for method in methods
+            for a, b in pairs
+        )
+
+    def keep(self, compute: Callable[..., Any], *of: Any, **choices: Any) -> Any:
+        """`compute(self, *of, **choices)`, a JSON value: loaded if it is kept, else computed.
+
+        compute: a chapter's function of this experiment, by whose name the value is kept (give a
+        function that computes something else another name). of, choices: JSON values, and what has
+        a `config`, such as attacks, recipes and experiments. Arrays come back as lists.
+        """
+        config = self.config() | {"what": compute.__name__, "of": _plain(of)}
+        config |= {"choices": _plain(choices)} if choices else {}
+        return cache.values(config, lambda: _plain(compute(self, *of, **choices)))
 
     def config(self) -> dict[str, Any]:
         """All on which values depend: for what a chapter keeps in the store by a name."""

@@ -1,18 +1,24 @@
 """Full-scale results: the numbers of a run with their provenance, in one JSON file (chapter 11)."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from mcnotes import cache, evaluate
+from mcnotes.lab import frames
 from mcnotes.lab.experiment import Experiment
 from mcnotes.lab.parameters import ALIGNMENTS, SHAPES
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FORMAT = 1
 ORIGIN = ("hardware", "torch", "seconds")  # what the provenance of every part says
@@ -119,6 +125,18 @@ def paths(record: Record, method: str, shape: str) -> list[evaluate.Profile]:
         for curve in record["curves"]
         if (curve["method"], curve["shape"]) == (method, shape)
     ]
+
+
+def frame(record: Record) -> DataFrame:
+    """All measured points, tidy (`frames.points`): pair, method, shape, t, arc, loss, accuracy."""
+    return frames.points(
+        (
+            {"pair": "{}–{}".format(*curve["pair"])}
+            | {name: curve[name] for name in ("method", "shape")},
+            evaluate.Profile(*(np.array(curve[name]) for name in evaluate.Profile._fields)),
+        )
+        for curve in record["curves"]
+    )
 
 
 def seconds(record: Record) -> float:
