@@ -143,7 +143,7 @@ FUNCTIONS = cases_of(
     evaluate.along, evaluate.plane, evaluate.coordinates, evaluate.curvature, evaluate.mode,
     train.initialise, train.fit, train.fit_curve, curves.line, curves.bezier, curves.chain,
     symmetry.find, matching.match, matching.match_many, matching.diagnose, matching.repair,
-    matching.channel_statistics, matching.stream, matching.weight_matching, matching.loss_matching,
+    matching.channel_moments, matching.stream, matching.weight_matching, matching.loss_matching,
     Pair, pam.Problem, pam.fit,
     SYM.permute, SYM.apply_matrices, SYM.verify, SYM.tapper, SYM.complete, SYM.compose,
     SYM.inverse, train.Recipe, Descent, pam.Settings, attacks.PGD, attacks.Square, attacks.fgsm,
@@ -228,7 +228,8 @@ MODULES = (evaluate, train, curves, attacks, api, matching.methods, matching.man
 PARTS = {
     "evaluate.batched", "evaluate.entropy", "evaluate.hits", "evaluate.averaged",
     "evaluate.classes_first", "evaluate.attacked", "evaluate.barrier", "evaluate.check_mixable",
-    "evaluate.sums", "evaluate.check_counted", "evaluate.with_singular_vectors", "train.trainable", "train.run", "train.cost",
+    "evaluate.sums", "evaluate.check_counted", "evaluate.with_singular_vectors",
+    "train.trainable", "train.run", "train.cost",
     "curves.combine", "curves.check_same_space", "curves.views", "attacks.margin", "attacks.dlr",
     "attacks.length",
 }  # fmt: skip

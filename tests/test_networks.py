@@ -109,7 +109,7 @@ def test_the_layout_is_found_without_a_trace() -> None:
     seen: list[int] = []
     net[3].register_forward_hook(lambda *_: seen.append(1))
     theta, before = train.initialise(net, 1), torch.get_rng_state()
-    stats = matching.channel_statistics(net, theta, DATA.train.first(40))
+    stats = matching.channel_moments(net, theta, DATA.train.first(40))
     assert torch.equal(torch.get_rng_state(), before)
     h = F.conv2d(DATA.train.first(40).images.float() / 255, theta["0.weight"], theta["0.bias"])
     agree(stats["0"][0], h.mean((0, 2, 3)), h[:, 0].numel(), scale=float(h.abs().max()))

@@ -359,13 +359,12 @@ class Experiment:
         split: "train", "val", "held_out" or "test"; of it the first `images` (default all).
         statistics_attack: that on the images for BatchNorm.
         """
+        unusual: dict[str, Any] = {"split": split if split != "test" else None, "images": images}
+        unusual |= {"attack": attack, "statistics_attack": statistics_attack}
         config = self.path_config(a, b, method, shape)
-        config |= {"split": split} if split != "test" else {}
-        config |= {"images": images} if images else {}
-        for name, one in (("attack", attack), ("statistics_attack", statistics_attack)):
-            config |= {name: one.config()} if one else {}
+        config |= {name: _plain(choice) for name, choice in unusual.items() if choice}
 
-        def compute() -> dict[str, list[float]]:
+        def compute() -> Any:
             whole: data.Split = getattr(self.task, split)
             path = evaluate.profile(
                 self.net,
@@ -376,12 +375,10 @@ class Experiment:
                 perturb=attack,
                 perturb_statistics=statistics_attack,
             )
-            return {name: array.tolist() for name, array in path._asdict().items()}
+            return _plain(path)
 
         found = cache.values(config, compute)
-        return evaluate.Profile(
-            **{name: np.array(found[name]) for name in evaluate.Profile._fields}
-        )
+        return evaluate.Profile(*(np.array(found[name]) for name in evaluate.Profile._fields))
 
     def paths(
         self,

@@ -15,7 +15,7 @@ from mcnotes.matching.loss import ACTIONS, RATES, Descent, loss_matching, soft
 from mcnotes.matching.many import match_many
 from mcnotes.matching.methods import METHODS, Matching, match
 from mcnotes.matching.pair import AlignmentError, Pair
-from mcnotes.matching.repair import channel_statistics, repair
+from mcnotes.matching.repair import channel_moments, repair
 from mcnotes.matching.weights import weight_matching
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "Pair",
     "assign",
     "bundles",
-    "channel_statistics",
+    "channel_moments",
     "diagnose",
     "loss_matching",
     "match",

@@ -388,11 +388,12 @@ def shift(net: nn.Module, old: Curve, new: Curve) -> float:
 def check_only_parameters_move(net: nn.Module, sym: Symmetry) -> None:
     """Raise ValueError where units stand in a buffer that a network reads while it trains.
 
-    The permutation step moves parameters. BatchNorm's statistics may stay: it takes the batch's.
+    The permutation step moves parameters. Running statistics of BatchNorm may stay: in training
+    mode it takes the batch's own.
     """
     norms = [name for name, module in net.named_modules() if isinstance(module, _NormBase)]
-    statistics = tuple(f"{name}." if name else "" for name in norms)
-    buffers = {name for name, _ in net.named_buffers() if not name.startswith(statistics)}
+    running = tuple(f"{name}." if name else "" for name in norms)
+    buffers = {name for name, _ in net.named_buffers() if not name.startswith(running)}
     for group in sym.groups.values():
         if found := sorted(buffers.intersection(place.name for place in group.places)):
             raise ValueError(
