@@ -225,7 +225,7 @@ PARTS = {
     "evaluate.classes_first", "evaluate.attacked", "evaluate.barrier", "evaluate.check_mixable",
     "evaluate.with_singular_vectors", "train.trainable", "train.run", "train.cost",
     "curves.combine", "curves.check_same_space", "curves.views", "attacks.margin", "attacks.dlr",
-    "attacks.length",
+    "attacks.length", "evaluate.sums", "evaluate.check_counted",
 }  # fmt: skip
 """Functions of tensors of which others are made."""
 
