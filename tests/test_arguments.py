@@ -231,7 +231,7 @@ PARTS = {
     "evaluate.sums", "evaluate.check_counted", "evaluate.with_singular_vectors",
     "train.trainable", "train.run", "train.cost",
     "curves.combine", "curves.check_same_space", "curves.views", "attacks.margin", "attacks.dlr",
-    "attacks.length", "evaluate.sums", "evaluate.check_counted",
+    "attacks.length",
 }  # fmt: skip
 """Functions of tensors of which others are made."""
 
