@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcnotes import cache, display
+from mcnotes import cache, checks, display
 from mcnotes.data.augment import Augment
 from mcnotes.data.sources import Arrays, DataError, fair_order, read
 from mcnotes.names import suggest
@@ -36,11 +36,12 @@ class Split:
     def __post_init__(self) -> None:
         x, y = self.images, self.labels
         if x.dtype != torch.uint8 or x.ndim != 4:
-            raise ValueError(f"Split: got images {x.dtype} {tuple(x.shape)}, "
-                             "expected torch.uint8 [N, C, H, W]")  # fmt: skip
+            got = f"images {x.dtype} {tuple(x.shape)}"
+            raise ValueError(f"Split: got {got}, expected torch.uint8 [N, C, H, W]")
         if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-            raise ValueError(f"Split: got labels {y.dtype} {tuple(y.shape)}, "
-                             f"expected torch.int64 [{len(x)}], one for each image")  # fmt: skip
+            got = f"labels {y.dtype} {tuple(y.shape)}"
+            expected = f"torch.int64 [{len(x)}], one for each image"
+            raise ValueError(f"Split: got {got}, expected {expected}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,9 +62,13 @@ class Split:
         return Split(self.images[:n], self.labels[:n])
 
     def batches(
-        self, size: int, *, generator: torch.Generator | None = None,
-        augment: Augment | None = None, drop_last: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+        self,
+        size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: Augment | None = None,
+        drop_last: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield float images [size, C, H, W] in [0, 1] and labels [size], once through the split.
 
         Shuffled if there is a `generator`, which also drives `augment`: its state decides all. The
@@ -158,6 +163,10 @@ SOURCES = {
 }
 
 
+LARGEST = 4096  # pixels of a side: images all lie in memory at once
+check_size = checks.optional(checks.whole(1, LARGEST))
+"""What is wrong with an `image_size`; "" if nothing is."""
+
 HOME = Path(__file__).resolve().parents[2] / "data"
 """The repository's own data folder, where the paper's table and the results are, too."""
 
@@ -178,19 +187,27 @@ def default_folder() -> Path:
 
 
 def load(
-    name: str, *, device: str | torch.device = "auto", folder: str | Path | None = None,
-    download: bool = False, validation: int | None = None, image_size: int | None = None
-) -> Task:  # fmt: skip
+    name: str,
+    *,
+    device: str | torch.device = "auto",
+    folder: str | Path | None = None,
+    download: bool = False,
+    validation: int | None = None,
+    image_size: int | None = None,
+) -> Task:
     """A data set by its name, one of `SOURCES`, as tensors on the device ("auto": CUDA if it can).
 
     `folder` replaces the data folder, where `<name>.npz` is looked for first; `download` lets
     torchvision fetch what is not there. `validation` images of train are held out as `val`: None
     takes the data set's own number, 0 trains on all, as the paper does. `image_size` resizes once,
     with antialiasing (the paper's GoogLeNet sees Tiny ImageNet at 32). Raises ValueError for an
-    unknown name or an impossible `validation`, DataError for files that are missing or damaged.
+    unknown name, an impossible `validation` or `image_size`, DataError for files that are missing
+    or damaged.
     """
     if name not in SOURCES:
         raise ValueError(f"data.load: got {name!r}, expected a data set{suggest(name, SOURCES)}")
+    if fault := check_size(image_size):
+        raise ValueError(f"data.load: image_size: {fault}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     source = SOURCES[name]
@@ -200,8 +217,8 @@ def load(
     held_out = source.validation if validation is None else validation
     cut = len(train) - held_out
     if not 0 < cut <= len(train):
-        raise ValueError(f"data.load: got validation={held_out}, expected at least 0 and fewer "
-                         f"than the {len(train)} training images of {name}")  # fmt: skip
+        expected = f"at least 0 and fewer than the {len(train)} training images of {name}"
+        raise ValueError(f"data.load: got validation={held_out}, expected {expected}")
     val = Split(train.images[cut:], train.labels[cut:])
     larger = train.images.shape[2] / arrays["train_images"].shape[1]
     augment = replace(source.augment, padding=round(source.augment.padding * larger))
