@@ -7,11 +7,12 @@ mapping are keywords; tensors have their batch in front. `Batches` are inputs wi
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mkldnn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -93,7 +94,8 @@ def named_once(net: nn.Module, theta: Mapping[str, Tensor]) -> Theta:
     return {n: theta.get(n, tied[at]) for n, at in own.items() if at in tied}
 
 
-def sound_gradients(net: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def sound_gradients(net: nn.Module) -> Iterator[None]:
     """Without oneDNN, where its gradients of `net` would be wrong or end the process; else nothing.
 
     With AVX2 and no AVX-512, the gradient of a strided 1 x 1 convolution of fewer than 8 input
@@ -101,10 +103,13 @@ def sound_gradients(net: nn.Module) -> AbstractContextManager[None]:
     """
     limited = torch.backends.cpu.get_cpu_capability() == "AVX2"
     limited |= os.environ.get("ONEDNN_MAX_CPU_ISA", "").startswith("AVX2")
-    if not limited or not any(map(_too_narrow, net.modules())):
-        return nullcontext()
-    without: AbstractContextManager[None] = torch.backends.mkldnn.flags(enabled=False)
-    return without
+    before: Any = mkldnn.enabled
+    if limited and any(map(_too_narrow, net.modules())):
+        mkldnn.enabled = False  # type: ignore[assignment]  # `mkldnn.flags` sets more than this
+    try:
+        yield
+    finally:
+        mkldnn.enabled = before
 
 
 def _too_narrow(module: nn.Module) -> bool:

@@ -34,6 +34,7 @@ NOT_IMPORTED = {
     "snakemake-executor-plugin-slurm": "a plugin of snakemake, for experiments/profiles/slurm",
     "pytest-xdist": "a plugin of pytest: `-n` in the Makefile",
     "nbval": "a plugin of pytest: `--nbval-lax` in the Makefile",
+    "axe-core-python": "tests/test_permuter.py reads the script in it",
     "mypy": "the Makefile runs the program",
     "ruff": "the Makefile runs the program",
     "mcnotes": "the tests need what the book and full-scale runs need: mcnotes[book,batch]",

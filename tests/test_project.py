@@ -72,6 +72,7 @@ ORDER = [
     "lab.experiment",
     "lab.results",
     "lab.figures",
+    "lab.permuter",
     "lab",
     "prepare",
     "api",

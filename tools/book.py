@@ -25,6 +25,21 @@ STAGE = ROOT / "_build" / "stage"
 NEW = ROOT / "_build" / "new"
 HTML = ROOT / "_build" / "html"
 README_FIGURE, README_PICTURE = "fig-04-main", ROOT / "book" / "main-result.png"
+CARDS = ROOT / "book" / "_static" / "cards"  # of the landing page: chapter's number → its figure
+CARD_FIGURES = {
+    "01": "fig-01-planes",
+    "02": "fig-02-plane",
+    "03": "fig-03-plane",
+    "04": "fig-04-matrices",
+    "05": "fig-05-ladder",
+    "06": "fig-06-along",
+    "07": "fig-07-paths",
+    "08": "fig-08-main",
+    "09": "fig-09-width",
+    "10": "fig-10-paths",
+    "11": "fig-11-small",
+}
+HERO, HERO_CHAPTER = ROOT / "book" / "_static" / "hero.html", "03"  # its small living figure
 KEY = ROOT / "_build" / "html.key"  # what the pages were built from
 SITE = ["_config.yml", "_toc.yml", "index.md", "pyproject.toml"]
 
@@ -83,9 +98,20 @@ def write_back(paths: list[Path], preset: str) -> None:
         notebook = notebooks.read(path)
         notebooks.take_outputs(notebook, notebooks.read(chapters.result_path(path, preset)))
         notebooks.normalise(notebook)
+        notebooks.lighten_pictures(notebook)
         print(f"{path.name}: {'written' if notebooks.write(path, notebook) else 'unchanged'}")
-        if picture := notebooks.figure(notebook, README_FIGURE):
-            README_PICTURE.write_bytes(picture)
+        front_matter(path.name[:2], notebook)
+
+
+def front_matter(number: str, notebook: notebooks.Notebook) -> None:
+    """Write what README and landing page show of a chapter."""
+    if picture := notebooks.figure(notebook, README_FIGURE):
+        README_PICTURE.write_bytes(picture)
+    if picture := notebooks.figure(notebook, CARD_FIGURES.get(number, "")):
+        CARDS.mkdir(exist_ok=True)
+        (CARDS / f"{number}.png").write_bytes(notebooks.thumbnail(picture))
+    if number == HERO_CHAPTER and (living := notebooks.living_figure(notebook)):
+        HERO.write_text(living, "utf8")
 
 
 def stamp_all(paths: list[Path]) -> None:
