@@ -8,7 +8,7 @@ JOBS   ?= 2
 BIN   := $(VENV)/bin
 BOOK  := $(BIN)/python -m tools.book
 READY := $(VENV)/.ready
-ALL   := '.[book,batch,test]'
+ALL   := '.[book,report,batch,test]'
 QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
 LIMIT := 1800
 QUICK := $(addprefix tests/test_, project.py dependencies.py packaging.py permutations.py curves.py)

@@ -2,17 +2,17 @@
 
     aligned = mcnotes.align(model_a, model_b, batches)
 
-`align`, `connect`, `profile` and `merge` are the front door (`mcnotes.api`). Importing the package
-does no work: they are loaded when they are asked for. `tests/test_project.py` lists its layers,
-from the ground up.
+`align`, `connect`, `profile`, `compare` and `merge` are the front door (`mcnotes.api`), and
+`python -m mcnotes --help` is the command. Importing the package does no work: they are loaded when
+they are asked for. `tests/test_project.py` lists its layers, from the ground up.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mcnotes.api import align, connect, merge, profile
+    from mcnotes.api import align, compare, connect, merge, profile
 
-__all__ = ["align", "connect", "merge", "profile"]
+__all__ = ["align", "compare", "connect", "merge", "profile"]
 
 
 def __getattr__(name: str) -> Any:

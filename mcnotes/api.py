@@ -3,8 +3,9 @@
     aligned = mcnotes.align(model_a, model_b, batches)
     curve = mcnotes.connect(model_a, aligned.model, batches)
     profile = mcnotes.profile(curve, batches)
+    scores = mcnotes.compare({"A": model_a, "best": curve.model(profile.best)}, batches)
 
-Models are any `nn.Module`s of one architecture; batches any iterable that `data.Loader` takes. What
+Models are any modules of one architecture; batches any iterable that `data.Loader` takes. What
 is given is left as it was: weights, buffers, modes, the state of random generators. What does not
 fit is refused with an InputError, a SymmetryError or an AlignmentError before any long work.
 Networks of 16-bit floats are worked on in float32 and come back in a type of their own.
@@ -23,10 +24,12 @@ import torch
 from torch import nn
 
 from mcnotes import cache, curves, display, evaluate, matching, prepare, train
-from mcnotes.calls import InputError
+from mcnotes.calls import Batch, InputError
+from mcnotes.checks import Rule, a, function, mapping_of, optional, require, whole
+from mcnotes.checks import device as placed
 from mcnotes.curves import Theta, combine
 from mcnotes.data import Loader
-from mcnotes.evaluate import Array
+from mcnotes.evaluate import Array, Quantity
 from mcnotes.prepare import Metric
 from mcnotes.symmetry import Symmetry
 from mcnotes.train import Loss
@@ -45,6 +48,8 @@ class Aligned:
     model: nn.Module
     matching: matching.Matching
     symmetry: Symmetry
+    error: float  # of outputs in float64, relative, when every unit that may move does
+    difference: float  # of outputs for the first batch from those of model B, relative
 
     def table(self) -> DataFrame:
         """A row for each group of units, as `Matching.table`; no row where nothing may move."""
@@ -136,6 +141,55 @@ class Profile:
         return display.described(self, *drawn)
 
 
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What was measured of several models on the same batches."""
+
+    models: list[str]
+    sums: dict[str, Array]  # of each quantity over the samples of a batch: [models, batches]
+    counts: dict[str, Array]  # over how many, such as samples or places in a text: [batches]
+
+    def frame(self) -> DataFrame:
+        """A row for each model, with the means of loss and metrics."""
+        import pandas  # takes half a second
+
+        means = {name: x.sum(1) / self.counts[name].sum() for name, x in self.sums.items()}
+        return pandas.DataFrame(means, index=self.models)
+
+    def gain(self, quantity: str, model: str, other: str) -> tuple[float, float]:
+        """By how much the mean of a quantity is larger for `model` than for `other`.
+
+        And the standard error of this difference, from those of the batches; NaN if there is one.
+        """
+        one, two = (self.sums[quantity][self.models.index(name)] for name in (model, other))
+        count = self.counts[quantity]
+        mean = (one - two).sum() / count.sum()
+        spread = (one - two) - mean * count
+        n = len(count)
+        square = np.square(spread).sum() * n / (n - 1) if n > 1 else np.nan
+        return float(mean), float(np.sqrt(square) / count.sum())
+
+    def __repr__(self) -> str:
+        return f"Scores({len(self.models)} models: {', '.join(self.sums)})"
+
+    def _repr_html_(self) -> str:
+        return display.described(self, self.frame().to_html(float_format="%.3g"))
+
+
+RULES: dict[str, Rule] = {
+    "models": a(Sequence, "a list of models"),
+    "named": mapping_of(a(nn.Module, "a model"), least=1),
+    "curve": a(Connection, "what connect gave"),
+    "loss": optional(function),
+    "metrics": optional(mapping_of(function)),
+    "points": whole(2),  # both ends
+    "device": placed,
+    "seed": whole(-(2**63), 2**64 - 1),
+    "checkpoint": optional(a((str, Path), "a path")),
+}
+"""What the arguments of the functions below may be."""
+
+
 def align(
     model_a: nn.Module,
     model_b: nn.Module,
@@ -154,17 +208,19 @@ def align(
     "activations" (chapter 4), or "weights", which looks at the weights alone (chapter 9). device:
     where to work; "auto": CUDA if there is one, else where model A is.
     """
+    require("align", {"device": device, "seed": seed}, RULES, InputError)
     _known("align: method", method, METHODS)
     with prepare.untouched(batches, seed):
         ready = prepare.prepare("align", (model_a, model_b), batches, device, once=True)
         a, b = ready.thetas
-        sym, found = ready.symmetry(), matching.Matching({}, {}, {}, {}, {}, 0.0)
+        sym, error = ready.symmetry()
+        found = matching.Matching({}, {}, {}, {}, {}, 0.0)
         if sym.groups:
             found = matching.match(ready.net, a, b, ready.data, sym, method=method, seed=seed)
         original = prepare.state(prepare.module("align", "model_b", model_b))
         model = prepare.filled("align", model_b, sym.permute(original, found.perm))
-        ready.check_result(model, ready.outputs[1])
-    return Aligned(model, found, sym)
+        difference = ready.check_result(model, ready.outputs[1])
+    return Aligned(model, found, sym, error, difference)
 
 
 def merge(
@@ -180,15 +236,18 @@ def merge(
     They are matched to each other all at once (chapter 9); BatchNorm's statistics are computed anew
     on `batches`. The other arguments as in `align`.
     """
+    given = {"models": models, "device": device, "seed": seed}
+    require("merge", given, RULES, InputError)
     _known("merge: method", method, METHODS)
     if len(models := list(models)) < 2:
         raise InputError(f"merge: got {len(models)} models, expected two or more")
     with prepare.untouched(batches, seed):
         ready = prepare.prepare("merge", models, batches, device)
-        net, thetas, sym = ready.net, ready.thetas, ready.symmetry()
+        net, thetas, (sym, _) = ready.net, ready.thetas, ready.symmetry()
         if sym.groups:
             perms = matching.match_many(net, thetas, ready.data, sym, method=method)
             thetas = [sym.permute(x, p) for x, p in zip(thetas, perms, strict=True)]
+        evaluate.check_mixable("merge", net, thetas)
         mean = combine(thetas, [1 / len(thetas)] * len(thetas))
         theta = evaluate.batchnorm(net, mean, ready.data)
     return prepare.filled("merge", models[0], theta)
@@ -216,6 +275,8 @@ def connect(
     where it falls linearly to 0 (chapter 2). Parameters with requires_grad=False stay on the line.
     checkpoint: a file from which a run that was stopped goes on; from another run it is refused.
     """
+    given = {"device": device, "seed": seed, "checkpoint": checkpoint, "loss": loss}
+    require("connect", given, RULES, InputError)
     _known("connect: kind", kind, KINDS)
     recipe = train.Recipe(epochs, lr=lr, weight_decay=0.0, schedule="linear", augment=False)
     with prepare.untouched(batches, seed):
@@ -250,6 +311,8 @@ def profile(
     where the loss is the cross-entropy of one class for each input or place. BatchNorm's statistics
     are computed anew at each place on `statistics` (default: what the curve was trained with).
     """
+    given = {"curve": curve, "loss": loss, "metrics": metrics, "points": points}
+    require("profile", given, RULES, InputError)
     net, loss, device = curve.net, loss or curve.loss, curve.batches.device
     with prepare.untouched(batches, 0):
         labels = loss is None and prepare.takes_labels(net)
@@ -261,6 +324,45 @@ def profile(
     t, arc, *values = found.T
     measured = dict(zip(wanted, values, strict=True))
     return Profile(t, arc, measured.pop("loss"), measured)
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    batches: Any,
+    *,
+    loss: Loss | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    device: str | torch.device = "auto",
+) -> Scores:
+    """Loss and metrics of models as they are, by their names, all of them on the same batches.
+
+    loss, metrics: as in `connect` and `profile`. The models need not be of one architecture, but
+    their outputs must be of one form. device: as in `align`.
+    """
+    given = {"named": models, "loss": loss, "metrics": metrics, "device": device}
+    require("compare", given, RULES, InputError)
+    with prepare.untouched(batches, 0):
+        first = prepare.prepare(
+            "compare", [*models.values()][:1], batches, device, labels=loss is None
+        )
+        data, wanted = first.data, prepare.quantities(first, loss, metrics)
+        nets = [
+            prepare.working_copy("compare", name, model, data.device)
+            for name, model in models.items()
+        ]
+        found = [[_sums(net, batch, wanted) for net in nets] for batch in data.batches(0)]
+    table = np.array(found)  # [batches, models, quantities, 2]: sums and counts
+    by_name = [*enumerate(wanted)]
+    sums = {name: table[:, :, k, 0].T for k, name in by_name}
+    counts = {name: table[:, 0, k, 1] for k, name in by_name}
+    evaluate.check_counted({name: n.sum() for name, n in counts.items()})
+    return Scores([*models], sums, counts)
+
+
+def _sums(net: nn.Module, batch: Batch, wanted: Mapping[str, Quantity]) -> Array:
+    """`evaluate.sums` of a model as it is."""
+    with evaluate.mode(net, training=False), torch.no_grad():
+        return evaluate.sums(net, {}, batch, wanted, torch.device("cpu")).numpy()
 
 
 def _resumable(path: Path, thetas: list[Theta], what: Mapping[str, Any]) -> cache.Checkpoint:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from mcnotes.checks import Rule, flag, number, one_of, optional, require, whole
+
 Model = Callable[[Tensor], Tensor]
 Perturb = Callable[[Model, Tensor, Tensor], Tensor]
 
@@ -30,9 +32,24 @@ def dlr(z: Tensor, y: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": lambda z, y: cross_entropy(z, y, reduction="none"), "margin": margin, "dlr": dlr,
-}  # fmt: skip
+    "ce": lambda z, y: cross_entropy(z, y, reduction="none"),
+    "margin": margin,
+    "dlr": dlr,
+}
 STEP_SCHEDULES = ("constant", "linear")  # linear: down to 0
+OPTIONS: dict[str, Rule] = {
+    "eps": number(0),
+    "steps": whole(1),
+    "norm": one_of(["linf", "l2"]),
+    "restarts": whole(1),
+    "loss": one_of(LOSSES),
+    "targeted": flag,
+    "step": optional(number(0)),
+    "schedule": one_of(STEP_SCHEDULES),
+    "start": flag,
+    "best": flag,
+}
+"""What the fields of an attack may be."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +68,7 @@ class Attack:
     best: bool = True  # the worst point met, x included (to evaluate), or the last (to train)
 
     def __post_init__(self) -> None:
-        names = {"norm": ("linf", "l2"), "loss": LOSSES, "schedule": STEP_SCHEDULES}
-        for name, known in names.items():
-            if (got := getattr(self, name)) not in known:
-                raise ValueError(f"attack: got {name} {got!r}, expected one of {[*known]}")
-        if not (self.eps >= 0 and self.steps >= 1 and self.restarts >= 1):
-            raise ValueError(f"attack: got {self}, expected eps >= 0, steps and restarts >= 1")
+        require("attack", vars(self), OPTIONS)
         if self.restarts > 1 and not (self.best and self.start):
             raise ValueError("attack: several restarts need start=True and best=True")
 
@@ -148,6 +160,9 @@ class Ensemble:
 
 def strong(eps: float, *, steps: int = 50, restarts: int = 2, squares: int = 500) -> Ensemble:
     """What a claim is to stand (in the spirit of AutoAttack): PGD on two losses, then `Square`."""
+    require(
+        "strong", {"eps": eps, "steps": steps, "squares": squares}, OPTIONS | {"squares": whole(1)}
+    )
     one = PGD(eps, steps, restarts=restarts, schedule="linear", step=eps / 2)
     return Ensemble((one, replace(one, loss="dlr"), Square(eps, squares, loss="margin")))
 
@@ -157,12 +172,15 @@ class Ball:
 
     def __init__(self, x: Tensor, eps: float, norm: str) -> None:
         self.x, self.eps, self.norm = x, eps, norm
-        ends = [(x.double() + d).to(x.dtype) for d in (-eps, eps)]
-        out = [(v.double() - x.double()).abs() > eps for v in ends]  # rounded outwards: step back
-        self.low, self.high = (torch.where(o, v.nextafter(x), v).clamp(0, 1)
-                               for o, v in zip(out, ends, strict=True))  # fmt: skip
+        self.low, self.high = self._end(-eps), self._end(eps)
         # Rounding x + d may add to the length of d (ℓ2).
         self.radius = max(0.0, eps * (1 - 1e-6) - x[0].numel() ** 0.5 * 2**-24)
+
+    def _end(self, d: float) -> Tensor:
+        """x + d in [0, 1], and no further from x than `eps`, to the last bit (ℓ∞)."""
+        end = (self.x.double() + d).to(self.x.dtype)
+        too_far = (end.double() - self.x.double()).abs() > self.eps  # rounded outwards
+        return torch.where(too_far, end.nextafter(self.x), end).clamp(0, 1)
 
     def project(self, u: Tensor) -> Tensor:
         """The nearest point of the ball, then of [0, 1] (which leads no further from x)."""

@@ -250,8 +250,13 @@ def provenance(seconds: float) -> dict[str, Any]:
     """Versions, hardware, commit and seconds; kept beside a result, not part of its key."""
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"seconds": round(seconds, 1), "torch": torch.__version__, "commit": _commit(),
-            "python": platform.python_version(), "hardware": hardware}  # fmt: skip
+    return {
+        "seconds": round(seconds, 1),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "hardware": hardware,
+    }
 
 
 def _cloned() -> bool:
@@ -418,8 +423,8 @@ def _digest(config: Any, origin: Any, value: Any) -> str:
 
 def _pack(found: Mapping[str, Tensor], config: Config, origin: Config) -> bytes:
     """Tensors as a safetensors file; clones, since two names may share their memory."""
-    flat = {n: x.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for n, x in found.items()}  # fmt: skip
+    contiguous = torch.contiguous_format
+    flat = {n: x.detach().cpu().clone(memory_format=contiguous) for n, x in found.items()}
     config, origin = _normal(dict(config)), _normal(dict(origin))
     parts = {"config": config, "provenance": origin, "hash": _digest(config, origin, flat)}
     return save(flat, {name: json.dumps(part, sort_keys=True) for name, part in parts.items()})

@@ -5,10 +5,13 @@ mapping are keywords; tensors have their batch in front. `Batches` are inputs wi
 `data.Split` is the book's own, `data.Loader` makes them of whatever a user iterates over.
 """
 
+import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from threading import RLock
+from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mcnotes.curves import Theta
+from mcnotes.names import suggest
 
+T = TypeVar("T")
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Batch = tuple[Any, Any]  # inputs, targets
 
@@ -70,13 +75,148 @@ class Training(Protocol):
 
 
 def call(net: nn.Module, theta: Mapping[str, Tensor], inputs: Inputs) -> Any:
-    """The network's outputs with the parameters and buffers `theta`; it is left as it was.
+    """The network's outputs with the parameters and buffers `theta`.
 
-    What `theta` leaves out is the network's own, but tied tensors are one: one name is enough.
+    The network and the inputs are left as they were. What `theta` leaves out is the network's own,
+    but tied tensors are one: one name is enough.
     """
-    positional = inputs if isinstance(inputs, tuple) else (inputs,)
-    args, keywords = ((), dict(inputs)) if isinstance(inputs, Mapping) else (positional, {})
+    return within(net, theta, lambda: applied(net, arranged(net, inputs)))
+
+
+def within(net: nn.Module, theta: Mapping[str, Tensor], work: Callable[[], T]) -> T:
+    """What `work` gives while the network has the parameters and buffers `theta`; see `call`.
+
+    Who takes a gradient must do so within: a network with activation checkpointing runs again
+    during the backward pass, with the parameters that it finds then.
+    """
+    given = named_once(net, theta)
+    inside = {f"net.{name}": x for name, x in given.items()}
+    done: T = functional_call(_Holder(net, work), inside, (), tie_weights=False)
+    _take_back(given, inside)
+    return done
+
+
+def _take_back(given: Theta, inside: Theta) -> None:
+    """Buffers to which a network has assigned other tensors get their values.
+
+    inside: what PyTorch found in the places of `given` in the end, in the same order.
+    """
+    for old, new in zip(given.values(), inside.values(), strict=True):
+        if new is not old and not old.requires_grad and new.shape == old.shape:
+            old.copy_(new.detach())
+
+
+class _Holder(nn.Module):
+    """A network, and what is to be done with it."""
+
+    def __init__(self, net: nn.Module, work: Callable[[], Any]) -> None:
+        super().__init__()
+        self.net, self.work = net, work
+
+    def forward(self) -> Any:
+        return self.work()
+
+
+def swapped(net: nn.Module, theta: Mapping[str, Tensor], inputs: Inputs) -> Any:
+    """As `call`, of the inputs as they are: what `torch.compile` can follow."""
+    args, keywords = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
     return functional_call(net, named_once(net, theta), args, keywords, tie_weights=False)
+
+
+def applied(net: nn.Module, inputs: Inputs) -> Any:
+    """The outputs of a network as it is."""
+    if isinstance(inputs, Mapping):
+        return net(**inputs)
+    return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+
+
+LAYOUTS: WeakKeyDictionary[nn.Module, dict[bool, torch.memory_format]] = WeakKeyDictionary()
+"""By network and by training mode, how images must lie in memory; see `arranged`."""
+
+
+def arranged(net: nn.Module, inputs: Inputs) -> Inputs:
+    """A copy of the inputs, which a network may write over, as it wants them to lie in memory.
+
+    Networks with `x.view(n, -1)` behind a convolution refuse images that lie channels last. Whether
+    this one does is found out by two images when it first gets some in its mode, and kept.
+    """
+    layout = torch.preserve_format
+    if any(map(_channels_last, tree_leaves(inputs))):
+        known, few = LAYOUTS.setdefault(net, {}), first(inputs, 2)
+        if net.training not in known:
+            for way in (torch.contiguous_format, torch.preserve_format):
+                if _runs(net, _copied(few, way)):
+                    known[net.training] = way
+        layout = known.get(net.training, layout)  # if all fail, the call will say why
+    return _copied(inputs, layout)
+
+
+def _runs(net: nn.Module, inputs: Inputs) -> bool:
+    """Does a copy of the network run on these inputs? Nothing of it stays."""
+    buffers = {n: b.clone() for n, b in net.named_buffers()}
+    device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
+    try:
+        other = duplicate(net, shared=True)
+        with torch.no_grad(), seeded(0, device):
+            within(other, buffers, lambda: applied(other, inputs))
+    except Exception:  # of the user's network
+        return False
+    return True
+
+
+def _channels_last(x: Any) -> bool:
+    """Do the channels of these images lie beside each other in memory?"""
+    return _plain(x) and x.dim() > 3 and x.stride(1) == 1 and x.shape[2:].numel() > 1
+
+
+def _copied(inputs: Inputs, layout: torch.memory_format) -> Inputs:
+    """Tensors that only follow operators (of `symmetry`) are never written over: they stay."""
+    copied: Inputs = tree_map_only(
+        Tensor, lambda x: x.clone(memory_format=layout) if _plain(x) else x, inputs
+    )
+    return copied
+
+
+def _plain(x: Any) -> bool:
+    return type(x) in (Tensor, nn.Parameter)
+
+
+_DRAWING = RLock()  # held by the one thread that has seeded the generators
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from `seed` for a while, on the CPU and on this device; then all as before.
+
+    Another thread waits: PyTorch's generators are those of all threads.
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        k = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[k])
+    with _DRAWING:
+        before = [g.get_state() for g in generators]
+        try:
+            for g in generators:
+                g.manual_seed(seed)
+            yield
+        finally:
+            for g, state in zip(generators, before, strict=True):
+                g.set_state(state)
+
+
+def duplicate(net: nn.Module, *, shared: bool = False) -> nn.Module:
+    """A deep copy, also of networks that keep tensors with a history, which deepcopy refuses.
+
+    Old-style `weight_norm`, `spectral_norm` and pruning keep some; the copy has their values.
+    shared: all tensors are those of the network itself.
+    """
+    held = [x for m in net.modules() for x in tree_leaves([m._parameters, m._buffers, vars(m)])]
+    tensors = [x for x in held if isinstance(x, Tensor) and (shared or not x.is_leaf)]
+    memo = {id(x): x if shared else x.detach().clone() for x in tensors}
+    made = copy.deepcopy(net, memo)
+    LAYOUTS[made] = LAYOUTS.setdefault(net, {})
+    return made
 
 
 def named_once(net: nn.Module, theta: Mapping[str, Tensor]) -> Theta:
@@ -92,6 +232,57 @@ def named_once(net: nn.Module, theta: Mapping[str, Tensor]) -> Theta:
     }
     tied = {at: theta[name] for name, at in own.items() if name in theta}
     return {n: theta.get(n, tied[at]) for n, at in own.items() if at in tied}
+
+
+def stated(
+    who: str, net: nn.Module, theta: Mapping[str, Tensor], device: torch.device | None = None
+) -> Theta:
+    """`theta`, if it is a state of `net`, with the network's own buffers that no state_dict holds.
+
+    Buffers are copied: a network may write over them. device: where it must lie, if that matters.
+    Raises ValueError, which begins with `who`, for names that are missing or unknown, for other
+    shapes or kinds of numbers, for tied tensors that differ, and for tensors without values or on
+    several devices.
+    """
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"{who}: got a {type(net).__name__} as network, expected an nn.Module")
+    if not isinstance(theta, Mapping) or not all(isinstance(x, Tensor) for x in theta.values()):
+        raise ValueError(f"{who}: got a {type(theta).__name__} as state, expected tensors by name")
+    buffers = dict(net.named_buffers(remove_duplicate=False))
+    own: Theta = dict(net.named_parameters(remove_duplicate=False)) | buffers
+    if lazy := [name for name, x in own.items() if nn.parameter.is_lazy(x)]:
+        raise ValueError(f"{who}: {lazy[0]!r} has no shape. Fix: run the network once")
+    one = {id(own[name]): name for name in reversed([*own]) if name in theta}  # of its names
+    lacking = [name for name, x in own.items() if id(x) not in one]
+    kept = net.state_dict(keep_vars=True)
+    if missing := [name for name in lacking if name in kept]:
+        raise ValueError(f"{who}: the state lacks {missing[0]!r} ({len(missing)} such names)")
+    for name, x in theta.items():
+        if name not in own:
+            if name.endswith("_extra_state"):
+                continue
+            raise ValueError(f"{who}: the network has no {name!r}{suggest(name, own)}")
+        y = own[name]
+        if x.shape != y.shape or x.is_floating_point() != y.is_floating_point():
+            raise ValueError(
+                f"{who}: {name!r} is {[*x.shape]} {x.dtype}, expected {[*y.shape]} {y.dtype}"
+            )
+        device = x.device if device is None else device
+        if x.is_meta or not same_device(x.device, device):
+            raise ValueError(f"{who}: {name!r} lies on {x.device}, expected {device}")
+        if (other := theta[one[id(y)]]) is not x and not torch.equal(x, other):
+            raise ValueError(
+                f"{who}: {one[id(y)]!r} and {name!r} are one tensor of the network, but differ"
+            )
+    state = {name: theta[one[id(own[name])]] if name in own else x for name, x in theta.items()}
+    state |= {name: own[name].detach() for name in lacking}
+    copies = {id(state[name]): state[name].clone() for name in buffers if name in state}
+    return {name: copies.get(id(x), x) for name, x in state.items()}
+
+
+def same_device(a: torch.device, b: torch.device) -> bool:
+    """Are they one? "cuda" is taken for "cuda:0"."""
+    return a.type == b.type and (a.index or 0) == (b.index or 0)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ What does not fit is refused before any long work, with what was found, what was
 fix it. Nothing is unpickled that could run code, and no value is changed.
 """
 
-import copy
 import hashlib
 import json
 import warnings
@@ -17,7 +16,8 @@ import torch
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 
-from mcnotes import cache, display
+from mcnotes import cache, display, evaluate
+from mcnotes.calls import call, duplicate
 from mcnotes.curves import Theta
 from mcnotes.data import Task
 from mcnotes.names import resolve
@@ -86,7 +86,7 @@ def normalised(
         shift, scale = (x.new_tensor(v).view(-1, 1, 1) for v in full)
         return ((x - shift) / scale, *args[1:])
 
-    net = copy.deepcopy(net)
+    net = duplicate(net)
     net.register_forward_pre_hook(before)
     return net
 
@@ -97,8 +97,8 @@ def check(net: nn.Module, task: Task) -> None:
     expected = len(x), task.num_classes
     who = f"checkpoints.check: of images {[*x.shape]} the network"
     try:
-        with torch.no_grad():
-            z = net.eval()(x)
+        with evaluate.mode(net, training=False), torch.no_grad():
+            z = call(net, {}, x)
     except Exception as error:  # of the user's network
         raise CheckpointError(f"{who} fails ({error}). Fix: see channels and image_size") from error
     if (got := getattr(z, "shape", type(z).__name__)) != expected:

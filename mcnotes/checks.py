@@ -7,6 +7,8 @@ functions below, and of one another: `listed(whole(1))`. The book's table is `pa
 import sys
 from collections.abc import Callable, Collection, Mapping
 
+import torch
+
 from mcnotes.names import suggest
 
 Rule = Callable[[object], str]
@@ -16,6 +18,17 @@ def faults(values: Mapping[str, object], rules: Mapping[str, Rule]) -> list[str]
     """What is wrong with `values`, each after the name of its own; those without a rule pass."""
     found = {name: rules[name](value) for name, value in values.items() if name in rules}
     return [f"{name}: {fault}" for name, fault in found.items() if fault]
+
+
+def require(
+    who: str,
+    values: Mapping[str, object],
+    rules: Mapping[str, Rule],
+    error: type[ValueError] = ValueError,
+) -> None:
+    """Raise an error, whose text begins with `who`, unless the rules take all `values`."""
+    if found := faults(values, rules):
+        raise error(f"{who}: {'; '.join(found)}")
 
 
 def got(value: object, expected: str) -> str:
@@ -62,6 +75,30 @@ def text(value: object) -> str:
     return "" if isinstance(value, str) and value else got(value, "some text")
 
 
+def a(kind: type | tuple[type, ...], words: str) -> Rule:
+    """A value of this type; words: how to call it."""
+
+    def rule(value: object) -> str:
+        found = f"a {type(value).__name__}"
+        return "" if isinstance(value, kind) else f"got {found}, expected {words}"
+
+    return rule
+
+
+def device(value: object) -> str:
+    """A device as PyTorch names it, or "auto"."""
+    try:
+        torch.device("cpu" if value == "auto" else value)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        return got(value, "a device, such as auto, cpu or cuda")
+    return ""
+
+
+def function(value: object) -> str:
+    """Something to call."""
+    return "" if callable(value) else got(value, "a function")
+
+
 def one_of(known: Collection[str]) -> Rule:
     """A name in `known`, as it is when the rule is asked."""
 
@@ -106,6 +143,18 @@ def mapping(rules: Mapping[str, Rule]) -> Rule:
         unknown = [name for name in value if name not in rules]
         odd = [f"got name {name!r}{suggest(name, rules)}" for name in unknown]
         return "; ".join(odd + faults(value, rules))
+
+    return rule
+
+
+def mapping_of(other: Rule, least: int = 0) -> Rule:
+    """Names, at least so many, and values such as `other` takes."""
+
+    def rule(value: object) -> str:
+        if not isinstance(value, Mapping) or len(value) < least:
+            return got(value, f"{least} names or more, each with its value")
+        named = {str(name): other(each) for name, each in value.items()}
+        return "; ".join(f"{name!r}: {fault}" for name, fault in named.items() if fault)
 
     return rule
 

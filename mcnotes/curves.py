@@ -4,7 +4,7 @@ A point is a network's state, `Theta = dict[str, Tensor]`. Every curve here is l
 points, r(t) = Σᵢ wᵢ(t) pᵢ with Σᵢ wᵢ = 1, so training and evaluation need only the weights w(t).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import comb
 from typing import Literal
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mcnotes import display
+from mcnotes.checks import require, whole
 
 Theta = dict[str, Tensor]
 Kind = Literal["bezier", "chain"]
@@ -37,6 +38,9 @@ class Curve:
             raise ValueError(f"Curve: got kind {self.kind!r}, expected 'bezier' or 'chain'")
         for i, point in enumerate(self.points[1:], start=1):
             check_same_space(self.points[0], point, f"Curve: control point {i}")
+        places = {str(x.device) for point in self.points for x in point.values()}
+        if len(places) > 1 or "meta" in places:
+            raise ValueError(f"Curve: its points lie on {sorted(places)}, expected one device")
 
     def __repr__(self) -> str:
         numbers = sum(x.numel() for x in self.points[0].values())
@@ -45,8 +49,11 @@ class Curve:
     def _repr_html_(self) -> str:
         names = [n for n, x in self.points[0].items() if x.is_floating_point()]
         apart = self.gram(names)
-        rows = ({"control point": i, "distance from the first": float(apart[i, i]) ** 0.5}
-                for i in range(len(self.points)))  # fmt: skip
+        distances = apart.diagonal().sqrt().tolist()
+        rows = [
+            {"control point": i, "distance from the first": distance}
+            for i, distance in enumerate(distances)
+        ]
         return display.described(self, display.table(rows))
 
     @property
@@ -101,10 +108,19 @@ class Curve:
 
 
 def combine(points: Sequence[Theta], weights: Sequence[float], near: int = 0) -> Theta:
-    """Σᵢ wᵢ pᵢ, for points of one space; integer buffers are those of the point `near`."""
-    (w, p), *others = [(w, p) for w, p in zip(weights, points, strict=True) if w != 0]
-    mixed = {n: p[n] * w if x.is_floating_point() else x.clone() for n, x in points[near].items()}
-    for name in (n for n, x in mixed.items() if x.is_floating_point()):
+    """Σᵢ wᵢ pᵢ with Σᵢ wᵢ = 1, for points of one space.
+
+    A tensor in which all agree, such as a mask, stays as it is, to the last bit. Integer buffers
+    are those of the point `near`.
+    """
+    used = [(w, p) for w, p in zip(weights, points, strict=True) if w != 0]
+    mixed = {}
+    for name, x in points[near].items():
+        if not x.is_floating_point() or all(torch.equal(p[name], x) for _, p in used):
+            mixed[name] = x.clone()
+            continue
+        (w, p), *others = used
+        mixed[name] = p[name] * w
         for w, p in others:
             mixed[name].add_(p[name], alpha=w)
     return mixed
@@ -117,19 +133,26 @@ def line(a: Theta, b: Theta) -> Curve:
 
 def bezier(a: Theta, b: Theta, degree: int = 2) -> Curve:
     """A Bézier curve from a to b; its inner control points start on the line (paper, section 2)."""
+    require("bezier", {"degree": degree}, {"degree": whole(1)})
     return Curve(_on_line(a, b, degree))
 
 
 def chain(a: Theta, b: Theta, bends: int = 1) -> Curve:
     """A polygonal chain from a to b whose bends start on the line (Garipov et al. 2018)."""
+    require("chain", {"bends": bends}, {"bends": whole(0)})
     return Curve(_on_line(a, b, bends + 1), "chain")
 
 
 def check_same_space(a: Theta, b: Theta, who: str) -> None:
     """Raise ValueError, naming the tensor, unless names, shapes and dtypes agree."""
+    for state in (a, b):
+        if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+            raise ValueError(f"{who}: got a {type(state).__name__}, expected tensors by name")
     if odd := sorted(a.keys() ^ b.keys()):
-        raise ValueError(f"{who}: {odd[0]!r} is in one network only ({len(odd)} such names). "
-                         "Fix: take both from the same architecture")  # fmt: skip
+        raise ValueError(
+            f"{who}: {odd[0]!r} is in one network only ({len(odd)} such names). "
+            "Fix: take both from the same architecture"
+        )
     for name, x in a.items():
         y = b[name]
         if x.shape != y.shape or x.dtype != y.dtype:
@@ -146,6 +169,4 @@ def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 
 def _on_line(a: Theta, b: Theta, segments: int) -> tuple[Theta, ...]:
-    if segments < 1:
-        raise ValueError(f"curve: got {segments} segments, expected at least 1")
     return (a, *(line(a, b)(i / segments) for i in range(1, segments)), b)

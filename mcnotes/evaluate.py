@@ -8,9 +8,11 @@ function of outputs and targets.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial, reduce
+from threading import Lock, RLock
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,12 +20,28 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
 from tqdm.auto import tqdm
 
 from mcnotes import display
 from mcnotes.attacks import Perturb
-from mcnotes.calls import Batch, Batches, call, count, logits, sound_gradients
+from mcnotes.calls import (
+    Batch,
+    Batches,
+    applied,
+    arranged,
+    call,
+    count,
+    logits,
+    seeded,
+    sound_gradients,
+    stated,
+    within,
+)
+from mcnotes.checks import Rule, a, function, got, mapping_of, number, optional, require, whole
 from mcnotes.curves import Curve, Theta, combine, views
 from mcnotes.data import Split
 
@@ -34,6 +52,31 @@ Array = NDArray[np.float64]
 Quantity = Callable[[Any, Any, int], tuple[Tensor, Tensor | int]]
 """(outputs, targets, samples) of a batch → the sum over what is counted, and how many these are."""
 IGNORED = -100  # a target that `cross_entropy` leaves out
+
+
+def batched(value: object) -> str:
+    """Something that gives batches of inputs and targets."""
+    if callable(getattr(value, "batches", None)) and hasattr(value, "device"):
+        return ""
+    return f"got a {type(value).__name__}, expected a data.Split or a data.Loader"
+
+
+RULES: dict[str, Rule] = {
+    "net": a(nn.Module, "an nn.Module"),
+    "data": batched,
+    "split": batched,
+    "statistics": optional(batched),
+    "curve": a(Curve, "a Curve"),
+    "wanted": mapping_of(function, least=1),
+    "batch_size": whole(1),
+    "points": whole(2),  # both ends
+    "resolution": whole(2),
+    "margin": number(0),
+    "tolerance": number(0, above=True),
+    "perturb": optional(function),
+    "perturb_statistics": optional(function),
+}
+"""What the arguments of the functions below may be."""
 
 
 class Score(NamedTuple):
@@ -56,17 +99,47 @@ def means(
     net: nn.Module, theta: Theta, data: Batches, wanted: Mapping[str, Quantity], *,
     batch_size: int = 500, perturb: Perturb | None = None
 ) -> dict[str, float]:  # fmt: skip
-    """The mean of each quantity over one pass in evaluation mode. ValueError without a batch."""
+    """The mean of each quantity over one pass in evaluation mode.
+
+    Raises ValueError for a state that does not fit the network, and where there is no batch, or no
+    target that counts.
+    """
+    given = {"data": data, "wanted": wanted, "batch_size": batch_size, "perturb": perturb}
+    require("evaluate", given, RULES)
+    theta = stated("evaluate", net, theta, data.device)
     total: Tensor | None = None
     with mode(net, training=False), torch.no_grad():
         for x, y in attacked(net, theta, data.batches(batch_size), perturb):
-            outputs, n = call(net, theta, x), count(x)
-            pairs = [quantity(outputs, y, n) for quantity in wanted.values()]
-            sums = torch.stack([torch.stack([_exact(v, data.device) for v in p]) for p in pairs])
-            total = sums if total is None else total + sums
+            found = sums(net, theta, (x, y), wanted, data.device)
+            total = found if total is None else total + found
     if total is None:
         raise ValueError("evaluate: got no batch, expected at least one")
+    check_counted(dict(zip(wanted, total[:, 1].tolist(), strict=True)))
     return dict(zip(wanted, (total[:, 0] / total[:, 1]).tolist(), strict=True))
+
+
+def sums(
+    net: nn.Module,
+    theta: Mapping[str, Tensor],
+    batch: Batch,
+    wanted: Mapping[str, Quantity],
+    device: torch.device,
+) -> Tensor:
+    """The sum of each quantity over a batch, and how many it counts: float64 [quantities, 2]."""
+    inputs, targets = batch
+    outputs, n = call(net, theta, inputs), count(inputs)
+    pairs = [quantity(outputs, targets, n) for quantity in wanted.values()]
+    return torch.stack([torch.stack([_exact(v, device) for v in pair]) for pair in pairs])
+
+
+def check_counted(counts: Mapping[str, float]) -> None:
+    """Raise ValueError if there is a quantity, by name, for which no target counts."""
+    for name, n in counts.items():
+        if n == 0:
+            raise ValueError(
+                f"evaluate: found nothing that counts for {name!r}, only targets {IGNORED}, "
+                "expected at least one other"
+            )
 
 
 def _exact(value: Tensor | float, device: torch.device) -> Tensor:
@@ -115,17 +188,24 @@ def attacked(
     net: nn.Module, theta: Theta, batches: Iterable[Batch], perturb: Perturb | None
 ) -> Iterator[Batch]:
     """The batches, the images of each attacked in evaluation mode; repeatable noise (chapter 8)."""
+
+    def model(u: Tensor) -> Tensor:
+        return logits(applied(net, arranged(net, u)))
+
     for i, (x, y) in enumerate(batches):
         if perturb:
-            forked = torch.random.fork_rng([x.device] if x.is_cuda else [])
-            with mode(net, training=False), forked:
-                torch.manual_seed(i)
-                x = perturb(lambda u: logits(call(net, theta, u)), x, y)
+            with mode(net, training=False), seeded(i, x.device):
+                own = x.clone()  # which the attack may write over
+                x = within(net, theta, partial(perturb, model, own, y))
         yield x, y
 
 
 def probabilities(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500) -> Tensor:
     """Predicted class probabilities in evaluation mode: [N, classes], float32."""
+    require("probabilities", {"split": split, "batch_size": batch_size}, RULES)
+    theta = stated("probabilities", net, theta, split.device)
+    if not len(split):
+        raise ValueError("probabilities: got no image, expected at least one")
     with mode(net, training=False), torch.no_grad():
         batches = (logits(call(net, theta, x)) for x, _ in split.batches(batch_size))
         return torch.cat([z.float().softmax(1) for z in batches])
@@ -139,17 +219,21 @@ def batchnorm(
 
     The mean over equal batches of the batch mean and (unbiased) variance; a last partial batch is
     left out. The statistics of a mixture of two networks are no mixture of their statistics, which
-    is why every point of a curve needs this (paper, section 4). Without BatchNorm: a plain copy.
-    perturb: on attacked images; the attack meets the statistics of the images as they are.
+    is why every point of a curve needs this (paper, section 4). Running statistics of InstanceNorm
+    are computed alike, and the singular vectors of `spectral_norm` from the weights. Without any of
+    these: a plain copy. perturb: on attacked images; the attack meets the statistics of the images
+    as they are. Raises ValueError for a state that does not fit the network, and without a batch.
     """
+    given = {"split": split, "batch_size": batch_size, "perturb": perturb}
+    require("batchnorm", given, RULES)
     theta = batchnorm(net, theta, split, batch_size=batch_size) if perturb else theta
-    tracked = (m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats)
-    if not (momenta := {m: m.momentum for m in tracked}):
-        return dict(theta)
-    buffers = dict(net.named_buffers())
-    fresh = {n: x.clone() if n in buffers else x for n, x in theta.items()}
-    for name in (n for n in fresh if n.endswith("num_batches_tracked")):
-        fresh[name].zero_()
+    fresh = with_singular_vectors(net, stated("batchnorm", net, theta, split.device))
+    momenta = {m: m.momentum for m in net.modules() if _tracks(m)}
+    if not momenta:
+        return fresh
+    for path, module in net.named_modules(remove_duplicate=False):
+        if module in momenta and (counter := f"{path}.num_batches_tracked".lstrip(".")) in fresh:
+            fresh[counter].zero_()
     with mode(net, training=False), torch.no_grad():
         try:
             batches = split.batches(batch_size, drop_last=split.count(batch_size) > 1)
@@ -164,6 +248,71 @@ def batchnorm(
     if k == 0:
         raise ValueError("batchnorm: got no batch, expected at least one")
     return fresh
+
+
+def _tracks(module: nn.Module) -> TypeGuard[_NormBase]:
+    """Does it keep running statistics that can be computed anew?"""
+    return isinstance(module, _NormBase) and module.track_running_stats
+
+
+def with_singular_vectors(net: nn.Module, theta: Theta) -> Theta:
+    """`theta`, its buffers of `spectral_norm` written over by the first singular vectors.
+
+    Those of a mixture of weights are no mixture of the vectors, which have no common sign.
+    """
+
+    def write(matrix: Tensor, u: Tensor, v: Tensor) -> None:
+        matrix = matrix.double()
+        left = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -1]
+        u.copy_(left)
+        v.copy_(nn.functional.normalize(matrix.T @ left, dim=0))
+
+    def renew() -> None:
+        for module in net.modules():
+            if isinstance(module, ParametrizationList):
+                many = range(0 if module.is_tensor else module.ntensors)
+                x = [getattr(module, f"original{i}") for i in many] or [module.original]
+                for step in module:
+                    if isinstance(step, _SpectralNorm) and x[0].ndim > 1:
+                        write(step._reshape_weight_to_matrix(x[0]), step._u, step._v)
+                    x = [step(*x)]
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, SpectralNorm):
+                    weight, u, v = (getattr(module, hook.name + n) for n in ("_orig", "_u", "_v"))
+                    write(hook.reshape_weight_to_matrix(weight), u, v)
+
+    if any(map(_spectral, net.modules())):
+        with mode(net, training=False), torch.no_grad():
+            within(net, theta, renew)
+    return theta
+
+
+def _spectral(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, _SpectralNorm) or any(isinstance(h, SpectralNorm) for h in hooks)
+
+
+def check_mixable(who: str, net: nn.Module, points: Sequence[Theta]) -> None:
+    """Raise ValueError for buffers that differ between networks and cannot be computed anew.
+
+    A mixture of masks, or of running statistics of an unknown kind, is neither. What `batchnorm`
+    computes may differ, and so may whole numbers.
+    """
+    known: set[str] = set()
+    for path, module in net.named_modules(remove_duplicate=False):
+        if _tracks(module) or _spectral(module):
+            known |= {f"{path}.{name}".lstrip(".") for name in module._buffers}
+    for name, own in net.named_buffers(remove_duplicate=False):
+        values = [p[name] for p in points if name in p]
+        if not own.is_floating_point() or name in known or not values:
+            continue
+        if not all(torch.equal(x, values[0]) for x in values):
+            kind = type(net.get_submodule(name.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"{who}: the buffer {name!r} (of a {kind}) differs between the networks, and a "
+                "mixture of buffers is not understood, except of BatchNorm, InstanceNorm and "
+                "spectral_norm. Fix: make it a parameter, or give all networks the same"
+            )
 
 
 def barrier(t: Array, loss: Array) -> float:
@@ -221,9 +370,16 @@ def profile(
     the statistics as the curve mixes them, which is rarely what one wants. perturb: the attack on
     the images of `split` at every point, perturb_statistics: that on the images of `statistics`.
     """
-    t, arc, loss, accuracy = along(net, curve, split, CLASSIFICATION, statistics=statistics,
-                                   points=points, perturb=perturb,
-                                   perturb_statistics=perturb_statistics).T  # fmt: skip
+    t, arc, loss, accuracy = along(
+        net,
+        curve,
+        split,
+        CLASSIFICATION,
+        statistics=statistics,
+        points=points,
+        perturb=perturb,
+        perturb_statistics=perturb_statistics,
+    ).T
     return Profile(t, arc, loss, accuracy)
 
 
@@ -233,8 +389,10 @@ def along(
     perturb_statistics: Perturb | None = None
 ) -> Array:  # fmt: skip
     """t, arc length, and the mean of each quantity: [points, 2 + quantities]; see `profile`."""
-    if points < 2:
-        raise ValueError(f"profile: got points={points}, expected at least 2 (both ends)")
+    given = {"curve": curve, "data": data, "wanted": wanted, "statistics": statistics}
+    given |= {"points": points, "perturb": perturb, "perturb_statistics": perturb_statistics}
+    require("profile", given, RULES)
+    check_mixable("profile", net, [stated("profile", net, p, data.device) for p in curve.points])
     ts = torch.linspace(0, 1, points, dtype=torch.float64)
     bar = tqdm(ts.tolist(), desc="along the curve", leave=False)
     found = _means(net, map(curve, bar), data, wanted, statistics, perturb, perturb_statistics)
@@ -257,11 +415,16 @@ def plane(
     statistics: Batches | None, resolution: int = 17, margin: float = 0.2,
     perturb: Perturb | None = None
 ) -> Plane:  # fmt: skip
-    """Evaluate a `resolution`² grid of the plane through three networks (paper, section 5).
+    """Evaluate a square grid in the plane through three networks (paper, section 5).
 
-    margin: how far the grid goes beyond the corners, as a share of their extent. `statistics` and
-    `perturb` as in `profile`, in each cell. Raises ValueError when the three lie on one line.
+    resolution: points along a side. margin: how far it goes beyond the corners, as a share of
+    their extent. `statistics` and `perturb` as in `profile`, in each cell. Raises ValueError when
+    the three lie on one line.
     """
+    given = {"split": split, "statistics": statistics, "resolution": resolution}
+    require("plane", given | {"margin": margin, "perturb": perturb}, RULES)
+    states = [stated("plane", net, p, split.device) for p in _three(corners)]
+    check_mixable("plane", net, states)
     at = coordinates(net, corners)
     pad = margin * np.ptp(at, axis=0).max()
     x, y = np.linspace(at.min(0) - pad, at.max(0) + pad, resolution).T
@@ -274,12 +437,19 @@ def plane(
     return Plane(x, y, loss, accuracy, at)
 
 
+def _three(corners: Sequence[Theta]) -> Sequence[Theta]:
+    if not isinstance(corners, tuple | list) or len(corners) != 3:
+        raise ValueError("plane: corners: " + got(corners, "the states of three networks"))
+    return corners
+
+
 def coordinates(net: nn.Module, corners: tuple[Theta, Theta, Theta]) -> Array:
     """Where three networks lie in the plane through them: [3, 2], Euclidean over the parameters.
 
     The first is the origin, the second on the first axis. Raises ValueError as `plane`.
     """
-    gram = Curve(corners).gram(dict(net.named_parameters())).numpy()
+    states = tuple(stated("plane", net, corner) for corner in _three(corners))
+    gram = Curve(states).gram(dict(net.named_parameters())).numpy()
     a = np.sqrt(gram[1, 1])
     height = gram[2, 2] - (gram[1, 2] / a) ** 2 if a > 0 else 0.0
     if height <= 1e-10 * gram[2, 2]:
@@ -299,6 +469,9 @@ def curvature(
     where a parameter is, else in float32. Returns float64 [top]. Raises ValueError where there is
     no image, no such number of eigenvalues, or a product that is not finite.
     """
+    given = {"split": split, "top": top, "tolerance": tolerance}
+    require("curvature", given, RULES | {"top": whole(0)})
+    theta = stated("curvature", net, theta, split.device)
     names = [name for name, _ in net.named_parameters()]
     dtype = reduce(torch.promote_types, (theta[name].dtype for name in names), torch.float32)
     # Second names of tied weights are left out: they follow the first.
@@ -314,16 +487,19 @@ def curvature(
             f"from 1 to {n - 1}, below the number of parameters"
         )
 
+    def curved(x: Tensor, y: Tensor, direction: list[Tensor]) -> tuple[Tensor, ...]:
+        z = applied(net, arranged(net, x))
+        loss = cross_entropy(z, y, reduction="sum")
+        # Adds 0 to each product, and lets all derivatives exist, also where the loss has none.
+        loss = loss + 0 * torch.stack([p.square().sum() for p in leaves]).sum()
+        slopes = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(slopes, leaves, grad_outputs=direction)
+
     def product(v: Array) -> Array:
         direction = views(torch.from_numpy(v).to(leaves[0]).flatten(), [x.shape for x in leaves])
         total = torch.zeros(n, dtype=torch.float64, device=leaves[0].device)
         for x, y in split.batches(500):
-            z = call(net, state | free, x.to(dtype))
-            loss = cross_entropy(z, y, reduction="sum")
-            # Adds 0 to each product, and lets all derivatives exist, also where the loss has none.
-            loss = loss + 0 * torch.stack([p.square().sum() for p in leaves]).sum()
-            slopes = torch.autograd.grad(loss, leaves, create_graph=True)
-            hv = torch.autograd.grad(slopes, leaves, grad_outputs=direction)
+            hv = within(net, state | free, partial(curved, x.to(dtype), y, direction))
             total += torch.cat([h.flatten() for h in hv]).double() / len(split)
         if not total.isfinite().all():
             raise ValueError(
@@ -341,20 +517,29 @@ def curvature(
     return np.sort(found)[::-1].copy()
 
 
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_ONE = Lock()
+
+
 @contextlib.contextmanager
 def mode(net: nn.Module, *, training: bool) -> Iterator[None]:
     """Train or evaluation mode for a while; every module's own flag comes back.
 
     By way of training mode, in which modules (LeViT's) forget what they kept of other parameters.
+    One thread at a time: a network has one mode, and one set of parameters in its places.
     """
-    before = {m: m.training for m in net.modules()}
-    net.train().train(training)
-    try:
-        yield
-    finally:
-        net.train()
-        for module, flag in before.items():
-            module.training = flag
+    require("mode", {"net": net}, RULES)
+    with _ONE:
+        lock = _LOCKS.setdefault(net, RLock())
+    with lock:
+        before = {m: m.training for m in net.modules()}
+        net.train().train(training)
+        try:
+            yield
+        finally:
+            net.train()
+            for module, flag in before.items():
+                module.training = flag
 
 
 def _means(
@@ -362,6 +547,8 @@ def _means(
     statistics: Batches | None, perturb: Perturb | None = None, before: Perturb | None = None
 ) -> Array:  # fmt: skip
     """The means [points, quantities], BatchNorm recomputed on `statistics` (if not None)."""
-    fresh = (batchnorm(net, p, statistics, perturb=before) if statistics else p for p in points)
+    fresh = (
+        p if statistics is None else batchnorm(net, p, statistics, perturb=before) for p in points
+    )
     found = (means(net, theta, data, wanted, perturb=perturb) for theta in fresh)
     return np.array([[*values.values()] for values in found])

@@ -1,4 +1,4 @@
-"""The networks of the paper: plain `nn.Module`s that know nothing about curves or permutations.
+"""The networks of the paper: plain modules that know nothing about curves or permutations.
 
 Every network maps images [N, C, H, W] in [0, 1] to logits [N, num_classes] and normalises its input
 itself, by a fixed `(x - 0.5) / 0.25`. The convolutional ones take 28 x 28 and 32 x 32 images alike.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mcnotes.checks import Rule, number, optional, require, whole
 from mcnotes.names import suggest
 
 
@@ -46,9 +47,16 @@ class ConvBlock(nn.Module):
     """Convolution without bias, BatchNorm, and ReLU unless `relu=False`."""
 
     def __init__(
-        self, before: int, after: int, kernel: int = 3, stride: int = 1, *,
-        padding: int | None = None, relu: bool = True, eps: float = 1e-5
-    ) -> None:  # fmt: skip
+        self,
+        before: int,
+        after: int,
+        kernel: int = 3,
+        stride: int = 1,
+        *,
+        padding: int | None = None,
+        relu: bool = True,
+        eps: float = 1e-5,
+    ) -> None:
         super().__init__()
         pad = kernel // 2 if padding is None else padding
         self.conv = nn.Conv2d(before, after, kernel, stride, pad, bias=False)
@@ -83,11 +91,15 @@ class TinyTen(Network):
         super().__init__()
         w = width
         self.blocks = nn.Sequential(
-            ConvBlock(in_channels, w), ConvBlock(w, w),
-            ConvBlock(w, 2 * w, stride=2), ConvBlock(2 * w, 2 * w), ConvBlock(2 * w, 2 * w),
-            ConvBlock(2 * w, 4 * w, stride=2), ConvBlock(4 * w, 4 * w, padding=0),
+            ConvBlock(in_channels, w),
+            ConvBlock(w, w),
+            ConvBlock(w, 2 * w, stride=2),
+            ConvBlock(2 * w, 2 * w),
+            ConvBlock(2 * w, 2 * w),
+            ConvBlock(2 * w, 4 * w, stride=2),
+            ConvBlock(4 * w, 4 * w, padding=0),
             ConvBlock(4 * w, 4 * w, kernel=1),
-        )  # fmt: skip
+        )
         self.head = nn.Linear(4 * w, num_classes)
         self.reset_parameters()
 
@@ -136,9 +148,14 @@ class ResNet(Network):
     drawn = (nn.Conv2d,)
 
     def __init__(
-        self, depth: int = 32, num_classes: int = 10, in_channels: int = 3, width: int = 16, *,
-        shortcut: str = "conv"
-    ) -> None:  # fmt: skip
+        self,
+        depth: int = 32,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: int = 16,
+        *,
+        shortcut: str = "conv",
+    ) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"ResNet: got depth={depth}, expected 6n + 2, such as 20, 32 or 56")
@@ -180,12 +197,16 @@ class Inception(nn.Module):
 
 
 INCEPTIONS = {  # Szegedy et al. (2015), table 1
-    "3a": (64, 96, 128, 16, 32, 32), "3b": (128, 128, 192, 32, 96, 64),
-    "4a": (192, 96, 208, 16, 48, 64), "4b": (160, 112, 224, 24, 64, 64),
-    "4c": (128, 128, 256, 24, 64, 64), "4d": (112, 144, 288, 32, 64, 64),
+    "3a": (64, 96, 128, 16, 32, 32),
+    "3b": (128, 128, 192, 32, 96, 64),
+    "4a": (192, 96, 208, 16, 48, 64),
+    "4b": (160, 112, 224, 24, 64, 64),
+    "4c": (128, 128, 256, 24, 64, 64),
+    "4d": (112, 144, 288, 32, 64, 64),
     "4e": (256, 160, 320, 32, 128, 128),
-    "5a": (256, 160, 320, 32, 128, 128), "5b": (384, 192, 384, 48, 128, 128),
-}  # fmt: skip
+    "5a": (256, 160, 320, 32, 128, 128),
+    "5b": (384, 192, 384, 48, 128, 128),
+}
 
 
 class GoogLeNet(Network):
@@ -201,9 +222,13 @@ class GoogLeNet(Network):
     draw = staticmethod(partial(nn.init.trunc_normal_, std=0.01, a=-0.02, b=0.02))
 
     def __init__(
-        self, num_classes: int = 10, in_channels: int = 3, width: float = 1.0, *,
-        auxiliary: bool = False
-    ) -> None:  # fmt: skip
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: float = 1.0,
+        *,
+        auxiliary: bool = False,
+    ) -> None:
         super().__init__()
 
         def scaled(*sizes: int) -> list[int]:
@@ -240,22 +265,41 @@ class GoogLeNet(Network):
 
 RESNETS = {f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 56)}
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": MLP, "tinyten": TinyTen, **RESNETS, "googlenet": GoogLeNet
-}  # fmt: skip
+    "mlp": MLP,
+    "tinyten": TinyTen,
+    **RESNETS,
+    "googlenet": GoogLeNet,
+}
+
+
+SIZES: dict[str, Rule] = {
+    "num_classes": whole(1),
+    "in_channels": whole(1),
+    "width": optional(number(0, above=True)),
+    "image_size": optional(whole(1)),
+}
+"""What the sizes of a network may be."""
 
 
 def build(
-    name: str, *, num_classes: int, in_channels: int, width: float | None = None,
-    image_size: int | None = None, **options: Any
-) -> nn.Module:  # fmt: skip
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    width: float | None = None,
+    image_size: int | None = None,
+    **options: Any,
+) -> nn.Module:
     """A network by its name: one of `BUILDERS`. `options` go to its constructor.
 
     `width` is the channels of the first stage (TinyTen, ResNet), a factor (GoogLeNet) or the units
     of each of two hidden layers (MLP); None takes the network's own. Only the MLP needs
     `image_size`. Raises ValueError for an unknown name and for an MLP without `image_size`.
     """
-    if name not in BUILDERS:
+    if not isinstance(name, str) or name not in BUILDERS:
         raise ValueError(f"build: got {name!r}, expected a network{suggest(name, BUILDERS)}")
+    given = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
+    require("build", given | {"image_size": image_size}, SIZES)
     if name == "mlp":
         if image_size is None:
             raise ValueError(

@@ -3,7 +3,6 @@
 What does not fit is refused by an InputError of one sentence: what was found, what was expected.
 """
 
-import copy
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mcnotes import calls, evaluate, symmetry, train
+from mcnotes import calls, checkpoints, evaluate, symmetry, train
 from mcnotes.calls import InputError
 from mcnotes.curves import Theta, check_same_space
-from mcnotes.data import Loader
+from mcnotes.data import Loader, Sets
 from mcnotes.data.loader import widened
 from mcnotes.evaluate import Quantity
 from mcnotes.symmetry import Symmetry
 from mcnotes.symmetry.execute import tensors_in
+from mcnotes.symmetry.find import relative_difference
 from mcnotes.train import Loss
 
 Metric = Callable[[Any, Any], Any]  # outputs and targets of a batch → the mean over it
@@ -43,21 +43,28 @@ class Prepared(NamedTuple):
     data: Loader
     outputs: list[list[Tensor]]  # of each model, for the first batch
 
-    def symmetry(self) -> Symmetry:
-        """What may be permuted, verified. SymmetryError if it cannot be found, or does not hold."""
+    def symmetry(self) -> tuple[Symmetry, float]:
+        """What may be permuted, and by how much outputs differed when it was verified.
+
+        SymmetryError if it cannot be found, or does not hold.
+        """
         example = calls.first(self.data.head[0], 4)
         sym = symmetry.find(self.net, example)
-        sym.verify(self.net, example, tolerance=VERIFIED)
-        return sym
+        return sym, sym.verify(self.net, example, tolerance=VERIFIED)
 
-    def check_result(self, model: nn.Module, expected: list[Tensor]) -> None:
-        """Raise InputError unless `model` gives these outputs for the first batch."""
+    def check_result(self, model: nn.Module, expected: list[Tensor]) -> float:
+        """The relative difference of `model`'s outputs for the first batch from those expected.
+
+        Raises InputError unless they are the same but for rounding.
+        """
         net = working_copy(self.who, "the result", model, self.data.device)
-        if not alike(first_outputs(self.who, "the result", net, self.data), expected):
+        found = first_outputs(self.who, "the result", net, self.data)
+        if not alike(found, expected):
             raise InputError(
                 f"{self.who}: in the new order the model gives other outputs, though "
                 f"its symmetry was verified: {KEPT}"
             )
+        return relative_difference(expected, found)
 
 
 def prepare(
@@ -193,6 +200,33 @@ def _checked(ready: Prepared, what: str, function: Metric) -> Metric:
     return function
 
 
+def for_inputs(
+    net: nn.Module,
+    sets: Sets,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """The network for batches of `sets`; if these are images in [0, 1], (x − mean) / std first.
+
+    Three numbers also make a grey image one in colours. Raises InputError where they do not fit.
+    """
+    mean, std = mean or [], std or []
+    if sets.task is None and (mean or std):
+        raise InputError(
+            "mean and std are for pictures, and these data come in batches, which are taken as "
+            "they are: leave mean and std out, and normalise where the batches are made"
+        )
+    if mean and std and len(mean) != len(std):
+        raise InputError(f"got {len(mean)} numbers as mean and {len(std)} as std, expected as many")
+    if sets.task is None:
+        return net
+    channels = max(len(mean), len(std))
+    has = sets.task.example.shape[1]
+    if channels > 1 and has not in (1, channels):
+        raise InputError(f"got mean and std of {channels} channels for pictures of {has}")
+    return checkpoints.normalised(net, mean or [0], std or [1], channels if channels > 1 else 0)
+
+
 def module(who: str, name: str, model: Any) -> nn.Module:
     """The module itself, out of the wrapper of `torch.compile`. InputError if it cannot be used."""
     model = getattr(model, "_orig_mod", model)
@@ -217,7 +251,7 @@ def module(who: str, name: str, model: Any) -> nn.Module:
 def copied(who: str, name: str, model: nn.Module) -> nn.Module:
     """A copy that shares nothing, without gradients. InputError if that cannot be."""
     try:
-        made = copy.deepcopy(module(who, name, model))
+        made = calls.duplicate(module(who, name, model))
     except InputError:
         raise
     except Exception as error:  # of whatever the module holds

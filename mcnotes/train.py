@@ -4,8 +4,7 @@ A network is a curve of degree 0. A step draws t, sets θ = r(t) = Σᵢ wᵢ(t)
 of the loss (with its L2 penalty) at θ, and gives control point pᵢ the gradient wᵢ(t) g.
 """
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +19,20 @@ from tqdm.auto import tqdm
 from mcnotes import display, evaluate
 from mcnotes.attacks import Perturb
 from mcnotes.cache import Checkpoint
-from mcnotes.calls import Training, call, count, heads, sound_gradients
+from mcnotes.calls import (
+    Training,
+    applied,
+    arranged,
+    count,
+    duplicate,
+    heads,
+    seeded,
+    sound_gradients,
+    stated,
+    swapped,
+    within,
+)
+from mcnotes.checks import Rule, a, flag, function, number, one_of, optional, require, whole
 from mcnotes.curves import Curve, Theta, check_same_space, views
 
 Loss = Callable[[Any, Any], Tensor]  # outputs and targets of a batch → their mean loss
@@ -45,14 +57,7 @@ class Recipe:
     compile: bool = False  # torch.compile
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"Recipe: schedule {self.schedule!r}, expected one of {[*SCHEDULES]}")
-        if self.precision not in PRECISIONS:
-            known = " or ".join(PRECISIONS)
-            raise ValueError(f"Recipe: precision {self.precision!r}, expected {known}")
-        for name in ("epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"Recipe: {name}={getattr(self, name)}, expected more than 0")
+        require("Recipe", vars(self), OPTIONS)
 
     def config(self) -> dict[str, Any]:
         """JSON values that describe the recipe (not `compile`: it changes only rounding)."""
@@ -70,6 +75,38 @@ SCHEDULES: dict[str, Callable[[float, int], float]] = {
 }
 """Learning-rate factor by (epoch, a float; epochs)."""
 PRECISIONS = ("float32", "bfloat16")
+OPTIONS: dict[str, Rule] = {
+    "epochs": whole(1),
+    "batch_size": whole(1),
+    "lr": number(0, above=True),
+    "momentum": number(0, 1),
+    "weight_decay": number(0),
+    "schedule": one_of(SCHEDULES),
+    "augment": flag,
+    "precision": one_of(PRECISIONS),
+    "compile": flag,
+}
+"""What the fields of a recipe may be."""
+
+
+def trainable(value: object) -> str:
+    """Something that `Training` describes."""
+    fits = not evaluate.batched(getattr(value, "train", None)) and hasattr(value, "augment")
+    return "" if fits else f"got a {type(value).__name__}, expected a data.Task or a data.Loader"
+
+
+RULES: dict[str, Rule] = {
+    "net": a(nn.Module, "an nn.Module"),
+    "curve": a(Curve, "a Curve"),
+    "task": trainable,
+    "recipe": a(Recipe, "a Recipe"),
+    "seed": whole(-(2**63), 2**64 - 1),
+    "pull": number(0),
+    "perturb": optional(function),
+    "checkpoint": optional(a(Checkpoint, "a cache.Checkpoint")),
+    "loss": optional(function),
+}
+"""What the arguments of the functions below may be."""
 
 
 class Fit(NamedTuple):
@@ -98,11 +135,13 @@ def initialise(net: nn.Module, seed: int) -> Theta:
 
     Raises TrainingError naming the parameters that no module knows how to draw; pass `init` then.
     """
-    fresh = copy.deepcopy(net).cpu()
-    for p in fresh.parameters():
+    require("initialise", {"net": net, "seed": seed}, RULES)
+    fresh = duplicate(net).cpu()
+    for name, p in fresh.named_parameters():
+        if nn.parameter.is_lazy(p):
+            raise TrainingError(f"initialise: {name!r} has no shape. Fix: run the network once")
         p.data.fill_(torch.nan)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, torch.device("cpu")):
         for module in reversed(list(fresh.modules())):  # a parent may overrule its children
             for name in ("reset_parameters", "_reset_parameters"):
                 getattr(module, name, lambda: None)()
@@ -111,7 +150,9 @@ def initialise(net: nn.Module, seed: int) -> Theta:
             f"initialise: no module draws {odd[0]!r} ({len(odd)} in all). Fix: seed torch, build "
             "the network and pass init=net.state_dict()"
         )
-    return {n: x.detach() for n, x in fresh.state_dict().items()}
+    state = {n: x for n, x in fresh.state_dict().items() if isinstance(x, Tensor)}
+    state |= {n: x for n, x in fresh.named_buffers() if n not in state}  # those not for files
+    return {n: x.detach() for n, x in state.items()}
 
 
 def fit(
@@ -120,11 +161,16 @@ def fit(
 ) -> Fit:  # fmt: skip
     """Train `net` on `task.train` from `init` (default: `initialise(net, seed)`).
 
-    Returns the network as `Fit.theta`, BatchNorm statistics recomputed on the training images.
+    Returns the network as `Fit.theta`, its buffers as training left them, but BatchNorm's
+    statistics recomputed on the training images (`evaluate.batchnorm`).
     perturb(model, images, labels) -> images is applied to every batch (adversarial training).
     With a `checkpoint` a stopped run goes on from its last epoch and ends with the same weights.
     """
-    curve = Curve((init or initialise(net, seed),))
+    given = {"net": net, "task": task, "recipe": recipe, "seed": seed}
+    require("fit", given | {"perturb": perturb, "checkpoint": checkpoint}, RULES)
+    start = initialise(net, seed) if init is None else init
+    start = {name: x.to(task.device) for name, x in stated("fit: init", net, start).items()}
+    curve = Curve((start,))
     step = Step(net, curve, slice(0, 1), recipe, task.device, perturb)
     fitted = run(step, curve, task, seed, checkpoint)
     theta = evaluate.batchnorm(net, fitted.theta, task.train)
@@ -142,6 +188,9 @@ def fit_curve(
     of inner points are those of the mixture: recompute them wherever the curve is evaluated
     (`evaluate.profile`).
     """
+    given = {"net": net, "curve": curve, "task": task, "recipe": recipe, "seed": seed}
+    given |= {"pull": pull, "perturb": perturb, "checkpoint": checkpoint, "loss": loss}
+    require("fit_curve", given, RULES)
     if curve.degree < 2:
         raise TrainingError(
             f"fit_curve: a curve of degree {curve.degree} has no inner point to train. Fix: use "
@@ -202,11 +251,10 @@ def _epoch(step: "Step", curve: Curve, task: Training, seed: int, epoch: int) ->
     augment = task.augment if recipe.augment else None
     data = task.train.batches(recipe.batch_size, generator=noise, augment=augment)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with evaluate.mode(step.net, training=True), forked:
-        # Dropout has a stream of its own. An attack's noise keeps that of the shuffling, with which
-        # the robust networks of data/zoo were trained.
-        torch.manual_seed(seed if step.perturb else _apart(seed))
+    # Dropout has a stream of its own. An attack's noise keeps that of the shuffling, with which the
+    # robust networks of data/zoo were trained.
+    drawing = seeded(seed if step.perturb else _apart(seed), device)
+    with evaluate.mode(step.net, training=True), drawing:
         for i, (x, y) in enumerate(data):
             lr = recipe.lr * SCHEDULES[recipe.schedule](epoch + i / batches, recipe.epochs)
             total += step(x, y, weights[i], lr) * (n := count(x))
@@ -238,22 +286,25 @@ class Step:
         self, net: nn.Module, curve: Curve, free: slice, recipe: Recipe, device: torch.device,
         perturb: Perturb | None = None, pull: float = 0.0, loss: Loss = cost
     ) -> None:  # fmt: skip
-        self.net, self.free, self.recipe, self.perturb, self.pull = net, free, recipe, perturb, pull
-        self.loss = loss
-        self.shapes = [p.shape for p in net.parameters()]
-        names = [name for name, _ in net.named_parameters()]
-        flat = ([p[n].detach().to(device).flatten() for n in names] for p in curve.points)
+        self.net, self.free, self.recipe = net, free, recipe
+        self.perturb, self.pull, self.loss = perturb, pull, loss
+        self.single = curve.degree == 0
+        states = [stated("train", net, p) for p in curve.points]
+        evaluate.check_mixable("train", net, states)
+        parameters = dict(net.named_parameters())
+        self.shapes = [p.shape for p in parameters.values()]
+        flat = ([p[n].detach().to(device).flatten() for n in parameters] for p in states)
         self.rows = torch.stack([torch.cat(parts) for parts in flat])  # [k, n]
         self.phi = self.rows[free]  # [free points, n], a view of the rows
         self.anchor, self.velocity = self.phi.clone(), torch.zeros_like(self.phi)
-        self.single = curve.degree == 0
         self.theta = self.rows[0] if self.single else torch.empty_like(self.rows[0])  # [n]
         self.leaves = [v.detach().requires_grad_() for v in views(self.theta, self.shapes)]
-        middle = curve(0.5)
+        middle = stated("train", net, curve(0.5))
+        if not self.single:
+            middle = evaluate.with_singular_vectors(net, middle)
         self.buffers = {n: middle[n].to(device).clone() for n, _ in net.named_buffers()}
-        self.state_dict = dict(zip(names, self.leaves, strict=True)) | self.buffers
-        forward: Callable[..., Any] = partial(call, net)
-        self.forward = torch.compile(forward) if recipe.compile else forward
+        self.state_dict = dict(zip(parameters, self.leaves, strict=True)) | self.buffers
+        self.compiled = torch.compile(partial(swapped, net)) if recipe.compile else None
         self.frozen: Tensor | None = None  # [n], where there is such a parameter
         if not all(p.requires_grad for p in net.parameters()):
             frozen = [torch.full((p.numel(),), not p.requires_grad) for p in net.parameters()]
@@ -279,16 +330,26 @@ class Step:
             torch.mv(self.rows.T, weights, out=self.theta)
         if self.perturb:
             x = self.attacked(x, y, self.perturb)
-        low = self.recipe.precision == "bfloat16"
         with sound_gradients(self.net):
-            with torch.autocast(self.theta.device.type, torch.bfloat16, enabled=low):
-                loss = self.loss(self.forward(self.state_dict, x), y)
-            slopes = torch.autograd.grad(
-                loss, self.leaves, allow_unused=True, materialize_grads=True
-            )
+            if self.compiled:  # what it recomputes for the gradient does not depend on the network
+                loss, slopes = self.slopes(partial(self.compiled, self.state_dict), x, y)
+            else:
+                work = partial(self.slopes, partial(applied, self.net), x, y)
+                loss, slopes = within(self.net, self.state_dict, work)
         g = torch.cat([s.flatten() for s in slopes])
         g.add_(self.theta, alpha=self.recipe.weight_decay)
         return loss.detach(), g if self.frozen is None else g.masked_fill_(self.frozen, 0)
+
+    def slopes(
+        self, forward: Callable[[Any], Any], x: Any, y: Any
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The loss, and its slopes in the leaves; forward: from inputs to outputs at θ."""
+        low = self.recipe.precision == "bfloat16"
+        x = arranged(self.net, x)
+        with torch.autocast(self.theta.device.type, torch.bfloat16, enabled=low):
+            loss = self.loss(forward(x), y)
+        slopes = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
+        return loss, slopes
 
     def attacked(self, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
         """What `perturb` makes of a batch, in evaluation mode; no buffer changes.
@@ -302,15 +363,25 @@ class Step:
                 frozen |= {n: x.clone() for n, x in self.buffers.items()}
                 for module in self.net.modules():
                     module.training = isinstance(module, _BatchNorm)
-            return perturb(lambda u: self.forward(frozen, u), x, y)
+            if self.compiled:
+                return perturb(partial(self.compiled, frozen), x.clone(), y)
+            forward = lambda u: applied(self.net, arranged(self.net, u))  # noqa: E731
+            return within(self.net, frozen, partial(perturb, forward, x.clone(), y))
 
     def points(self, curve: Curve) -> list[Theta]:
-        """The control points as they stand; the fixed ones are the very values that came in."""
+        """The control points as they stand; the fixed ones are the very values that came in.
+
+        Buffers are those that training left, of a single network: on a curve they mix all t.
+        """
         points = list(curve.points)
         names = list(self.net.named_parameters(remove_duplicate=False))  # tied weights have two
+        held = list(self.net.named_buffers(remove_duplicate=False)) if self.single else []
+        kept = dict(zip(self.net.buffers(), self.buffers.values(), strict=True))
         for i in range(len(points))[self.free]:
             new = dict(zip(self.net.parameters(), views(self.rows[i], self.shapes), strict=True))
-            points[i] = points[i] | {name: new[p].clone() for name, p in names}
+            moved = {name: new[p].clone() for name, p in names}
+            moved |= {name: kept[b].clone() for name, b in held}
+            points[i] = points[i] | {n: x.to(points[i][n].device) for n, x in moved.items()}
         return points
 
     def state(self) -> dict[str, Tensor]:

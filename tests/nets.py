@@ -1,4 +1,7 @@
-"""Small networks for the tests of symmetry: each function gives a network and its inputs."""
+"""Small networks for the tests of symmetry: each function gives a network and its inputs.
+
+`Keeps`, in the end, is for all tests of networks that keep what they computed.
+"""
 
 from __future__ import annotations
 
@@ -606,3 +609,32 @@ class Graph(nn.Module):
 
 def normal(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape))
+
+
+class Keeps(nn.Module):
+    """Remembers, in evaluation mode, what it computed from its parameters, as timm's LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bias, self.last = (
+            nn.Linear(144, 6),
+            nn.Parameter(torch.ones(6)),
+            nn.Linear(6, 3),
+        )
+        self.kept: dict[str, Tensor] = {}
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.bias)
+
+    def train(self, mode: bool = True) -> Keeps:
+        super().train(mode)
+        if mode:
+            self.kept = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.exp()
+        if not self.training:
+            bias = self.kept.setdefault("bias", bias)
+        z: Tensor = self.last((self.first(x.flatten(1)) + bias).relu())
+        return z

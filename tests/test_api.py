@@ -703,7 +703,7 @@ CONNECTS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "no slope": (
         {"loss": lambda z, y: (z > y).float().mean()}, regression(), r"has no slope"),
     "a kind": ({"kind": "spline"}, regression(), r"kind 'spline', expected one of"),
-    "epochs": ({"epochs": 0}, regression(), r"epochs=0, expected more than 0"),
+    "epochs": ({"epochs": 0}, regression(), r"epochs: got 0, expected a whole number"),
 }  # fmt: skip
 
 

@@ -350,13 +350,13 @@ class TestMasking:
 
 
 def test_refuses_what_no_attack_can_be() -> None:
-    with pytest.raises(ValueError, match=r"got norm 'l1', expected one of \['linf', 'l2'\]"):
+    with pytest.raises(ValueError, match="norm: got 'l1', expected one of linf, l2"):
         PGD(0.1, norm="l1")
-    with pytest.raises(ValueError, match="got loss 'hinge', expected one of"):
+    with pytest.raises(ValueError, match="loss: got 'hinge', expected one of"):
         PGD(0.1, loss="hinge")
-    with pytest.raises(ValueError, match="got schedule 'cosine', expected one of"):
+    with pytest.raises(ValueError, match="schedule: got 'cosine', expected one of"):
         PGD(0.1, schedule="cosine")
-    with pytest.raises(ValueError, match="expected eps >= 0"):
+    with pytest.raises(ValueError, match=r"eps: got -0\.1, expected a number of at least 0"):
         PGD(-0.1)
     with pytest.raises(ValueError, match="need start=True and best=True"):
         PGD(0.1, restarts=2, best=False)

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from small import agree, picture_folder, terms
 
 from mcnotes import checkpoints, data, train
-from tools import chapters, notebooks, presets
+from tools import chapters
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def readme_command() -> list[str]:
-    """The words of the command by which the README runs chapter 10."""
+    """The words of the command by which the README makes a report."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text("utf8"), re.DOTALL)
-    (block,) = (block for block in blocks if "book/10_" in block)
-    return shlex.split(block.replace("\\\n", " "))
+    (line,) = re.findall(r"^mcnotes report .*$", "\n".join(blocks), re.M)
+    return shlex.split(line)
 
 
 class TestChapter:
@@ -45,28 +45,21 @@ class TestChapter:
         (user / "mynets.py").write_text("from users_net import Net\n")
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # as if installed
         environment = {"PYTHONPATH": os.pathsep.join(paths), "MCNOTES_STORE": str(user / "store")}
-        values = presets.load("smoke") | {
-            "factory_arguments": {"classes": 3},
-            "mean": [0.4],
-            "std": [0.2],
-            "lr": 0.02,
-            "batch_size": 16,
-        }
         environment |= chapters.ENVIRONMENT
-        tool, chapter, *arguments = readme_command()
-        assert tool == "papermill"
-        command = [sys.executable, "-m", tool, str(ROOT / chapter), *arguments]
-        command += ["-y", json.dumps(values), "--no-progress-bar"]
+        tool, *arguments = readme_command()
+        arguments += ["--arguments", '{"classes": 3}', "--mean", "0.4", "--std", "0.2"]
+        arguments += ["--epochs", "1", "--points", "3", "--batch-size", "16", "--samples", "60"]
+        command = [sys.executable, "-m", tool, *arguments]
         run = subprocess.run(command, cwd=user, env=os.environ | environment, capture_output=True)
         assert run.returncode == 0, run.stderr.decode()[-2000:]
 
         names = {"aligned_b.safetensors", "average.safetensors", "best_point.safetensors"}
-        assert {path.name for path in (user / "results").iterdir()} == names
+        assert {path.name for path in (user / "report").iterdir()} == names
         fresh = checkpoints.build("users_net:Net", {"classes": 3})  # the class itself, no hook
         x = (task.test.images / 255 - 0.4) / 0.2
         outputs = {}
         for name in ("aligned_b", "average", "best_point"):
-            path = user / "results" / f"{name}.safetensors"
+            path = user / "report" / f"{name}.safetensors"
             fresh.load_state_dict(load_file(path))
             outputs[name] = fresh(x)
             with safe_open(path, framework="pt") as file:
@@ -75,6 +68,7 @@ class TestChapter:
         fresh.load_state_dict(two)
         agree(outputs["aligned_b"], fresh(x), terms(fresh))
         assert not torch.allclose(outputs["average"], fresh(x), atol=1e-2)
-        ran = notebooks.read(user / "run.ipynb")
-        shown = str([cell.outputs for cell in notebooks.code_cells(ran)])
-        assert "`state_dict/net.` | 4 | 1" in shown, "where it stood, and what was left outside"
+        page = (user / "report.html").read_text("utf8")
+        (row,) = re.findall(r"<td><code>a\.ckpt</code></td>.*?</tr>", page, re.DOTALL)
+        assert "state_dict/net." in row, "where it stood"
+        assert "<td>1</td>" in row, "what was left outside"

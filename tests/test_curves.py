@@ -124,7 +124,7 @@ def test_bad_arguments() -> None:
         curves.line(A, B)(1.2)
     with pytest.raises(ValueError, match="no control point"):
         Curve(())
-    with pytest.raises(ValueError, match="0 segments"):
+    with pytest.raises(ValueError, match="degree: got 0"):
         curves.bezier(A, B, degree=0)
     with pytest.raises(ValueError, match="kind 'spline'"):
         Curve((A, B), "spline")  # type: ignore[arg-type]

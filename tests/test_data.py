@@ -169,7 +169,7 @@ class TestSplit:
             torch.zeros(3, 1, 2, 2, dtype=torch.uint8),
             torch.zeros(3, dtype=torch.int64),
         )
-        with pytest.raises(ValueError, match=r"got size=0, expected at least 1"):
+        with pytest.raises(ValueError, match=r"size: got 0, expected a whole number of at least 1"):
             next(Split(images, labels).batches(0))
         with pytest.raises(ValueError, match=r"got images torch.float32 .*expected torch.uint8"):
             Split(images.float(), labels)

@@ -37,7 +37,7 @@ NOT_IMPORTED = {
     "axe-core-python": "tests/test_permuter.py reads the script in it",
     "mypy": "the Makefile runs the program",
     "ruff": "the Makefile runs the program",
-    "mcnotes": "the tests need what the book and full-scale runs need: mcnotes[book,batch]",
+    "mcnotes": "the tests need what the book and full-scale runs need: mcnotes[book,report,batch]",
 }
 
 
@@ -111,8 +111,14 @@ def check(used: set[str], own: set[str], allowed: set[str]) -> None:
 
 
 def test_the_package() -> None:
-    used = imported([*(ROOT / "mcnotes").rglob("*.py"), *(ROOT / "data").glob("*.py")])
+    paths = {*(ROOT / "mcnotes").rglob("*.py")} - {ROOT / "mcnotes/__main__.py"}
+    used = imported([*paths, *(ROOT / "data").glob("*.py")])
     check(distributions(used), CORE, set())
+
+
+def test_the_command() -> None:
+    """It says itself what to install for a report."""
+    check(distributions(imported([ROOT / "mcnotes/__main__.py"])), EXTRA["report"], CORE)
 
 
 def test_the_book() -> None:
@@ -133,8 +139,8 @@ def test_full_scale_runs() -> None:
 def test_tests_and_benchmarks() -> None:
     paths = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     used = distributions(imported(paths))
-    check(used, EXTRA["test"], CORE | EXTRA["book"] | EXTRA["batch"])
-    assert "mcnotes[book,batch]" in PROJECT["optional-dependencies"]["test"]
+    check(used, EXTRA["test"], CORE | EXTRA["book"] | EXTRA["report"] | EXTRA["batch"])
+    assert "mcnotes[book,report,batch]" in PROJECT["optional-dependencies"]["test"]
 
 
 def test_what_is_excused_is_declared() -> None:

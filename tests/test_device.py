@@ -8,7 +8,6 @@ asks a real GPU for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from mcnotes import attacks, curves, evaluate, models, symmetry, train
 from mcnotes.curves import Theta
-from mcnotes.data import Split, augment
+from mcnotes.data import Split, Task, augment
 from mcnotes.matching import pam
 from mcnotes.matching.activations import Moments
 
@@ -72,10 +71,13 @@ def on_a_curve(pull: float = 0.0) -> Tensor:
 
 
 def of_permutations() -> Tensor:
-    settings, recipe = pam.Settings(relaxation="sinkhorn"), replace(RECIPE, momentum=0.0)
-    curve, old = there(3), {n: torch.arange(g.size) for n, g in sym().groups.items()}
-    step = pam.PermutationStep(NET, curve, curve.points[-1], recipe, GPU, sym(), old, settings)
-    return run(step, 3)
+    curve, settings = there(3), pam.Settings(relaxation="sinkhorn")
+    old = {n: torch.arange(g.size) for n, g in sym().groups.items()}
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=GPU)
+    split = Split(images, torch.zeros(1, dtype=torch.int64, device=GPU))
+    nothing = Task("nothing", split, split, split, ())
+    problem = pam.Problem(NET, curve.points[-1], nothing, RECIPE, sym(), settings)
+    return run(pam.PermutationStep(problem, curve, old), 3)
 
 
 def of_moments() -> Tensor:

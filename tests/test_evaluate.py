@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from nets import Keeps
 from small import agree, normed, plain, task, terms
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
@@ -93,7 +94,7 @@ def test_along_recomputes_batchnorm_at_every_point(pair: tuple[Theta, Theta]) ->
         assert loss == evaluate.score(net, theta, data.test).loss
     without = evaluate.profile(net, line, data.test, statistics=None, points=5)
     assert abs(without.loss[2] - path.loss[2]) > 1e-4
-    with pytest.raises(ValueError, match="points=1, expected at least 2"):
+    with pytest.raises(ValueError, match="points: got 1, expected a whole number of at least 2"):
         evaluate.profile(net, line, data.test, statistics=None, points=1)
 
 
@@ -223,35 +224,6 @@ def test_curvature_refuses_what_has_none() -> None:
             evaluate.curvature(net, theta, images, top=top)
     with pytest.raises(ValueError, match="not finite"):
         evaluate.curvature(net, {n: x * torch.nan for n, x in theta.items()}, split)
-
-
-class Keeps(nn.Module):
-    """Remembers, in evaluation mode, what it computed from its parameters, as timm's LeViT does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.bias, self.last = (
-            nn.Linear(144, 6),
-            nn.Parameter(torch.ones(6)),
-            nn.Linear(6, 3),
-        )
-        self.kept: dict[str, torch.Tensor] = {}
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.bias)
-
-    def train(self, mode: bool = True) -> "Keeps":
-        super().train(mode)
-        if mode:
-            self.kept = {}
-        return self
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias.exp()
-        if not self.training:
-            bias = self.kept.setdefault("bias", bias)
-        z: torch.Tensor = self.last((self.first(x.flatten(1)) + bias).relu())
-        return z
 
 
 def test_a_network_that_remembers_is_measured_by_the_parameters_given() -> None:

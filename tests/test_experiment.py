@@ -9,7 +9,7 @@ import torch
 
 from mcnotes import attacks, cache, evaluate, train
 from mcnotes.cache import StoreWarning
-from mcnotes.lab import Experiment
+from mcnotes.lab import Experiment, frames
 from mcnotes.lab.experiment import curve_seed
 from mcnotes.matching import pam
 
@@ -222,3 +222,38 @@ def test_a_robust_mixed_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (hard.accuracy <= clean.accuracy).all()
     assert (hard.loss > clean.loss).all()
     assert not np.array_equal(hard.loss, other.loss)
+
+
+def test_a_chapters_value_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
+    calls = []
+
+    def sums(lab: Experiment, a: int, b: int, times: int, attack: attacks.PGD) -> object:
+        calls.append((lab.width, a, b, times))
+        return {"sum": np.array([a + b]) * times, "last": (torch.tensor(2.5), "x")}
+
+    lab, other = Experiment(), Experiment(width=4)
+    strong, weak = attacks.PGD(0.1, 3), attacks.PGD(0.05, 3)
+    for _ in range(2):
+        found = lab.keep(sums, 1, 2, times=3, attack=strong)
+        assert found == {"sum": [9], "last": [2.5, "x"]}
+    assert calls == [(8, 1, 2, 3)]
+    lab.keep(sums, 1, 2, times=4, attack=strong)  # each of what it depends on makes another value
+    lab.keep(sums, 1, 2, times=3, attack=weak)
+    lab.keep(sums, 2, 1, times=3, attack=strong)
+    other.keep(sums, 1, 2, times=3, attack=strong)
+    assert len(calls) == 5
+    with pytest.raises(TypeError, match="JSON values only"):
+        lab.keep(sums, 1, object(), times=3, attack=strong)
+
+
+def test_paths_as_a_tidy_frame() -> None:
+    lab, pairs = Experiment(), [[1, 2], [3, 4]]
+    frame = lab.paths(pairs, shapes=["line"])
+    assert list(frame) == ["pair", "method", "shape", "t", "arc", "loss (nats)", "accuracy (%)"]
+    assert len(frame) == 2 * 2 * lab.points
+    here = frame[(frame["pair"] == "3–4") & (frame["method"] == "aligned")]
+    path = lab.path(3, 4, "aligned", "line")
+    assert (here["loss (nats)"] == path.loss).all()
+    barriers = frames.summary(frame)["barrier (nats)"]
+    assert barriers[3] == pytest.approx(path.barrier)

@@ -166,6 +166,7 @@ def test_a_field_may_be_the_chapters_own() -> None:
 def test_every_parameter_of_the_book_has_a_rule() -> None:
     """But for names and files, and what chapter 10 checks itself."""
     free = {"folder", "factory", "factory_arguments", "checkpoint_a", "checkpoint_b", "prefix"}
+    free |= {"loss", "metrics"}
     for path in [*chapters.chapters(), *presets.ROOT.glob("experiments/*.ipynb")]:
         known = notebooks.parameters(notebooks.read(path))
         assert known.keys() - parameters.ALLOWED.keys() <= free | {"output", "preset", "out"}

@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"a dict with image, target, expected pairs \(images, labels\). Fix: return the two alone",
     ),
     "three values": (lambda: Items("threes"), "a list of 3 values, expected pairs"),
-    "bare batches": (lambda: [FLOATS], r"a .*\[12, 1, 8, 9\], expected pairs|no batch|list of 1"),
+    "bare batches": (lambda: [FLOATS], "a list of 1 values, expected pairs"),
     "no batches": (lambda: [], "no batch"),
     "batches that differ": (
         lambda: [(FLOATS, LABELS), (FLOATS[:, :, 1:], LABELS)],
@@ -295,11 +295,11 @@ class TestEntrance:
     ) -> None:
         picture_folder(tmp_path, {"": 8})
         for source in (str(tmp_path), "fashion-mnist-small"):
-            with pytest.raises(DataError, match="image_size: got .*, expected a whole number"):
+            with pytest.raises(DataError, match=r"image_size: got .*, expected a whole number"):
                 data.dataset(source, size, "cpu")
-        with pytest.raises(DataError, match="image_size: got .*, expected a whole number"):
+        with pytest.raises(DataError, match=r"image_size: got .*, expected a whole number"):
             taken(monkeypatch, [(PIXELS, LABELS)] * 3, size)
-        with pytest.raises(ValueError, match="image_size: got .*, expected a whole number"):
+        with pytest.raises(ValueError, match=r"image_size: got .*, expected a whole number"):
             data.load("fashion-mnist-small", image_size=size, device="cpu")
 
     def test_a_size_cuts_out_the_middle(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +411,7 @@ class TestFolders:
         """Twenty pictures once became 420, spread over train, val and test."""
         picture_folder(tmp_path, {"": 20})
         (tmp_path / "top/loop").symlink_to("..")
-        with pytest.raises(DataError, match="loop .it is a link"):
+        with pytest.raises(DataError, match=r"loop .it is a link"):
             data.dataset(str(tmp_path), device="cpu")
 
     def test_what_programs_leave_behind_is_no_class(self, tmp_path: Path) -> None:

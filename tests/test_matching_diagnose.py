@@ -12,7 +12,7 @@ from torch import nn
 from mcnotes import data, matching, models, symmetry, train
 from mcnotes.curves import Theta
 from mcnotes.data import Split, Task
-from mcnotes.lab import Experiment, figures
+from mcnotes.lab import Experiment, frames
 from mcnotes.matching import Finding
 from mcnotes.symmetry import Perm
 
@@ -214,10 +214,10 @@ def test_a_permutation_that_was_not_applied_is_named() -> None:
 
 def test_the_report_is_a_table_of_the_findings() -> None:
     found = Finding("weak", 0.1, "matched units correlate by 0.10")
-    text = figures.findings([found]).data
+    text = frames.findings([found]).data
     assert f"| weak | 0.1 | matched units correlate by 0.10 | {found.fix} |" in text
     assert str(found) == f"weak: matched units correlate by 0.10. Fix: {found.fix}."
-    assert "nothing" in figures.findings([]).data
+    assert "nothing" in frames.findings([]).data
 
 
 @pytest.mark.parametrize(("side", "worse"), [("above", 0.3), ("below", 0.1)])

@@ -69,10 +69,10 @@ def test_units_in_buffers_that_would_stay_are_refused() -> None:
 
 
 def test_what_no_descent_can_be_is_refused_before_any_work() -> None:
-    with pytest.raises(ValueError, match=r"got action 'sinkhron', expected one of .*'sinkhorn'"):
+    with pytest.raises(ValueError, match=r"action: got 'sinkhron', expected one of .*sinkhorn"):
         Descent("sinkhron")
-    with pytest.raises(ValueError, match="got samples=-1, expected at least 0"):
+    with pytest.raises(ValueError, match="samples: got -1, expected a whole number of at least 0"):
         Descent(samples=-1)
     for wrong in ({"epochs": 0}, {"lr": 0.0}, {"batch_size": -1}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*expected more than 0"):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got .*, expected a"):
             Descent(**wrong)  # type: ignore[arg-type]

@@ -39,19 +39,22 @@ def ends(net: nn.Module, epochs: int = 3) -> tuple[Theta, Theta, Symmetry]:
 # --- The permutation step ---------------------------------------------------------------------
 
 
+def in_double(theta: Theta) -> Theta:
+    return {n: x.double() if x.is_floating_point() else x for n, x in theta.items()}
+
+
 @pytest.mark.parametrize("follow", [False, True])
 @pytest.mark.parametrize("make", [plain, normed])
 def test_gradient_is_that_of_finite_differences(make: object, follow: bool) -> None:
     """One step of size lr moves the (unprojected) matrices by −lr ∂/∂P [L + ‖P − P_old‖²/2ν]."""
     net = make().double()  # type: ignore[operator]
-    a, b, m = ({n: x.double() if x.is_floating_point() else x for n, x in
-                train.initialise(net, s).items()} for s in (1, 2, 3))  # fmt: skip
+    a, b, m = (in_double(train.initialise(net, s)) for s in (1, 2, 3))
     sym = symmetry.find(make(), task().example)  # type: ignore[operator]
     old = sym.random(generator(1))
     curve = Curve((a, m, sym.permute(b, old)))
     settings = replace(SMALL, relaxation="sinkhorn", nu=2.0, follow=follow)
-    recipe = replace(RECIPE, weight_decay=0.0, momentum=0.0)
-    step = pam.PermutationStep(net, curve, b, recipe, torch.device("cpu"), sym, old, settings)
+    problem = pam.Problem(net, b, task(), RECIPE, sym, settings)
+    step = pam.PermutationStep(problem, curve, old)
     (x, y), t = next(task().train.batches(32)), torch.tensor(0.4, dtype=torch.float64)
     group = next(iter(sym.groups))
     n = len(step.matrices[group])
@@ -102,8 +105,8 @@ def test_a_strong_proximal_term_holds_the_matrices() -> None:
     moved = []
     for nu in (1e3, 1e-1):
         settings = replace(SMALL, nu=nu, p_lr=0.05, p_epochs=5)
-        m = pam.relax(net, curves.line(a, b), b, task(), RECIPE, sym, sym.identity(), settings,
-                      seed=1)  # fmt: skip
+        problem = pam.Problem(net, b, task(), RECIPE, sym, settings)
+        m = problem.relax(curves.line(a, b), sym.identity(), seed=1)
         moved.append(max(float((x - torch.eye(len(x))).norm()) for x in m.values()))
     assert moved[1] < 0.7 * moved[0]
 
@@ -296,7 +299,7 @@ def test_no_offer_is_scored_twice(
     arguments, whole = whole_run()
     measured: list[float] = []
     relaxed: list[int] = []
-    real, relax = pam.objective, pam.relax
+    real, relax = pam.objective, pam.Problem.relax
 
     def count(*args: object, **options: object) -> Matrices:
         relaxed.append(len(measured))
@@ -310,7 +313,7 @@ def test_no_offer_is_scored_twice(
         return measured[-1]
 
     failed: set[int] = set()
-    monkeypatch.setattr(pam, "relax", count)
+    monkeypatch.setattr(pam.Problem, "relax", count)
     resumed(arguments, Checkpoint(tmp_path / "whole"))
     failed = {*range(1000)}
     measured.clear(), relaxed.clear()
@@ -387,9 +390,9 @@ def test_distances() -> None:
 
 def test_settings_are_checked() -> None:
     for wrong, words in (
-        ({"relaxation": "nearest"}, "relaxation 'nearest', expected one of"),
-        ({"nu": 0.0}, "nu=0.0, expected more than 0"),
-        ({"epochs": ()}, r"epochs=\(\), expected a number"),
+        ({"relaxation": "nearest"}, "relaxation: got 'nearest', expected one of"),
+        ({"nu": 0.0}, "nu: got 0.0, expected a number above 0"),
+        ({"epochs": ()}, r"epochs: got \(\), expected a list of one value or more"),
     ):
         with pytest.raises(ValueError, match=words):
             replace(SMALL, **wrong)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from book._ext import aside
 from mcnotes import models, train
 from mcnotes.data import Split
 from mcnotes.lab.permuter import Permuter
@@ -292,3 +293,22 @@ def test_axe_finds_nothing(page: Page, address: str, width: int, dark: bool) -> 
     page.run((files("axe_core_python") / "axe.min.js").read_text("utf8") + "; 0")
     found = page.run("axe.run('.permuter').then(r => r.violations.map(v => v.id + ': ' + v.help))")
     assert found == []
+
+
+def test_pages_load_large_numbers_after_the_text(tmp_path: Path) -> None:
+    """And a figure that is moved out of its page is found again, from any folder."""
+    figure = Permuter(*problem(32, 1000))._repr_html_()
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "book").mkdir()
+    page = tmp_path / "book" / "chapter.html"
+    page.write_text(f"<main>{figure}</main>", "utf8")
+    aside.move(page, tmp_path)
+    text = page.read_text("utf8")
+    (address,) = re.findall(r'<script defer src="\.\./(_static/permuter-\w+\.js)">', text)
+    numbers = (tmp_path / address).read_text("utf8")
+    assert len(text) < 60_000
+    assert numbers in figure
+    small = '<script>window["permuter-1"]={};</script>'
+    page.write_text(small, "utf8")
+    aside.move(page, tmp_path)
+    assert page.read_text("utf8") == small

@@ -69,6 +69,7 @@ ORDER = [
     "matching.diagnose",
     "matching",
     "lab.parameters",
+    "lab.frames",
     "lab.experiment",
     "lab.results",
     "lab.figures",
@@ -76,8 +77,10 @@ ORDER = [
     "lab",
     "prepare",
     "api",
+    "__main__",
 ]
 INNER = {
+    "__main__",
     "display",
     "prepare",
     "symmetry.units",

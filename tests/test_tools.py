@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from docutils import nodes
@@ -22,7 +24,7 @@ from book._ext import lighten, mathematics, pages, repository
 from mcnotes.curves import Curve
 from mcnotes.evaluate import Score
 from mcnotes.lab import Experiment
-from tools import chapters, notebooks, presets
+from tools import book, chapters, counts, notebooks, presets
 
 
 def notebook(*sources: str, **parameters: object) -> Any:
@@ -402,17 +404,6 @@ class TestExtensions:
         assert source[0].startswith("Before.\n\n## `mcnotes.curves`")
         assert source[0].count(".. automodule:: mcnotes.") == 2
 
-    def test_docstrings_are_plain_text_with_code_and_links(self) -> None:
-        lines = ["Two `nn.Module`s and `a", "b`; not ``c`` nor :func:`d` nor :py:func:`e`; `f`"]
-        pages.mark_code(None, "module", "", None, None, lines)
-        assert lines == [
-            r"Two ``nn.Module``\ s and ``a",
-            "b``; not ``c`` nor :func:`d` nor :py:func:`e`; ``f``",
-        ]
-        lines = ["a_b relu_, *args |x| `relu_ *x`"]
-        pages.mark_code(None, "module", "", None, None, lines)
-        assert lines == [r"a_b relu\_, \*args \|x\| ``relu_ *x``"]
-
     def test_other_projects_docstrings_stay_out(self) -> None:
         for obj in (torch.nn.Linear, partial(torch.nn.init.zeros_), Score.loss):
             assert pages.skip_foreign(None, "class", "x", obj, False, None) is True
@@ -444,6 +435,8 @@ class TestLighten:
 .dropped::after { content: "\\f00d"; }
 a:is(h1, h2:not(.dropped)):hover .kept { margin: 0 }
 .kept:not(.dropped) { background: url("data:image/svg+xml,rotate(45)") }
+:focus-visible { outline: 1px }
+html[data-set-by="script"] { top: 0 }
 @media (max-width: 9px) { .dropped { top: 0 } .w\\.5 { top: 1px } }
 @media print { .dropped { top: 0 } }
 @keyframes turn { from { top: 0 } to { top: 1px } }
@@ -458,6 +451,8 @@ a:is(h1, h2:not(.dropped)):hover .kept { margin: 0 }
             ".kept",
             "a:is(h1, h2:not(.dropped)):hover .kept",
             ".kept:not(.dropped)",
+            ":focus-visible",
+            'html[data-set-by="script"]',
             "@media (max-width: 9px)",
             "@keyframes turn",
             "@font-face",
@@ -510,3 +505,51 @@ a:is(h1, h2:not(.dropped)):hover .kept { margin: 0 }
             '<img loading="lazy" width="30" height="20" alt="x" src="a.png" />'
             '<img src="a.png" width="9" /><img src="b.svg" />'
         )
+
+
+class TestCounts:
+    def test_what_is_shown_and_what_is_folded(self) -> None:
+        table = new_output("display_data", {"text/markdown": "| a |\n| --- |\n| 1 |"})
+        picture = new_output("display_data", {"image/png": ""})
+        printed = new_output("stream", name="stdout", text="1")
+        folded = new_code_cell("x = 1\n\ny = 2", metadata={"tags": ["hide-input"]})
+        shown = new_code_cell("z = 3\nz", outputs=[table, picture, printed])
+        made = new_notebook(cells=[new_markdown_cell("Two words, 3 $x$."), folded, shown])
+        assert counts.of(made) == counts.Counts(
+            shown=2, folded=2, words=2, characters=7, figures=1, tables=1, printed=1
+        )
+
+    def test_html_tables_count_and_other_html_does_not(self) -> None:
+        frame = new_output("display_data", {"text/html": "<div><table><tr></tr></table></div>"})
+        slider = new_output("display_data", {"text/html": "<div></div>"})
+        made = new_notebook(cells=[new_code_cell("x", outputs=[frame, slider])])
+        assert counts.of(made).tables == 1
+
+
+class TestPictures:
+    def picture(self) -> bytes:
+        buffer = io.BytesIO()
+        colours = Image.linear_gradient("L").resize((300, 200))
+        Image.merge("RGB", (colours, colours.rotate(180), colours)).save(buffer, "png")
+        return buffer.getvalue()
+
+    def test_few_colours_look_the_same(self) -> None:
+        whole = self.picture()
+        with Image.open(io.BytesIO(notebooks.of_few_colours(whole))) as light:
+            found = np.asarray(light.convert("RGB")).astype(int)
+        with Image.open(io.BytesIO(whole)) as before:
+            expected = np.asarray(before).astype(int)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 16  # of 255
+
+    def test_a_thumbnail_has_its_size(self) -> None:
+        with Image.open(io.BytesIO(notebooks.thumbnail(self.picture()))) as small:
+            assert small.size == (360, 216)
+
+    def test_the_landing_page_has_a_card_for_each_chapter(self) -> None:
+        paths = chapters.chapters()
+        assert {path.name[:2] for path in paths} == book.CARDS.keys()
+        for path in paths:
+            assert notebooks.figure(notebooks.read(path), book.CARDS[path.name[:2]]), path.name
+        (hero,) = (path for path in paths if path.name.startswith(book.HERO))
+        assert notebooks.living_figure(notebooks.read(hero))

@@ -310,11 +310,11 @@ def test_errors_come_before_the_work() -> None:
     theta = train.initialise(net, 1)
     with pytest.raises(TrainingError, match="degree 1 has no inner point"):
         train.fit_curve(net, curves.line(theta, theta), data, RECIPE, seed=1)
-    with pytest.raises(ValueError, match="schedule 'cosine', expected one of"):
+    with pytest.raises(ValueError, match="schedule: got 'cosine', expected one of"):
         Recipe(epochs=1, schedule="cosine")
-    with pytest.raises(ValueError, match="epochs=0, expected more than 0"):
+    with pytest.raises(ValueError, match="epochs: got 0, expected a whole number of at least 1"):
         Recipe(epochs=0)
-    with pytest.raises(ValueError, match="expected float32 or bfloat16"):
+    with pytest.raises(ValueError, match="expected one of float32, bfloat16"):
         Recipe(epochs=1, precision="float16")
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf).*lower lr"):
         train.fit(net, data, Recipe(epochs=5, lr=1e9), seed=1)

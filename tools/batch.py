@@ -136,8 +136,10 @@ def check_machine(runs: dict[str, dict[str, Any]], *, gpu_here: bool = True) -> 
 
     for preset, values in runs.items():
         if gpu_here and values["device"] == "cuda" and not torch.cuda.is_available():
-            raise PlanError(f"preset {preset!r} needs a GPU and this machine has none that PyTorch "
-                            "sees; run it elsewhere, or set device=cpu (slow)")  # fmt: skip
+            raise PlanError(
+                f"preset {preset!r} needs a GPU and this machine has none that PyTorch sees. Fix: "
+                "run it elsewhere, or set device=cpu (slow)"
+            )
         name = values["dataset"]
         try:
             there = sources.read(name, default_folder(), SOURCES[name].torchvision, download=False)

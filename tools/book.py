@@ -25,8 +25,7 @@ STAGE = ROOT / "_build" / "stage"
 NEW = ROOT / "_build" / "new"
 HTML = ROOT / "_build" / "html"
 README_FIGURE, README_PICTURE = "fig-04-main", ROOT / "book" / "main-result.png"
-CARDS = ROOT / "book" / "_static" / "cards"  # of the landing page: chapter's number → its figure
-CARD_FIGURES = {
+CARDS = {  # of the landing page: a chapter's number, and the figure that stands for it
     "01": "fig-01-planes",
     "02": "fig-02-plane",
     "03": "fig-03-plane",
@@ -39,7 +38,7 @@ CARD_FIGURES = {
     "10": "fig-10-paths",
     "11": "fig-11-small",
 }
-HERO, HERO_CHAPTER = ROOT / "book" / "_static" / "hero.html", "03"  # its small living figure
+HERO = "03"  # the chapter whose living figure the landing page shows
 KEY = ROOT / "_build" / "html.key"  # what the pages were built from
 SITE = ["_config.yml", "_toc.yml", "index.md", "pyproject.toml"]
 
@@ -54,6 +53,19 @@ def stage(ran: list[Path], preset: str) -> None:
         notebook = notebooks.read(path)
         notebooks.take_outputs(notebook, notebooks.read(chapters.result_path(path, preset)))
         notebooks.write(STAGE / path.relative_to(ROOT), notebook)
+    landing_page()
+
+
+def landing_page() -> None:
+    """Put beside the staged sources what the landing page shows of the chapters' outputs."""
+    static = STAGE / "book" / "_static"
+    (static / "cards").mkdir()
+    for path in sorted((STAGE / "book").glob("*.ipynb")):
+        number, notebook = path.name[:2], notebooks.read(path)
+        if picture := notebooks.figure(notebook, CARDS.get(number, "")):
+            (static / "cards" / f"{number}.png").write_bytes(notebooks.thumbnail(picture))
+        if number == HERO and (living := notebooks.living_figure(notebook)):
+            (static / "hero.html").write_text(living, "utf8")
 
 
 def html(ran: list[Path], preset: str) -> int:
@@ -100,18 +112,8 @@ def write_back(paths: list[Path], preset: str) -> None:
         notebooks.normalise(notebook)
         notebooks.lighten_pictures(notebook)
         print(f"{path.name}: {'written' if notebooks.write(path, notebook) else 'unchanged'}")
-        front_matter(path.name[:2], notebook)
-
-
-def front_matter(number: str, notebook: notebooks.Notebook) -> None:
-    """Write what README and landing page show of a chapter."""
-    if picture := notebooks.figure(notebook, README_FIGURE):
-        README_PICTURE.write_bytes(picture)
-    if picture := notebooks.figure(notebook, CARD_FIGURES.get(number, "")):
-        CARDS.mkdir(exist_ok=True)
-        (CARDS / f"{number}.png").write_bytes(notebooks.thumbnail(picture))
-    if number == HERO_CHAPTER and (living := notebooks.living_figure(notebook)):
-        HERO.write_text(living, "utf8")
+        if picture := notebooks.figure(notebook, README_FIGURE):
+            README_PICTURE.write_bytes(picture)
 
 
 def stamp_all(paths: list[Path]) -> None:

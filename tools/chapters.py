@@ -1,4 +1,8 @@
-"""Run the chapters, and run one again only when its result could differ."""
+"""Run the chapters, and run one again only when its result could differ.
+
+Each executed notebook carries the key of what it was made from. Snakemake, which runs
+`experiments/`, keeps keys in a folder of its own and takes a result without a key for up to date.
+"""
 
 from __future__ import annotations
 

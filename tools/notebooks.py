@@ -150,7 +150,10 @@ def stamp(notebook: Notebook, url: str) -> None:
 
 
 def normalise(notebook: Notebook) -> None:
-    """Keep what the book reads; drop times, machine and editor state. Idempotent."""
+    """Keep what the book reads; drop times, machine and editor state. Idempotent.
+
+    nbstripout drops only the metadata that it is told of, and numbers neither cells nor outputs.
+    """
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat_minor = 5
     seen: set[str] = set()
@@ -168,7 +171,10 @@ def normalise(notebook: Notebook) -> None:
 
 
 def tidy(outputs: list[Notebook]) -> list[Notebook]:
-    """Drop progress bars; join what was printed in pieces, which are cut by timing."""
+    """Drop progress bars; join what was printed in pieces, which are cut by timing.
+
+    nbclient's `coalesce_streams` would also join what was printed before a figure and after it.
+    """
     merged: list[Notebook] = []
     for output in outputs:
         if WIDGET in output.get("data", {}):

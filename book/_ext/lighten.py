@@ -4,6 +4,10 @@ The theme brings 0.5 MB of styles, 1.5 MB of icons as a script and 0.2 MB as a f
 book uses a few per cent. After the build this module merges the style sheets and keeps the rules
 whose classes and ids occur in a page or a script, cuts the icon fonts down to the icons that are
 used, drops the icon script (the font draws the same icons) and lets no script block the page.
+
+Without it a phone draws the first page much later (compare Lighthouse's mobile score). PurgeCSS
+8.0.0 leaves about as much, but drops the outline of what has the keyboard's focus
+(`:focus-visible`) and rules for attributes that only scripts set.
 """
 
 from __future__ import annotations

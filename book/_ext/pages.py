@@ -72,23 +72,6 @@ def list_modules(app: Any, docname: str, source: list[str]) -> None:
     source[0] = re.sub(r"```\{modules\}\n(.*?)```", sections, source[0], flags=re.DOTALL)
 
 
-def mark_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Read docstrings as plain text with `code` and :role:`links`.
-
-    What reStructuredText would take for markup besides, such as relu_ and *args, stays as it is.
-    """
-    marked = re.compile(r"(:[\w:]+:`[^`]*`|``.*?``)|`([^`]+)`(\w*)|(\*|_(?!\w)|\|)", re.DOTALL)
-
-    def code(found: re.Match[str]) -> str:
-        link, text, ending, sign = found.groups()
-        if sign:
-            return f"\\{sign}"
-        return link or f"``{text}``" + (f"\\ {ending}" if ending else "")
-
-    plain = marked.sub(code, "\n".join(lines))
-    lines[:] = plain.split("\n")
-
-
 def skip_foreign(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
     """Leave out what brings another project's docstring: aliases, partials, fields of tuples."""
     inner = getattr(obj, "func", obj)  # of a cached property, or of a partial
@@ -113,7 +96,6 @@ def find_home(app: Any, env: Any, node: Any, text: Any) -> Any:
 
 def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", list_modules)
-    app.connect("autodoc-process-docstring", mark_code)
     app.connect("autodoc-skip-member", skip_foreign)
     app.connect("missing-reference", find_home)
     app.connect("doctree-resolved", drop_repeated_ids)

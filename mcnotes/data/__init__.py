@@ -2,12 +2,13 @@
 
 Read `tasks` first: a `Split` is a tensor of images with their labels, a `Task` is three of them.
 `sources` says where the images come from, `augment` changes them on the device, and `folders` takes
-in pictures, arrays and loaders of your own. `loader` is for batches that are not to become images.
+in pictures, arrays and loaders of your own. `loader` is for batches that are not to become images;
+its `sets` takes in all of these by name.
 """
 
 from mcnotes.data.augment import Augment
 from mcnotes.data.folders import dataset
-from mcnotes.data.loader import Loader
+from mcnotes.data.loader import Cut, Loader, Sets, sets, take
 from mcnotes.data.sources import DataError
 from mcnotes.data.tasks import HOME, SOURCES, Split, Task, default_folder, load
 
@@ -15,11 +16,15 @@ __all__ = [
     "HOME",
     "SOURCES",
     "Augment",
+    "Cut",
     "DataError",
     "Loader",
+    "Sets",
     "Split",
     "Task",
     "dataset",
     "default_folder",
     "load",
+    "sets",
+    "take",
 ]

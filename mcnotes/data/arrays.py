@@ -110,9 +110,9 @@ def _pixels(x: Tensor, who: str) -> Tensor:
     if x.ndim == 3:
         x = x[..., None]
     elif max(shape[1], shape[3]) <= COLOURS:
-        cause = f"{who} has images {shape}, of which either axis could be the channels"
-        fix = "a series [N, C, L] is no image; call mcnotes.align and others on batches of it"
-        raise DataError(f"{cause}, expected {kinds} with more pixels. Fix: {fix}")
+        cause = f"{who} has images {shape}, in which the channels could stand first or last"
+        fix = "a series [N, C, L] is no image; pass batches of it to mcnotes.align"
+        raise DataError(f"{cause}, expected a height and width above {COLOURS}. Fix: {fix}")
     elif shape[3] > COLOURS:
         x = x.movedim(1, 3)
     return _bytes(x, who) if x.is_floating_point() else x

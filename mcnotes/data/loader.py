@@ -1,8 +1,9 @@
 """Batches of your own, of whatever kind: any iterable of inputs, or of inputs with targets."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
-from typing import Any
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,13 +11,45 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
-from mcnotes.calls import Batch, InputError, Inputs, count, plain
-from mcnotes.data.tasks import Split, Task
+from mcnotes.calls import Batch, InputError, Inputs, count, plain, seeded
+from mcnotes.data.folders import SPLITS, dataset
+from mcnotes.data.sources import DataError
+from mcnotes.data.tasks import SOURCES, Split, Task
+from mcnotes.names import resolve
+
+MEASURED_SIZE = 500  # images in a batch that is not trained on
+TEST_BATCHES = 20  # at least: differences from batch to batch say how sure a difference is
+HELD_OUT = 7  # of so many batches of a single set one is for validation, and one for the test
 
 
 def widened(x: Tensor) -> Tensor:
     """16-bit floats as float32, anything else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class Cut:
+    """The images of a `Split` in batches of one size, floats in [0, 1]: a source for `Loader`."""
+
+    def __init__(self, split: Split, size: int) -> None:
+        self.split, self.size = split, size
+
+    def __len__(self) -> int:
+        return self.split.count(self.size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.split.batches(self.size)
+
+    def __repr__(self) -> str:
+        return f"Cut({self.split!r} in batches of {self.size})"
+
+
+class Sets(NamedTuple):
+    """Batches to train with, to choose by, and to judge by: sources for `Loader`."""
+
+    train: Any
+    val: Any
+    test: Any
+    task: Task | None = None  # if they are images in [0, 1]
 
 
 class Loader:
@@ -101,13 +134,16 @@ class Loader:
         augment: Any = None,
         drop_last: bool = False,
     ) -> Iterator[Batch]:
-        """One pass, in batches of their own size. A list is shuffled if there is a `generator`.
+        """One pass, in batches of their own size.
 
+        In random order, if there is a `generator`: the images of a `Cut`, the batches of a list.
         drop_last: without a last batch that is smaller than the first. Raises InputError when a
         pass is not as long as the first was.
         """
         found, k = self.source, 0
-        if generator is not None and isinstance(self.source, Sequence):
+        if generator is not None and isinstance(self.source, Cut):
+            found = self.source.split.batches(self.source.size, generator=generator)
+        elif generator is not None and isinstance(self.source, Sequence):
             order = torch.randperm(self.number, generator=generator, device=generator.device)
             found = (self.source[i] for i in order.tolist())
         for k, batch in enumerate(found, 1):
@@ -164,3 +200,109 @@ def _length(source: Any) -> int:
         return len(source)
     except TypeError:  # not known: of a stream
         return sum(1 for _ in source)
+
+
+def sets(
+    source: str, *, image_size: int | None = None, batch_size: int = 128, device: str = "auto"
+) -> Sets:
+    """Batches by name: what `dataset` takes, or "package.module:callable" for data of any kind.
+
+    The callable takes no arguments and gives a DataLoader (any iterable of batches that can be read
+    again), or several: (train, val, test), (train, val), or a dictionary of these names. Of a
+    single one, every seventh batch is held out for validation, and every seventh for the test; they
+    are then kept in memory. Where only the test is missing, it is half of val. Pairs of arrays
+    (images, labels), three of them, or a Task are taken as `dataset` takes them.
+
+    image_size, batch_size: of images that do not come in batches. Raises DataError.
+    """
+    if source in SOURCES or Path(source).is_dir() or ":" not in source:
+        return _cut(dataset(source, image_size, device), batch_size)
+    try:
+        made = resolve(source)()
+    except ValueError as error:
+        raise DataError(f"data.sets: {error}") from error
+    except Exception as error:  # of the user's function
+        cause = f"{source} fails ({type(error).__name__}: {error})"
+        raise DataError(f"data.sets: {cause}, expected a function without arguments") from error
+    if isinstance(made, Task):
+        return _cut(made, batch_size)
+    if isinstance(made, Mapping):
+        if "train" not in made or not made.keys() <= {*SPLITS}:
+            raise DataError(f"data.sets: {source} gave {[*made]}, expected train, val and test")
+        made = tuple(made[name] for name in SPLITS if name in made)
+    elif isinstance(made, Iterator):
+        made = tuple(islice(made, len(SPLITS) + 1))
+    if _are_arrays(made):
+        return _cut(dataset(source, image_size, device), batch_size)
+    several = isinstance(made, tuple | list) and not any(map(_is_batch, made))
+    found = [*made] if several else [made]
+    if not 1 <= len(found) <= len(SPLITS) or any(isinstance(x, tuple) for x in found):
+        raise DataError(
+            f"data.sets: {source} gave {_named(made)}, expected a DataLoader, or up to three: "
+            "(train, val, test)"
+        )
+    if image_size is not None:
+        raise DataError(
+            f"data.sets: {source} gave batches, expected pictures for image_size={image_size}. "
+            "Fix: leave it out, and cut the inputs where the batches are made"
+        )
+    return _with_held_out(source, found)
+
+
+def _cut(task: Task, size: int) -> Sets:
+    small = max(1, min(len(task.test) // TEST_BATCHES, MEASURED_SIZE))
+    return Sets(Cut(task.train, size), Cut(task.val, MEASURED_SIZE), Cut(task.test, small), task)
+
+
+def _is_batch(x: Any) -> bool:
+    """Inputs, or a tuple or list that begins with inputs."""
+    first = x[0] if isinstance(x, tuple | list) and x else x
+    return isinstance(first, Tensor | np.ndarray | Mapping)
+
+
+def _are_arrays(made: Any) -> bool:
+    """Three pairs of arrays, whole sets of images with their labels?"""
+    pairs = isinstance(made, tuple | list) and len(made) == len(SPLITS)
+    return pairs and all(
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and all(isinstance(x, Tensor | np.ndarray) for x in pair)
+        for pair in made
+    )
+
+
+def _named(made: Any) -> str:
+    size = f" of {len(made)}" if isinstance(made, tuple | list) else ""
+    return f"a {type(made).__name__}{size}"
+
+
+def _with_held_out(source: str, found: list[Any]) -> Sets:
+    """One, two or three sets as three: parts of the last are held out where some are missing."""
+    whole = found[-1]
+    if len(found) == len(SPLITS):
+        return Sets(*found)
+    with seeded(0, torch.device("cpu")):  # a loader shuffles the same each time
+        batches = [*_checked(whole)]
+    if len(batches) < (least := len(SPLITS) + 1 - len(found)):
+        raise DataError(
+            f"data.sets: {source} gave {len(batches)} batches to hold some out of, expected at "
+            f"least {least}. Fix: use smaller batches, or return (train, val, test)"
+        )
+    if len(found) == 2:
+        return Sets(found[0], batches[::2], batches[1::2])
+    kept = [batch for k, batch in enumerate(batches) if k % HELD_OUT not in (1, 2)]
+    return Sets(kept, batches[1::HELD_OUT], batches[2::HELD_OUT])
+
+
+def take(source: Any, samples: int) -> Any:
+    """The first so many samples of what `Loader` takes; whole batches, but of a `Cut` exactly."""
+    if isinstance(source, Cut):
+        return Cut(source.split.first(samples), MEASURED_SIZE)
+    kept: list[Batch] = []
+    with seeded(0, torch.device("cpu")):  # as in `_with_held_out`
+        for batch in Loader(source, torch.device("cpu"), once=True).batches(0):
+            kept.append(batch)
+            samples -= count(batch[0])
+            if samples <= 0:
+                break
+    return kept

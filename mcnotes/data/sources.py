@@ -90,7 +90,7 @@ def _faults(arrays: Arrays) -> Iterator[str]:
             yield f"has {split}_labels outside of 0..{classes - 1}, its class_names"
     train, test = arrays["train_images"].shape[1:], arrays["test_images"].shape[1:]
     if train != test:
-        yield f"has train_images [N, *{train}] but test_images [N, *{test}]"
+        yield f"has images of shape {train} in train_images, but {test} in test_images"
 
 
 def _from_torchvision(torchvision_class: str, root: Path, download: bool) -> Arrays:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcnotes import cache, checks, display
+from mcnotes import cache, display
+from mcnotes.checks import a, optional, require, whole
 from mcnotes.data.augment import Augment
 from mcnotes.data.sources import Arrays, DataError, fair_order, read
 from mcnotes.names import suggest
@@ -35,6 +36,8 @@ class Split:
 
     def __post_init__(self) -> None:
         x, y = self.images, self.labels
+        tensor = a(Tensor, "a tensor")
+        require("Split", vars(self), {"images": tensor, "labels": tensor})
         if x.dtype != torch.uint8 or x.ndim != 4:
             got = f"images {x.dtype} {tuple(x.shape)}"
             raise ValueError(f"Split: got {got}, expected torch.uint8 [N, C, H, W]")
@@ -58,7 +61,11 @@ class Split:
         return self.images.device
 
     def first(self, n: int) -> "Split":
-        """The first `n` images, or all if there are fewer: a fair sample."""
+        """The first `n` images, or all if there are fewer: a fair sample.
+
+        Raises ValueError for an `n` that is no whole number, or below 0.
+        """
+        require("Split.first", {"n": n}, {"n": whole(0)})
         return Split(self.images[:n], self.labels[:n])
 
     def batches(
@@ -74,8 +81,7 @@ class Split:
         Shuffled if there is a `generator`, which also drives `augment`: its state decides all. The
         last batch is smaller, or left out if `drop_last`. Raises ValueError for a size below 1.
         """
-        if size < 1:
-            raise ValueError(f"Split.batches: got size={size}, expected at least 1")
+        require("Split.batches", {"size": size}, {"size": whole(1)})
         n, device = len(self), self.device
         order = torch.arange(n, device=device)
         if generator is not None:
@@ -164,7 +170,7 @@ SOURCES = {
 
 
 LARGEST = 4096  # pixels of a side: images all lie in memory at once
-check_size = checks.optional(checks.whole(1, LARGEST))
+check_size = optional(whole(1, LARGEST))
 """What is wrong with an `image_size`; "" if nothing is."""
 
 HOME = Path(__file__).resolve().parents[2] / "data"

@@ -6,10 +6,10 @@ them need is computed once. `make zoo` fills data/zoo by running the chapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +28,28 @@ from mcnotes import (
     train,
 )
 from mcnotes.curves import Curve, Theta
+from mcnotes.lab import frames
 from mcnotes.lab.parameters import ALIGNMENTS, ALLOWED, SHAPES
 from mcnotes.matching import pam
 from mcnotes.names import suggest
 from mcnotes.symmetry import Perm
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+# What a configuration names in ways of its own, or not at all: `Experiment.config`.
+SPECIAL = frozenset(
+    {
+        "device",
+        "compile",
+        "validation",
+        "epsilon",
+        "attack_steps",
+        "attack_step",
+        "between",
+        "pam_options",
+    }
+)
 AnyAttack = attacks.PGD | attacks.Square | attacks.Ensemble
 
 
@@ -41,6 +58,25 @@ def curve_seed(a: int, b: int) -> int:
     if 0 < a < 1000 and 0 < b < 1000:
         return a * 1000 + b
     return 1_000_000 + int(np.random.SeedSequence([a % 2**64, b % 2**64]).generate_state(1)[0])
+
+
+def _may_be_parameter(name: str, value: object) -> bool:
+    """Whether a notebook's global may be a parameter: a plain value that is not IPython's own."""
+    plain = isinstance(value, bool | int | float | str | list | tuple | dict | None)
+    return plain and not name.startswith("_") and name not in ("In", "Out")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON: what has a `config` by that, arrays and tuples as lists, named tuples by names."""
+    if hasattr(value, "config"):
+        return value.config()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(x) for name, x in value.items()}
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 class Record(NamedTuple):
@@ -112,11 +148,7 @@ class Experiment:
         """
         own = {f.name for f in fields(cls)}
         known = own - set(also)
-        plain = {
-            n for n, v in names.items()
-            if not n.startswith("_") and n not in ("In", "Out")
-            and isinstance(v, bool | int | float | str | list | tuple | dict | None)
-        }  # fmt: skip
+        plain = {name for name, value in names.items() if _may_be_parameter(name, value)}
         for name in sorted(plain - known - set(also)):
             close = suggest(name, sorted([*known, *also]))
             raise ValueError(f"parameters: {name!r} is not a parameter of this notebook{close}")
@@ -153,8 +185,13 @@ class Experiment:
     def net(self) -> nn.Module:
         """The network, for its structure; its own weights are never used."""
         _, channels, _, size = self.task.example.shape
-        return models.build(self.network, num_classes=self.task.num_classes, in_channels=channels,
-                            width=self.width, image_size=size)  # fmt: skip
+        return models.build(
+            self.network,
+            num_classes=self.task.num_classes,
+            in_channels=channels,
+            width=self.width,
+            image_size=size,
+        )
 
     @cached_property
     def sym(self) -> symmetry.Symmetry:
@@ -182,8 +219,11 @@ class Experiment:
         """The network trained from `seed`."""
 
         def compute(checkpoint: cache.Checkpoint) -> Theta:
-            return train.fit(self.net, self.task, self.recipe(self.epochs), seed=seed,
-                             perturb=self.perturb, checkpoint=checkpoint).theta  # fmt: skip
+            recipe, attack = self.recipe(self.epochs), self.perturb
+            fitted = train.fit(
+                self.net, self.task, recipe, seed=seed, perturb=attack, checkpoint=checkpoint
+            )
+            return fitted.theta
 
         return self._tensors(self.endpoint_config(seed), compute)
 
@@ -233,18 +273,35 @@ class Experiment:
         """The curve before training, and the entry: the inner point, and what PAM found besides."""
         start = method.removeprefix("pam-")
         fresh: Curve = getattr(curves, shape)(*self.pair(a, b, start))
+        recipe, seed = self.recipe(self.curve_epochs), curve_seed(a, b)
 
-        def compute(checkpoint: cache.Checkpoint) -> Theta:
-            recipe, seed = self.recipe(self.curve_epochs), curve_seed(a, b)
-            if start == method:
-                fitted = train.fit_curve(self.net, fresh, self.task, recipe, seed=seed,
-                                         perturb=self.perturb, checkpoint=checkpoint)  # fmt: skip
-                return fitted.curve.points[1]
-            found = pam.fit(self.net, fresh, self.task, recipe, self.sym, self.pam_settings(),
-                            seed=seed, checkpoint=checkpoint)  # fmt: skip
+        def by_descent(checkpoint: cache.Checkpoint) -> Theta:
+            fitted = train.fit_curve(
+                self.net,
+                fresh,
+                self.task,
+                recipe,
+                seed=seed,
+                perturb=self.perturb,
+                checkpoint=checkpoint,
+            )
+            return fitted.curve.points[1]
+
+        def by_pam(checkpoint: cache.Checkpoint) -> Theta:
+            found = pam.fit(
+                self.net,
+                fresh,
+                self.task,
+                recipe,
+                self.sym,
+                self.pam_settings(),
+                seed=seed,
+                checkpoint=checkpoint,
+            )
             perm = {f"perm {n}": p for n, p in found.perm.items()}
             return found.curve.points[1] | perm | {"history": torch.tensor(found.history).double()}
 
+        compute = by_descent if start == method else by_pam
         return fresh, self._tensors(self.curve_config(a, b, method, shape), compute)
 
     def _check(self, method: str, shape: str) -> None:
@@ -254,23 +311,33 @@ class Experiment:
         if shape not in SHAPES:
             raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
         if self.perturb and method.startswith("pam-"):
-            raise ValueError(f"curve: got {method!r} of a robust experiment; PAM trains standard "
-                             "curves only: epsilon=0, or another method")  # fmt: skip
+            raise ValueError(
+                f"curve: got {method!r} of a robust experiment; PAM trains standard curves only. "
+                "Fix: set epsilon=0, or take another method"
+            )
 
     def pam_settings(self) -> pam.Settings:
         """How PAM runs: shorter than in the paper, unless `pam_options` says otherwise.
 
         One outer iteration, like the paper's; its curve step is as long as a plain curve's.
         """
-        short = {"p_epochs": min(4, self.curve_epochs), "p_lr": 1.0, "samples": 12,
-                 "images": 2_000, "probe": 500, "follow": True}  # fmt: skip
+        short = {
+            "p_epochs": min(4, self.curve_epochs),
+            "p_lr": 1.0,
+            "samples": 12,
+            "images": 2_000,
+            "probe": 500,
+            "follow": True,
+        }
         return pam.Settings((self.curve_epochs,), **short | dict(self.pam_options))
 
     def proximal(self, a: int, b: int, method: str, shape: str = "bezier") -> Record:
         """What PAM did on its way to `curve(a, b, "pam-…", shape)`, which is trained if need be."""
         if not method.startswith("pam-") or shape == "line":
-            raise ValueError(f"proximal: got {method!r}, {shape!r}; PAM trains a 'bezier' or a "
-                             "'chain' by 'pam-unaligned' or 'pam-aligned'")  # fmt: skip
+            raise ValueError(
+                f"proximal: got {method!r}, {shape!r}; PAM trains a 'bezier' or a 'chain' by "
+                "'pam-unaligned' or 'pam-aligned'"
+            )
         self._check(method, shape)
 
         def compute() -> dict[str, Any]:
@@ -284,10 +351,17 @@ class Experiment:
         return Record(perm, [pam.Iteration(*row) for row in found["history"]])
 
     def path(
-        self, a: int, b: int, method: str, shape: str = "bezier", *, split: str = "test",
-        images: int | None = None, attack: AnyAttack | None = None,
-        statistics_attack: AnyAttack | None = None
-    ) -> evaluate.Profile:  # fmt: skip
+        self,
+        a: int,
+        b: int,
+        method: str,
+        shape: str = "bezier",
+        *,
+        split: str = "test",
+        images: int | None = None,
+        attack: AnyAttack | None = None,
+        statistics_attack: AnyAttack | None = None,
+    ) -> evaluate.Profile:
         """Loss and accuracy along the curve, robust ones if there is an `attack`.
 
         split: "train", "val", "held_out" or "test"; of it the first `images` (default all).
@@ -302,10 +376,14 @@ class Experiment:
         def compute() -> dict[str, list[float]]:
             whole: data.Split = getattr(self.task, split)
             path = evaluate.profile(
-                self.net, self.curve(a, b, method, shape), whole.first(images or len(whole)),
-                statistics=self.task.train.first(self.statistics), points=self.points,
-                perturb=attack, perturb_statistics=statistics_attack
-            )  # fmt: skip
+                self.net,
+                self.curve(a, b, method, shape),
+                whole.first(images or len(whole)),
+                statistics=self.task.train.first(self.statistics),
+                points=self.points,
+                perturb=attack,
+                perturb_statistics=statistics_attack,
+            )
             return {name: array.tolist() for name, array in path._asdict().items()}
 
         found = cache.values(config, compute)
@@ -313,11 +391,38 @@ class Experiment:
             **{name: np.array(found[name]) for name in evaluate.Profile._fields}
         )
 
+    def paths(
+        self,
+        pairs: Iterable[Sequence[int]],
+        methods: Iterable[str] = ("unaligned", "aligned"),
+        shapes: Iterable[str] = ("line", "bezier"),
+        **choices: Any,
+    ) -> DataFrame:
+        """`path` for all of these, as a tidy frame (`frames.points`): pair, method, shape, t, …"""
+        return frames.points(
+            (
+                {"pair": f"{a}–{b}", "method": method, "shape": shape},
+                self.path(a, b, method, shape, **choices),
+            )
+            for shape in shapes
+            for method in methods
+            for a, b in pairs
+        )
+
+    def keep(self, compute: Callable[..., Any], *of: Any, **choices: Any) -> Any:
+        """`compute(self, *of, **choices)`, a JSON value: loaded if it is kept, else computed.
+
+        compute: a chapter's function of this experiment, by whose name the value is kept (give a
+        function that computes something else another name). of, choices: JSON values, and what has
+        a `config`, such as attacks, recipes and experiments. Arrays come back as lists.
+        """
+        config = self.config() | {"what": compute.__name__, "of": _plain(of)}
+        config |= {"choices": _plain(choices)} if choices else {}
+        return cache.values(config, lambda: _plain(compute(self, *of, **choices)))
+
     def config(self) -> dict[str, Any]:
         """All on which values depend: for what a chapter keeps in the store by a name."""
-        special = ("device", "compile", "validation", "epsilon", "attack_steps", "attack_step",
-                   "between", "pam_options")  # fmt: skip
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in SPECIAL}
         plain |= {"between": [e.config() for e in self.between]} if self.between else {}
         # Entries keep their keys: once the schedule said whether PAM ran as in the paper.
         usual = replace(self, pam_options={}).pam_settings()
@@ -328,17 +433,28 @@ class Experiment:
 
     def endpoint_config(self, seed: int) -> dict[str, Any]:
         """What a network depends on: its entry's configuration in the store."""
-        return {"what": "endpoint", "dataset": self.dataset, "network": self.network,
-                "width": self.width, "recipe": self.recipe(self.epochs).config(),
-                "seed": seed} | self._special()  # fmt: skip
+        usual = {
+            "what": "endpoint",
+            "dataset": self.dataset,
+            "network": self.network,
+            "width": self.width,
+            "recipe": self.recipe(self.epochs).config(),
+            "seed": seed,
+        }
+        return usual | self._special()
 
     def curve_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a curve depends on: its entry's configuration in the store."""
         one, two = self.between or (self, self)
         ends = [cache.key(one.endpoint_config(a)), cache.key(two.endpoint_config(b))]
         words = f"{self.network} {self.width:g}, {self.dataset}, seeds {a} and {b}"
-        config: dict[str, Any] = {"what": "curve", "ends": ends, "network": words,
-                                  "method": method, "shape": shape}  # fmt: skip
+        config: dict[str, Any] = {
+            "what": "curve",
+            "ends": ends,
+            "network": words,
+            "method": method,
+            "shape": shape,
+        }
         if not method.endswith("unaligned"):
             config["match_images"] = self.match_images
         if shape != "line" or method.startswith("pam-"):

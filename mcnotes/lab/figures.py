@@ -1,46 +1,72 @@
-"""The book's figures: one style, one colour per method, drawn from plain arrays.
+"""The book's figures: seaborn in one theme, one colour per method, and what no library has.
 
-A function draws numbers on the axes it is given; captions and alternative texts are the chapter's.
+A function draws on the axes it is given: tidy frames (`lab.frames`) where numbers are compared,
+arrays where a plane or a picture is shown. Captions and alternative texts are the chapter's.
 """
+
+from __future__ import annotations
 
 import base64
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Markdown
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mcnotes.matching import Finding
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Array = NDArray[np.float64]
 
 # Okabe and Ito's palette: distinct under the common forms of colour blindness.
 COLORS = {
-    "endpoints": "#000000", "random": "#7F7F7F", "other": "#009E73", "robust": "#CC79A7",
-    "unaligned": "#D55E00", "PAM unaligned": "#E69F00",
-    "aligned": "#0072B2", "PAM aligned": "#56B4E9",
-}  # fmt: skip
+    "endpoints": "#000000",
+    "random": "#7F7F7F",
+    "other": "#009E73",
+    "robust": "#CC79A7",
+    "unaligned": "#D55E00",
+    "PAM unaligned": "#E69F00",
+    "aligned": "#0072B2",
+    "PAM aligned": "#56B4E9",
+}
+RANGE = ("pi", 100)  # seaborn's name for a band or a bar from the smallest value to the largest
+# Letters of 11 points on 6 inches are nine pixels high on a telephone of 390 pixels.
 STYLE: dict[str, Any] = {
-    "figure.figsize": (6.0, 3.4), "figure.dpi": 110, "savefig.dpi": 160,
-    "figure.facecolor": "white", "figure.constrained_layout.use": True, "font.size": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "lines.linewidth": 1.8, "legend.frameon": False, "image.cmap": "viridis",
+    "figure.figsize": (6.0, 3.5),
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "legend.fontsize": 11,
+    "legend.title_fontsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.5,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "image.cmap": "viridis",
     "svg.hashsalt": "mcnotes",
-}  # fmt: skip
+}
 
 
 def set_style() -> None:
-    """Set the book's style for every figure that follows."""
-    plt.style.use(STYLE)
+    """Set the book's theme for every figure that follows, seaborn's and matplotlib's alike."""
+    sns.set_theme(style="ticks", palette=[*COLORS.values()], rc=STYLE)
 
 
 def color(method: str) -> str:
@@ -59,15 +85,58 @@ def band(
     ax.plot(x, stack.mean(0), style, color=color(method), label=label or method)
 
 
+def lines(
+    ax: Axes,
+    frame: DataFrame,
+    y: str,
+    *,
+    x: str = "t",
+    hue: str = "method",
+    style: str | None = None,
+) -> None:
+    """For each `hue` the mean of `y` over the rows of equal `x`, in a band from least to largest.
+
+    frame: tidy, as of `frames.points`; hue, style: columns, hue one of those that `color` knows.
+    """
+    sns.lineplot(
+        frame, x=x, y=y, hue=hue, style=style, palette=_palette(frame[hue]), errorbar=RANGE, ax=ax
+    )
+    sns.move_legend(ax, "best", title=None)
+
+
+def dots(ax: Axes, frame: DataFrame, y: str, *, x: str = "method", units: str = "pair") -> None:
+    """The value `y` of each unit (each pair of networks) at each `x`, a unit's joined by a line.
+
+    frame: tidy, a row for each unit and x, as of `frames.summary`.
+    """
+    sns.lineplot(frame, x=x, y=y, units=units, estimator=None, color="#AAAAAA", lw=1, ax=ax)
+    known = _palette(frame[x]) if set(frame[x]) <= COLORS.keys() else None
+    hue = x if known else None
+    sns.stripplot(
+        frame, x=x, y=y, hue=hue, palette=known, jitter=False, size=7, legend=False, ax=ax
+    )
+    ax.set(xlabel="")
+
+
+def _palette(methods: Iterable[str]) -> dict[str, str]:
+    return {method: color(method) for method in dict.fromkeys(methods)}
+
+
 def chord(ax: Axes, y: Array) -> None:
     """The straight chord between the first and last value of y, against t in [0, 1]."""
     ax.plot([0, 1], [y[0], y[-1]], ":", color=color("endpoints"), lw=1.2, label="chord")
 
 
 def surface(
-    ax: Axes, x: Array, y: Array, z: Array, *,
-    label: str, levels: int = 18, top: float | None = None
-) -> None:  # fmt: skip
+    ax: Axes,
+    x: Array,
+    y: Array,
+    z: Array,
+    *,
+    label: str,
+    levels: int = 18,
+    top: float | None = None,
+) -> None:
     """Contours of z [rows, columns] over x, y, cut above `top`, and their colour bar, `label`."""
     shown = np.minimum(z, top if top is not None else z.max())
     filled = ax.contourf(x, y, shown, levels=levels, cmap="viridis_r")
@@ -80,14 +149,25 @@ def corners(ax: Axes, at: Array, names: Sequence[str], colors: Sequence[str]) ->
     """Mark and name points at [n, 2] of a plane."""
     for (x, y), name, shade in zip(at, names, colors, strict=True):
         ax.plot(x, y, "o", color=shade, mec="white", ms=8, zorder=5)
-        ax.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points", color="black",
-                    bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1})  # fmt: skip
+        box = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1}
+        beside: dict[str, Any] = {"xytext": (6, 6), "textcoords": "offset points"}
+        ax.annotate(name, (x, y), **beside, color="black", bbox=box)
 
 
 def correlation(ax: Axes, matrix: Array, *, top: float = 1.0) -> None:
     """A correlation matrix [units of A, units of B] in colours from −top to top."""
-    ax.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
-    ax.grid(visible=False)
+    sns.heatmap(
+        matrix,
+        cmap="RdBu_r",
+        vmin=-top,
+        vmax=top,
+        square=True,
+        cbar=False,
+        xticklabels=False,
+        yticklabels=False,
+        rasterized=True,
+        ax=ax,
+    )
     ax.set(xlabel="unit of network B", ylabel="unit of network A")
 
 
@@ -101,29 +181,6 @@ def images(ax: Axes, pictures: Array, columns: int, gap: int = 1) -> None:
         sheet[top : top + h, left : left + w] = picture
     ax.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
-
-
-def mean_std(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
-    """ "mean ± sample standard deviation" of scale·values, as the paper's table writes it."""
-    v = np.asarray(values) * scale
-    deviation = f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else ""
-    return f"{v.mean():.{digits}f}{deviation}"
-
-
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[object]], align: Sequence[str] = ()
-) -> Markdown:
-    """Rows under a header, for notebooks and pages. align: Markdown's, as "---:" for the right."""
-    lines = [header, align or ["---"] * len(header), *rows]
-    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-    return Markdown(text)  # type: ignore[no-untyped-call]
-
-
-def findings(found: Sequence[Finding]) -> Markdown:
-    """What `matching.diagnose` found, as a table."""
-    rows = [[f.fault, f"{f.number:.3g}", f.text, f.fix] for f in found]
-    nothing = ["nothing", "", "none of the faults that were looked for", ""]
-    return table(["fault", "measured", "what it means", "what to do"], rows or [nothing])
 
 
 class Slider:
@@ -160,8 +217,7 @@ class Slider:
         width, height = self.size
         path = " ".join(f"{x},{y}" for x, y in self.points)
         data = json.dumps({"p": self.points, "t": self.t, "r": self.readings})
+        x, y = self.points[0]
+        shown = {"width": width, "height": height, "path": path, "data": data, "x": x, "y": y}
         template = Path(__file__).with_name("slider.html").read_text("utf8")
-        return Template(template).substitute(
-            vars(self), width=width, height=height, path=path, data=data, last=len(self.t) - 1,
-            x=self.points[0][0], y=self.points[0][1],
-        )  # fmt: skip
+        return Template(template).substitute(vars(self), **shown, last=len(self.t) - 1)

@@ -4,22 +4,12 @@
 """
 
 from mcnotes import checks, data, models, train
-from mcnotes.matching import doubly_stochastic
+from mcnotes.matching import pam
 
 ALIGNMENTS = ("unaligned", "aligned", "pam-unaligned", "pam-aligned")
 SHAPES = ("line", "bezier", "chain")
 SEED = checks.whole(0, 2**32 - 1)
-PAM_OPTIONS = {
-    "p_epochs": checks.whole(1),
-    "p_lr": checks.number(0, above=True),
-    "nu": checks.number(0, above=True),
-    "relaxation": checks.one_of([*doubly_stochastic.PROJECTIONS, "straight-through"]),
-    "samples": checks.whole(0),
-    "images": checks.whole(1),
-    "probe": checks.whole(1),
-    "nodes": checks.whole(1),
-    "follow": checks.flag,
-}
+PAM_OPTIONS = {name: rule for name, rule in pam.OPTIONS.items() if name != "epochs"}
 
 
 def a_pair(value: object) -> str:
@@ -82,6 +72,6 @@ ALLOWED: dict[str, checks.Rule] = {
     "robust_curve_epochs": checks.whole(1),
     "test_images": checks.whole(1),
     "image_size": checks.optional(checks.whole(1)),
-    "mean": checks.listed(checks.number(0, 1), once=False),
-    "std": checks.listed(checks.number(0, above=True), once=False),
+    "mean": checks.optional(checks.listed(checks.number(0, 1), once=False)),
+    "std": checks.optional(checks.listed(checks.number(0, above=True), once=False)),
 }

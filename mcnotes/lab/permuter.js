@@ -470,24 +470,33 @@ function permuter(box, data) {
   // Few units: the barrier of every order there is, the lowest first; the reader's is marked.
   function allOrders() {
     const rough = new B.Line(pair, coarse, identity);
-    const found = [...B.orders(n)].map((order) => {
-      rough.set(order);
-      return { key: order.join(), height: rough.barrier };
-    });
-    found.sort((a, b) => a.height - b.height);
-    const most = found[found.length - 1].height || 1;
-    const step = wide / found.length;
+    const left = [...B.orders(n)];
+    const found = [];
     const bars = new Map();
-    const svg = draw("svg", { viewBox: `0 0 ${wide} 90`, role: "img", preserveAspectRatio: "none" });
-    found.forEach(({ key, height }, k) => {
-      const tall = 1 + (70 * height) / most;
-      const bar = draw("rect", { x: k * step, width: 0.8 * step, y: 72 - tall, height: tall });
-      bars.set(key, { bar, rank: k + 1 });
-      svg.append(bar);
-    });
+    const svg = draw("svg", { viewBox: `0 0 ${wide} 90`, role: "img" });
     const caption = draw("text", { x: 0, y: 87 });
     svg.append(caption);
+    const work = () => {
+      const until = performance.now() + 8; // in slices, so that the page stays alive
+      while (left.length && performance.now() < until) {
+        rough.set(left.pop());
+        found.push({ key: rough.order.join(), height: rough.barrier });
+      }
+      if (left.length) return setTimeout(work);
+      found.sort((a, b) => a.height - b.height);
+      const most = found[found.length - 1].height || 1;
+      const step = wide / found.length;
+      found.forEach(({ key, height }, k) => {
+        const tall = 1 + (70 * height) / most;
+        const bar = draw("rect", { x: k * step, width: 0.8 * step, y: 72 - tall, height: tall });
+        bars.set(key, { bar, rank: k + 1 });
+        svg.append(bar);
+      });
+      update();
+    };
+    setTimeout(work);
     const update = () => {
+      if (bars.size === 0) return;
       for (const { bar } of bars.values()) bar.style.fill = "var(--line)";
       bars.get(aligned.join()).bar.style.fill = "var(--after)";
       bars.get(identity.join()).bar.style.fill = "var(--before)";

@@ -12,7 +12,6 @@ import html
 import io
 import json
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mcnotes import curves, evaluate, matching
+from mcnotes import curves, evaluate, matching, symmetry
 from mcnotes.curves import Theta
 from mcnotes.data import Split
 from mcnotes.lab import figures
@@ -70,7 +69,8 @@ class Permuter:
         if bound:
             data["norms"] = sum(float(np.linalg.norm(x["A"], 2)) for x in (a, b))
         self.data = data
-        self.picture = _picture(net, theta_a, theta_b, some, a["z"], b["z"], (hidden, head))
+        sym = symmetry.find(net, next(some.first(2).batches(2))[0].cpu())
+        self.picture = _picture(net, theta_a, theta_b, some, sym)
 
     def __repr__(self) -> str:
         return f"Permuter({self.units} units, {len(self.data['labels'])} images)"
@@ -89,25 +89,29 @@ class Permuter:
         return (
             f"<style>{style}</style>"
             f'<div class="permuter" id="{name}"><img alt="{alt}" src="{self.picture}"></div>'
+            f"<script>window[{json.dumps(name)}]={data};</script>"
             f"<script>(() => {{{_plain(maths)}\n{_plain(interface)}\n"
-            f"const box = document.getElementById({name!r});\n"
-            f"const data = {data};\n{START}}})();</script>"
+            f"const name = {json.dumps(name)};\n{START}}})();</script>"
         )
 
 
-# Until the figure comes near, the picture stands in its place, and nothing is computed.
+# Until the figure comes near, the picture stands in its place, and nothing is computed. The numbers
+# may come later, from a file of their own: the book's pages move large ones there.
 START = """
-const start = () => permuter(box, data);
-const near = box.getBoundingClientRect().top < innerHeight + 300;
-if (near || typeof IntersectionObserver === "undefined") start();
-else {
+const box = document.getElementById(name);
+const start = () => permuter(box, window[name]);
+const wait = () => {
+  const near = box.getBoundingClientRect().top < innerHeight + 300;
+  if (near || typeof IntersectionObserver === "undefined") return start();
   const eye = new IntersectionObserver(([entry]) => {
     if (!entry.isIntersecting) return;
     eye.disconnect();
     start();
   }, { rootMargin: "300px" });
   eye.observe(box);
-}
+};
+if (window[name]) wait();
+else addEventListener("DOMContentLoaded", wait);
 """
 
 
@@ -197,26 +201,12 @@ def _sheet(pictures: Tensor) -> dict[str, Any]:
 
 
 def _picture(
-    net: nn.Module,
-    theta_a: Theta,
-    theta_b: Theta,
-    some: Split,
-    z_a: NDArray[np.float64],
-    z_b: NDArray[np.float64],
-    layers: tuple[str, str],
+    net: nn.Module, theta_a: Theta, theta_b: Theta, some: Split, sym: symmetry.Symmetry
 ) -> str:
     """What stands in place of the figure where scripts are off: the line, before and after."""
-    hidden, head = layers
-    p = matching.assign(_correlation(z_a, z_b))
-    moved: Mapping[str, Tensor] = {
-        **theta_b,
-        f"{hidden}.weight": theta_b[f"{hidden}.weight"][p],
-        f"{head}.weight": theta_b[f"{head}.weight"][:, p],
-    }
-    if (bias := theta_b.get(f"{hidden}.bias")) is not None:
-        moved = {**moved, f"{hidden}.bias": bias[p]}
+    perm = matching.match(net, theta_a, theta_b, some, sym).perm
     figure, ax = plt.subplots(figsize=(5.2, 2.8))
-    for method, end in (("unaligned", theta_b), ("aligned", dict(moved))):
+    for method, end in (("unaligned", theta_b), ("aligned", sym.permute(theta_b, perm))):
         line = curves.line(theta_a, end)
         found = evaluate.profile(net, line, some, points=9, statistics=None)
         ax.plot(found.t, found.loss, color=figures.color(method), label=method)
@@ -226,10 +216,3 @@ def _picture(
     figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
     plt.close(figure)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _correlation(z_a: NDArray[np.float64], z_b: NDArray[np.float64]) -> Tensor:
-    """Of the units' outputs after the ReLU, [units of A, units of B]."""
-    u, v = (torch.from_numpy(z).relu() for z in (z_a, z_b))
-    u, v = ((h - h.mean(0)) / h.std(0, correction=0).clamp_min(1e-12) for h in (u, v))
-    return u.T @ v / len(u)

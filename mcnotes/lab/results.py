@@ -1,18 +1,24 @@
 """Full-scale results: the numbers of a run with their provenance, in one JSON file (chapter 11)."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from mcnotes import cache, evaluate
+from mcnotes.lab import frames
 from mcnotes.lab.experiment import Experiment
 from mcnotes.lab.parameters import ALIGNMENTS, SHAPES
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FORMAT = 1
 ORIGIN = ("hardware", "torch", "seconds")  # what the provenance of every part says
@@ -24,9 +30,12 @@ class ResultsError(ValueError):
 
 
 def collect(
-    lab: Experiment, preset: str, pairs: Sequence[Sequence[int]], methods: Collection[str],
-    shapes: Collection[str]
-) -> Record:  # fmt: skip
+    lab: Experiment,
+    preset: str,
+    pairs: Sequence[Sequence[int]],
+    methods: Collection[str],
+    shapes: Collection[str],
+) -> Record:
     """All paths of an experiment, loaded or computed, each with where its parts were computed.
 
     The record has JSON values only; `check` describes its form.
@@ -39,14 +48,20 @@ def collect(
         if shape != "line":
             parts["curve"] = lab.curve_config(a, b, method, shape)
         origins = {what: cache.origin(config) for what, config in parts.items()}
-        values = {name: array.tolist() for name, array in path._asdict().items()}
-        curves.append({"pair": [a, b], "method": method, "shape": shape} | values
-                      | {"provenance": origins})  # fmt: skip
+        curve = {"pair": [a, b], "method": method, "shape": shape}
+        curve |= {name: array.tolist() for name, array in path._asdict().items()}
+        curves.append(curve | {"provenance": origins})
     seeds = sorted({seed for pair in pairs for seed in pair})
     nets = [{"seed": s, "provenance": cache.origin(lab.endpoint_config(s))} for s in seeds]
-    return {"format": FORMAT, "preset": preset, "experiment": asdict(lab), "endpoints": nets,
-            "curves": curves, "collected": datetime.now(timezone.utc).date().isoformat(),
-            "provenance": cache.provenance(0.0)}  # fmt: skip
+    return {
+        "format": FORMAT,
+        "preset": preset,
+        "experiment": asdict(lab),
+        "endpoints": nets,
+        "curves": curves,
+        "collected": datetime.now(timezone.utc).date().isoformat(),
+        "provenance": cache.provenance(0.0),
+    }
 
 
 def save(record: Record, path: Path) -> None:
@@ -110,6 +125,18 @@ def paths(record: Record, method: str, shape: str) -> list[evaluate.Profile]:
         for curve in record["curves"]
         if (curve["method"], curve["shape"]) == (method, shape)
     ]
+
+
+def frame(record: Record) -> DataFrame:
+    """All measured points, tidy (`frames.points`): pair, method, shape, t, arc, loss, accuracy."""
+    return frames.points(
+        (
+            {"pair": "{}–{}".format(*curve["pair"])}
+            | {name: curve[name] for name in ("method", "shape")},
+            evaluate.Profile(*(np.array(curve[name]) for name in evaluate.Profile._fields)),
+        )
+        for curve in record["curves"]
+    )
 
 
 def seconds(record: Record) -> float:

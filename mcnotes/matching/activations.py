@@ -8,19 +8,29 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from threading import Lock
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mcnotes import evaluate
-from mcnotes.calls import Batch, Batches, Inputs, count
+from mcnotes.calls import Batch, Batches, Inputs, count, stated
+from mcnotes.checks import one_of, optional, require, whole
 from mcnotes.matching.assignment import bundles
-from mcnotes.matching.pair import AlignmentError, Pair
+from mcnotes.matching.pair import PAIRED, AlignmentError, Pair
 
 Cost = Literal["correlation", "covariance", "l2"]
 At = Literal["post", "pre"]
+RULES = {
+    "at": one_of(get_args(At)),
+    "cost": one_of(get_args(Cost)),
+    "batch_size": optional(whole(1)),
+    "images": evaluate.batched,
+    "seed": PAIRED["seed"],
+}
+"""What the arguments of the functions below, and of `match`, may be."""
 PIECE = 2**18  # numbers that stay in the cache
 Streams = dict[str, list["Moments"]]  # by group, one for each tap
 
@@ -97,6 +107,7 @@ class Moments:
 
 def similarity(taps: list[Moments], cost: Cost) -> Tensor:
     """What the assignment maximises, summed over the taps: [U, U] on the CPU."""
+    require("similarity", {"cost": cost}, RULES)
     return torch.stack([m.similarity(cost) for m in taps]).sum(0).cpu()
 
 
@@ -110,12 +121,14 @@ def stream(
     core takes its share. Raises AlignmentError for fewer than two images, and for activations
     that are not finite.
     """
+    given = {"pair": pair, "images": images, "at": at, "batch_size": batch_size}
+    require("match", given, RULES | PAIRED)
     device = images.device
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     size = -(-batch_size // cores) if batch_size else 64 if device.type == "cpu" else 512
     kinds = [names for bundle in bundles(pair.sym) for names in bundle.kinds]
     tap = pair.sym.tapper(pair.net, at=at)
-    states = pair.theta_a, pair.theta_b
+    states = (stated("match", pair.net, theta) for theta in (pair.theta_a, pair.theta_b))
     a, b = ({n: x.to(device) for n, x in theta.items()} for theta in states)
     bar = tqdm(total=images.count(size) or None, desc="correlating", leave=False)
     samples = list[int]()
@@ -163,15 +176,20 @@ def _side_by_side(seen: list[list[Tensor]]) -> list[Tensor]:
     return seen[0] if len(seen) == 1 else [torch.cat(parts, 1) for parts in zip(*seen, strict=True)]
 
 
+_THREADS = Lock()  # held by who has changed how many threads PyTorch takes
+
+
 def _side_jobs(
     work: Callable[[Iterable[Batch]], Streams], shares: Sequence[Iterable[Batch]]
 ) -> list[Streams]:
     """What `work` gives for each share: one thread each, which PyTorch splits no further."""
     if len(shares) < 2:
         return [work(share) for share in shares]
-    threads, parts = torch.get_num_threads(), len(shares)
-    try:
-        with ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, shares))
-    finally:
-        torch.set_num_threads(threads)
+    with _THREADS:
+        threads, parts = torch.get_num_threads(), len(shares)
+        try:
+            start = partial(torch.set_num_threads, 1)
+            with ThreadPoolExecutor(parts, initializer=start) as pool:
+                return list(pool.map(work, shares))
+        finally:
+            torch.set_num_threads(threads)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mcnotes import evaluate, train
 from mcnotes.attacks import Model, Perturb
+from mcnotes.checks import a, flag, require, whole
 from mcnotes.curves import Theta, combine
 from mcnotes.data import Split, Task
 from mcnotes.matching import activations, assignment
@@ -40,71 +41,84 @@ class Fault:
 
 FAULTS = {
     "inputs": Fault(
-        "above", 0.1,
+        "above",
+        0.1,
         "{} is right on {:.0%} of the images, on {:.0%} if they are {}",
         "show the images to each network as it was trained on them",
     ),
     "labels": Fault(
-        "above", 0.1,
+        "above",
+        0.1,
         "{} is right on {:.0%} of the images, on {:.0%} if its classes are renamed",
         "put the head's outputs into the data set's order of classes",
     ),
     "statistics": Fault(
-        "above", 0.15,
+        "above",
+        0.15,
         "{}'s loss is {:.2f}, with fresh BatchNorm statistics {:.2f}",
         "recompute the statistics with evaluate.batchnorm",
     ),
     "broken": Fault(
-        "below", 0.2,
+        "below",
+        0.2,
         "{} is right on {:.0%} of the images, a constant answer on {:.0%}",
         "load this network again, or train it again",
     ),
     "under-trained": Fault(
-        "above", 0.005,
+        "above",
+        0.005,
         "{}'s loss is {:.2f}, after a little more training {:.2f}",
         "train it to the end before you align",
     ),
     "same": Fault(
-        "below", 1e-3,
+        "below",
+        1e-3,
         "the two networks' probabilities differ by {:.4f} on average",
         "take two networks of different seeds",
     ),
     "copy": Fault(
-        "above", 0.5,
+        "above",
+        0.5,
         "as they come, units correlate by {:.2f}: one network stems from the other",
         "permute nothing, average them as they are",
     ),
     "dead": Fault(
-        "above", 0.2,
+        "above",
+        0.2,
         "{} of the two networks' {} units never change",
         "train with a smaller rate or another start, or remove these units",
     ),
     "weak": Fault(
-        "below", 0.2,
+        "below",
+        0.2,
         "matched units correlate by {:.2f} on average, least in {}",
         "try other layers, another method, or networks that are wider or trained for longer",
     ),
     "narrow": Fault(
-        "above", 0.12,
+        "above",
+        0.12,
         "among twice as many units the best partner correlates by {:.2f} more",
         "use wider layers, in which each unit finds a better partner",
     ),
     "collapse": Fault(
-        "below", 0.6,
+        "below",
+        0.6,
         "half-way, the units of {} vary {:.2f} times as much as A's",
         "use matching.repair, or networks with BatchNorm",
     ),
     "direction": Fault(
-        "above", 0.1,
+        "above",
+        0.1,
         "matched units correlate by {:.2f}, under the inverse by {:.2f}",
         "apply the inverse: new[i] = old[p[i]], and to network B",
     ),
     "permutation": Fault(
-        "above", 0.1,
+        "above",
+        0.1,
         "matched units correlate by {:.2f}, by a fresh matching by {:.2f}",
         "apply to B what matching.match returns, once and whole",
     ),
-}  # fmt: skip
+}
 """All that is looked for, by name."""
 ENDS = {"inputs", "labels", "broken"}  # with one of these the rest means nothing
 
@@ -143,9 +157,16 @@ Found = Iterator[Finding]
 
 
 def diagnose(
-    net: nn.Module, theta_a: Theta, theta_b: Theta, task: Task, sym: Symmetry, *,
-    perm: Perm | None = None, images: int = 2_000, every: bool = False
-) -> list[Finding]:  # fmt: skip
+    net: nn.Module,
+    theta_a: Theta,
+    theta_b: Theta,
+    task: Task,
+    sym: Symmetry,
+    *,
+    perm: Perm | None = None,
+    images: int = 2_000,
+    every: bool = False,
+) -> list[Finding]:
     """What is wrong with these two networks, or with their alignment; empty where nothing is.
 
     perm: the permutation of B in question (the identity, if B comes permuted); without it only the
@@ -153,12 +174,15 @@ def diagnose(
     Where a network itself is at fault (one of `ENDS`) nothing is said about the pair. Raises
     AlignmentError when the networks differ in shape.
     """
+    given = {"task": task, "images": images, "every": every}
+    require("diagnose", given, {"task": a(Task, "a data.Task"), "images": whole(1), "every": flag})
     pair = Pair(net, sym, theta_a, theta_b)
+    perm = None if perm is None else sym.complete(perm)
     few = replace(task, train=task.train.first(images), val=task.held_out.first(images))
     found = [*_network(net, "A", theta_a, few), *_network(net, "B", theta_b, few)]
     if not any(f.serious and f.fault in ENDS for f in found):
         found += _pair(pair, few)
-        if perm:
+        if perm is not None:
             found += _permutation(pair, perm, few.train)
     return [f for f in found if every or f.serious]
 
@@ -246,7 +270,9 @@ def _gain(correlation: Tensor) -> float:
 
 def _least_spread(pair: Pair, perm: Perm, images: Split) -> tuple[float, str]:
     """How much units vary half-way, as a multiple of A's, in the group where it is least."""
-    half = combine([pair.theta_a, pair.permuted(perm)], [0.5, 0.5])
+    ends = [pair.theta_a, pair.permuted(perm)]
+    evaluate.check_mixable("diagnose", pair.net, ends)
+    half = combine(ends, [0.5, 0.5])
     middle = evaluate.batchnorm(pair.net, half, images)
     seen = activations.stream(replace(pair, theta_a=middle, theta_b=pair.theta_a), images)
     ratios = []

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mcnotes import curves, train
+from mcnotes.checks import a, one_of, require, whole
 from mcnotes.curves import Curve
-from mcnotes.data import Split, Task
+from mcnotes.data import Split
 from mcnotes.matching import doubly_stochastic, pam
-from mcnotes.matching.pair import Pair
+from mcnotes.matching.pair import PAIRED, Pair
 from mcnotes.matching.weights import weight_matching
 from mcnotes.symmetry import Perm
 
@@ -51,35 +53,49 @@ class Descent:
     samples: int = 16  # Birkhoff–von Neumann terms that are tried at the end ("sinkhorn")
 
     def __post_init__(self) -> None:
-        if self.action not in ACTIONS:
-            raise ValueError(f"Descent: got action {self.action!r}, expected one of {[*ACTIONS]}")
-        if self.samples < 0:
-            raise ValueError(f"Descent: got samples={self.samples}, expected at least 0")
+        require("Descent", vars(self), {"action": one_of(ACTIONS), "samples": whole(0)})
         _ = self.recipe  # which checks the rest
 
     @property
     def recipe(self) -> train.Recipe:
         """As the training loop knows it."""
         lr = RATES[self.action] if self.lr is None else self.lr
-        return train.Recipe(self.epochs, self.batch_size, lr, weight_decay=0.0, schedule="linear",
-                            augment=False)  # fmt: skip
+        return train.Recipe(
+            self.epochs,
+            self.batch_size,
+            lr,
+            weight_decay=0.0,
+            schedule="linear",
+            augment=False,
+        )
+
+
+class Shown(NamedTuple):
+    """Images for the loop of `train`, as a `calls.Training`: none is held out or augmented."""
+
+    train: Split
+    augment: None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self.train.device
 
 
 class MiddleStep(train.Step):
     """A step of Adam on one free matrix for each group, by the loss at the middle of the line.
 
     The middle is taken whatever t is drawn. The matrices begin at the permutation `start`, and
-    are never projected; what acts on B is `act` of them.
+    are never projected; what acts on B is `how.action` of them.
     """
 
     def __init__(
-        self, pair: Pair, line: Curve, recipe: train.Recipe, start: Perm, act: Action,
-        device: torch.device
-    ) -> None:  # fmt: skip
-        super().__init__(pair.net, line, slice(0, 0), recipe, device)
+        self, pair: Pair, line: Curve, start: Perm, how: Descent, device: torch.device
+    ) -> None:
+        super().__init__(pair.net, line, slice(0, 0), how.recipe, device)
         self.end = pam.MovedEnd(self, line, pair.theta_b, pair.sym)
         self.half = torch.full([2], 0.5).to(self.rows)  # the weights of both ends
-        self.act = act
+        self.act = ACTIONS[how.action]
         self.matrices = {n: doubly_stochastic.matrix(p).requires_grad_() for n, p in start.items()}
         self.adam = torch.optim.Adam(self.matrices.values())
 
@@ -107,12 +123,16 @@ def loss_matching(
     lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images). Raises
     TrainingError if the loss is not finite.
     """
-    old = start or weight_matching(pair, seed=seed)
+    given = {"pair": pair, "images": images, "how": how, "seed": seed}
+    rules = PAIRED | {"images": a(Split, "a data.Split"), "how": a(Descent, "a Descent")}
+    require("loss_matching", given, rules)
+    if not len(images):
+        raise ValueError("loss_matching: images: got none, expected at least one")
+    pam.check_only_parameters_move(pair.net, pair.sym)
+    old = weight_matching(pair, seed=seed) if start is None else pair.sym.complete(start)
     line = curves.line(pair.theta_a, pair.permuted(old))
-    nothing = images.first(0)
-    task = Task("matching", images, nothing, nothing, ())  # nothing is validated or tested
-    step = MiddleStep(pair, line, how.recipe, old, ACTIONS[how.action], task.device)
-    train.run(step, line, task, seed, None)
+    step = MiddleStep(pair, line, old, how, images.device)
+    train.run(step, line, Shown(images), seed, None)
     found = {n: m.detach() for n, m in step.matrices.items()}
     samples = 0
     if how.action == "sinkhorn":

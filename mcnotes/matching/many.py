@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mcnotes.calls import Batches
+from mcnotes.checks import require, whole
 from mcnotes.curves import Theta, combine
-from mcnotes.matching.activations import At, Cost, similarity, stream
+from mcnotes.matching.activations import RULES, At, Cost, similarity, stream
 from mcnotes.matching.assignment import Bundle, bundles, solve
 from mcnotes.matching.pair import Pair
 from mcnotes.matching.weights import weight_matching
@@ -24,10 +25,17 @@ Similarities = dict[tuple[int, int, str], Tensor]  # i, j, group: [units of i, u
 
 
 def match_many(
-    net: nn.Module, thetas: Sequence[Theta], images: Batches, sym: Symmetry, *,
-    method: str = "activations", at: At = "post", cost: Cost = "correlation",
-    batch_size: int | None = None, sweeps: int = 100
-) -> list[Perm]:  # fmt: skip
+    net: nn.Module,
+    thetas: Sequence[Theta],
+    images: Batches,
+    sym: Symmetry,
+    *,
+    method: str = "activations",
+    at: At = "post",
+    cost: Cost = "correlation",
+    batch_size: int | None = None,
+    sweeps: int = 100,
+) -> list[Perm]:
     """For each network a permutation into one common order: that of the first, which stays.
 
     They maximise the similarity summed over all pairs by coordinate ascent: one network at a time
@@ -36,6 +44,10 @@ def match_many(
     `matching.match`; method "weights" uses no images; without it, units that are not seen stay.
     Raises ValueError for fewer than two networks and for other methods, AlignmentError as there.
     """
+    given = {"images": images, "at": at, "cost": cost, "batch_size": batch_size, "sweeps": sweeps}
+    require("match_many", given, RULES | {"sweeps": whole(1)})
+    if not isinstance(thetas, list | tuple):
+        raise ValueError(f"match_many: thetas: got a {type(thetas).__name__}, expected a list")
     if len(thetas) < 2:
         raise ValueError(f"match_many: got {len(thetas)} networks, expected at least 2")
     if method not in ("activations", "weights"):

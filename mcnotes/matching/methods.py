@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from mcnotes import display
 from mcnotes.calls import Batches
+from mcnotes.checks import require
 from mcnotes.curves import Theta
-from mcnotes.matching.activations import At, Cost, Moments, Streams, similarity, stream
+from mcnotes.matching.activations import RULES, At, Cost, Moments, Streams, similarity, stream
 from mcnotes.matching.assignment import Bundle, bundles, solve
 from mcnotes.matching.loss import ACTIONS, Descent, loss_matching
 from mcnotes.matching.pair import Pair
@@ -95,10 +96,18 @@ METHODS: dict[str, Method] = {
 
 
 def match(
-    net: nn.Module, theta_a: Theta, theta_b: Theta, images: Batches, sym: Symmetry, *,
-    method: str = "activations", at: At = "post", cost: Cost = "correlation",
-    batch_size: int | None = None, seed: int = 0
-) -> Matching:  # fmt: skip
+    net: nn.Module,
+    theta_a: Theta,
+    theta_b: Theta,
+    images: Batches,
+    sym: Symmetry,
+    *,
+    method: str = "activations",
+    at: At = "post",
+    cost: Cost = "correlation",
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Matching:
     """A permutation of B's units; by default that which makes them most similar to A's.
 
     images: what to correlate on, some thousands of training images. at: activations after ("post")
@@ -111,6 +120,8 @@ def match(
     Raises AlignmentError when the networks differ in shape, or there is nothing to correlate;
     ValueError for a method that is not known.
     """
+    given = {"images": images, "at": at, "cost": cost, "batch_size": batch_size, "seed": seed}
+    require("match", given, RULES)
     if method not in (known := ["activations", *METHODS]):
         raise ValueError(f"match: got method {method!r}{suggest(method, known)}")
     pair = Pair(net, sym, theta_a, theta_b)

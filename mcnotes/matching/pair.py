@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mcnotes.calls import stated
+from mcnotes.checks import Rule, a, require, whole
 from mcnotes.curves import Theta, check_same_space
 from mcnotes.symmetry import Perm, Symmetry
 
@@ -16,7 +18,7 @@ class AlignmentError(ValueError):
 class Pair:
     """Networks A and B of one architecture, and the permutation symmetry of that architecture.
 
-    Raises AlignmentError unless both states hold the same names, shapes and dtypes.
+    Raises AlignmentError unless both states are the network's, of the same shapes and dtypes.
     """
 
     net: nn.Module
@@ -26,7 +28,10 @@ class Pair:
 
     def __post_init__(self) -> None:
         try:
+            require("match", {"sym": self.sym}, {"sym": a(Symmetry, "a Symmetry")})
+            stated("match: theta_a", self.net, self.theta_a)
             check_same_space(self.theta_a, self.theta_b, "match")
+            stated("match: theta_b", self.net, self.theta_b)
         except ValueError as error:
             raise AlignmentError(str(error)) from error
 
@@ -38,3 +43,7 @@ class Pair:
     def permuted(self, perm: Perm) -> Theta:
         """B with its units permuted: the same function, in another order."""
         return self.sym.permute(self.theta_b, perm)
+
+
+PAIRED: dict[str, Rule] = {"pair": a(Pair, "a Pair"), "seed": whole(-(2**63), 2**64 - 1)}
+"""What the arguments of functions of a pair may be."""

@@ -7,7 +7,6 @@ permutations to doubly stochastic matrices and rounded again, and the inner cont
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mcnotes import evaluate, train
 from mcnotes.cache import Checkpoint, State
+from mcnotes.checks import Rule, a, flag, listed, number, one_of, require, whole
 from mcnotes.curves import Curve, Theta, check_same_space, combine
 from mcnotes.data import Split, Task
 from mcnotes.matching import assignment, doubly_stochastic
@@ -40,15 +40,32 @@ class Settings:
     nodes: int = 5  # values of t at which it is measured
     follow: bool = False  # do the inner control points move along with the end point?
 
+    @property
+    def straight_through(self) -> bool:
+        """Are the matrices free, and does the permutation nearest to them act?"""
+        return self.relaxation == "straight-through"
+
     def __post_init__(self) -> None:
-        known = [*doubly_stochastic.PROJECTIONS, "straight-through"]
-        if self.relaxation not in known:
-            raise ValueError(f"pam: relaxation {self.relaxation!r}, expected one of {known}")
-        for name in ("p_epochs", "p_lr", "nu", "images", "probe", "nodes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"pam: {name}={getattr(self, name)}, expected more than 0")
-        if not self.epochs or min(self.epochs) < 1:
-            raise ValueError(f"pam: epochs={self.epochs}, expected a number ≥ 1 per iteration")
+        require("pam", vars(self), OPTIONS)
+
+
+def _relaxation(value: object) -> str:
+    return one_of([*doubly_stochastic.PROJECTIONS, "straight-through"])(value)
+
+
+OPTIONS: dict[str, Rule] = {
+    "epochs": listed(whole(1), once=False),
+    "p_epochs": whole(1),
+    "p_lr": number(0, above=True),
+    "nu": number(0, above=True),
+    "relaxation": _relaxation,
+    "samples": whole(0),
+    "images": whole(1),
+    "probe": whole(1),
+    "nodes": whole(1),
+    "follow": flag,
+}
+"""What the fields of `Settings` may be."""
 
 
 class Iteration(NamedTuple):
@@ -73,10 +90,57 @@ class Result(NamedTuple):
     history: list[Iteration]
 
 
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is minimised, and how: the same in every step of a run. `relax` explains the fields."""
+
+    net: nn.Module
+    end: Theta  # the curve's last point, before any permutation or matrix acts on it
+    task: Task
+    recipe: train.Recipe
+    sym: Symmetry
+    settings: Settings
+
+    def value(self, curve: Curve) -> float:
+        """Q on the first `settings.probe` training images, in nats."""
+        probe = self.task.train.first(self.settings.probe)
+        return objective(self.net, curve, probe, self.settings.nodes)
+
+    def prox(self, distance: float) -> float:
+        """The proximal term of a step of this length: distance²/2ν."""
+        return distance**2 / (2 * self.settings.nu)
+
+    def permuted(self, curve: Curve, perm: Perm) -> Curve:
+        """The curve to the end in the order `perm`."""
+        return move_end(curve, self.sym.permute(self.end, perm), self.settings.follow)
+
+    def mixed(self, curve: Curve, matrices: Matrices) -> Curve:
+        """The curve to the end on which doubly stochastic matrices act."""
+        return move_end(curve, self.sym.apply_matrices(self.end, matrices), self.settings.follow)
+
+    def relax(
+        self, curve: Curve, old: Perm, *, seed: int, checkpoint: Checkpoint | None = None
+    ) -> Matrices:
+        """As the function `relax`: the permutation step before it is rounded."""
+        few = replace(self.task, train=self.task.train.first(self.settings.images))
+        step = PermutationStep(self, curve, old)
+        train.run(step, curve, few, seed, checkpoint)
+        if self.settings.straight_through:
+            return {n: doubly_stochastic.project(m) for n, m in step.matrices.items()}
+        return step.matrices
+
+
 def fit(
-    net: nn.Module, curve: Curve, task: Task, recipe: train.Recipe, sym: Symmetry,
-    settings: Settings, *, seed: int, checkpoint: Checkpoint | None = None
-) -> Result:  # fmt: skip
+    net: nn.Module,
+    curve: Curve,
+    task: Task,
+    recipe: train.Recipe,
+    sym: Symmetry,
+    settings: Settings,
+    *,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+) -> Result:
     """Minimise Q(φ, P) = E_t L(r(t)) over the inner points φ and the permutation P of the last one.
 
     Begins with `curve` and P the identity: to begin elsewhere, permute its last point first. Each
@@ -86,9 +150,17 @@ def fit(
     goes on from its last epoch or scored candidate and ends with the same numbers. Raises
     TrainingError as `train`.
     """
-    run = _Run(net, curve, task, recipe, sym, settings, seed, checkpoint)
+    given = {"net": net, "curve": curve, "task": task, "recipe": recipe, "seed": seed}
+    given |= {"checkpoint": checkpoint, "sym": sym, "settings": settings}
+    rules = {"sym": a(Symmetry, "a Symmetry"), "settings": a(Settings, "pam.Settings")}
+    require("pam", given, train.RULES | rules)
+    problem = Problem(net, curve.points[-1], task, recipe, sym, settings)
+    run = _Run(problem, curve, seed, checkpoint)
     while len(run.history) < len(settings.epochs) or run.halfway:
-        run.curve_step() if run.halfway else run.permutation_step()
+        if run.halfway:
+            run.curve_step()
+        else:
+            run.permutation_step()
     return Result(run.curve, run.perm, run.history)
 
 
@@ -96,32 +168,34 @@ class _Run:
     """The state of `fit` between its steps."""
 
     def __init__(
-        self, net: nn.Module, curve: Curve, task: Task, recipe: train.Recipe, sym: Symmetry,
-        settings: Settings, seed: int, checkpoint: Checkpoint | None
-    ) -> None:  # fmt: skip
-        self.net, self.task, self.recipe, self.sym = net, task, recipe, sym
-        self.settings, self.seed, self.checkpoint = settings, seed, checkpoint
-        self.curve, self.end = curve, curve.points[-1]
-        self.perm, self.history = sym.identity(), list[Iteration]()
-        probe = task.train.first(settings.probe)
-        self.value: Callable[[Curve], float] = lambda c: objective(net, c, probe, settings.nodes)
+        self, problem: Problem, curve: Curve, seed: int, checkpoint: Checkpoint | None
+    ) -> None:
+        self.problem, self.curve, self.seed, self.checkpoint = problem, curve, seed, checkpoint
+        self.perm, self.history = problem.sym.identity(), list[Iteration]()
         self.before: float | None = None  # Q, once the permutation step has measured it
         self.stored: State = {}  # what an earlier process left
         if checkpoint and (state := _taken(checkpoint, self.fits)):
-            self.stored = state
-            self.history = [Iteration(*row) for row in state["history"].tolist()]
-            self.perm = {n: state[f"perm.{n}"] for n in self.perm}
-            inner = [{n: state[f"inner.{i}.{n}"].to(task.device) for n in self.end}
-                     for i in range(1, curve.degree)]  # fmt: skip
-            inner.append(sym.permute(self.end, self.perm))
-            self.curve = curve.with_points([curve.points[0], *inner])
-            self.before = float(state["before"]) if "before" in state else None
+            self.take_over(state)
+
+    def take_over(self, state: State) -> None:
+        """Go on from what an earlier process left in the checkpoint."""
+        self.stored = state
+        self.history = [Iteration(*row) for row in state["history"].tolist()]
+        self.perm = {n: state[f"perm.{n}"] for n in self.perm}
+        self.before = float(state["before"]) if "before" in state else None
+        end, device = self.problem.end, self.problem.task.device
+        points = [self.curve.points[0]]
+        for i in range(1, self.curve.degree):
+            points.append({n: state[f"inner.{i}.{n}"].to(device) for n in end})
+        points.append(self.problem.sym.permute(end, self.perm))
+        self.curve = self.curve.with_points(points)
 
     def fits(self, state: State) -> None:
         """Raise ValueError unless `state` is one of this run; its steps see to their own parts."""
         rows = state.get("history", torch.empty(0)).numel() // len(Iteration._fields)
-        if rows > len(self.settings.epochs):
-            raise ValueError(f"it holds {rows} iterations, expected {len(self.settings.epochs)}")
+        iterations = len(self.problem.settings.epochs)
+        if rows > iterations:
+            raise ValueError(f"it holds {rows} iterations, expected {iterations}")
         expected = self.done() | {"history": torch.empty(rows, len(Iteration._fields)).double()}
         expected |= {"before": torch.empty(()).double()} if "before" in state else {}
         own = {n: x for n, x in state.items() if not n.startswith(STEPS)}
@@ -158,38 +232,51 @@ class _Run:
         return self.seed * 1009 + 2 * len(self.history) + self.halfway
 
     def permutation_step(self) -> None:
-        settings, old, seed = self.settings, self.perm, self.step_seed()
+        problem, curve, old, seed = self.problem, self.curve, self.perm, self.step_seed()
         if self.before is None:
-            self.before = self.history[-1].after if self.history else self.value(self.curve)
+            self.before = self.history[-1].after if self.history else problem.value(curve)
             self.keep()
-        before, moved = self.before, partial(move_end, self.curve, follow=settings.follow)
+        before = self.before
 
         def score(perm: Perm) -> float:
-            prox = distance(perm, old) ** 2 / (2 * settings.nu)
-            return prox + self.value(moved(self.sym.permute(self.end, perm))) if prox else before
+            if prox := problem.prox(distance(perm, old)):
+                return prox + problem.value(problem.permuted(curve, perm))
+            return before
 
         scores = _Scores(score, old, self.part("round."))
         if not scores.matrices:
-            scores.begin(relax(self.net, self.curve, self.end, self.task, self.recipe, self.sym,
-                               old, settings, seed=seed, checkpoint=self.part()))  # fmt: skip
+            scores.begin(problem.relax(curve, old, seed=seed, checkpoint=self.part()))
         generator = torch.Generator().manual_seed(seed)
-        offers = candidates(scores.matrices, old, settings.samples, generator)
+        offers = candidates(scores.matrices, old, problem.settings.samples, generator)
         chosen, self.perm, lowest = choose(offers, scores)
-        relaxed = self.value(moved(self.sym.apply_matrices(self.end, scores.matrices)))
-        far, units = distance(self.perm, old), sum(len(p) for p in old.values())
-        self.curve = moved(self.sym.permute(self.end, self.perm))
-        self.history.append(Iteration(before, relaxed, lowest - far**2 / (2 * settings.nu), chosen,
-                                      far**2 / 2 / max(units, 1), far))  # fmt: skip
+        moved, units = distance(self.perm, old), sum(len(p) for p in old.values())
+        iteration = Iteration(
+            before=before,
+            relaxed=problem.value(problem.mixed(curve, scores.matrices)),
+            rounded=lowest - problem.prox(moved),
+            chosen=chosen,
+            changed=moved**2 / 2 / max(units, 1),
+            p_moved=moved,
+        )
+        self.curve = problem.permuted(curve, self.perm)
+        self.history.append(iteration)
         self.before = None
         self.keep()
 
     def curve_step(self) -> None:
-        settings, last = self.settings, self.history[-1]
-        recipe = replace(self.recipe, epochs=settings.epochs[len(self.history) - 1])
-        fitted = train.fit_curve(self.net, self.curve, self.task, recipe, seed=self.step_seed(),
-                                 pull=1 / settings.nu, checkpoint=self.part()).curve  # fmt: skip
-        after, moved = self.value(fitted), shift(self.net, self.curve, fitted)
-        kept = after + moved**2 / (2 * settings.nu) <= last.rounded
+        problem, last = self.problem, self.history[-1]
+        recipe = replace(problem.recipe, epochs=problem.settings.epochs[len(self.history) - 1])
+        fitted = train.fit_curve(
+            problem.net,
+            self.curve,
+            problem.task,
+            recipe,
+            seed=self.step_seed(),
+            pull=1 / problem.settings.nu,
+            checkpoint=self.part(),
+        ).curve
+        after, moved = problem.value(fitted), shift(problem.net, self.curve, fitted)
+        kept = after + problem.prox(moved) <= last.rounded
         if not kept:
             fitted, after, moved = self.curve, last.rounded, 0.0
         self.curve = fitted
@@ -289,9 +376,9 @@ def move_end(curve: Curve, end: Theta, follow: bool) -> Curve:
     """The curve with another last point; `follow`: inner ones move by i/n of its displacement."""
     *others, old = curve.points
     if follow:
-        n = curve.degree
-        others[1:] = [combine([p, end, old], [1.0, i / n, -i / n])
-                      for i, p in enumerate(others[1:], 1)]  # fmt: skip
+        for i in range(1, curve.degree):
+            share = i / curve.degree
+            others[i] = combine([others[i], end, old], [1.0, share, -share])
     return curve.with_points([*others, end])
 
 
@@ -361,27 +448,40 @@ class MovedEnd:
 class PermutationStep(train.Step):
     """Projected SGD on the matrices; `train.run` drives it as it drives any step."""
 
-    def __init__(
-        self, net: nn.Module, curve: Curve, end: Theta, recipe: train.Recipe,
-        device: torch.device, sym: Symmetry, old: Perm, settings: Settings
-    ) -> None:  # fmt: skip
-        super().__init__(net, curve, slice(0, 0), recipe, device)
-        self.end, self.settings = MovedEnd(self, curve, end, sym, settings.follow), settings
+    def __init__(self, problem: Problem, curve: Curve, old: Perm) -> None:
+        settings = problem.settings
+        recipe = replace(
+            problem.recipe,
+            epochs=settings.p_epochs,
+            lr=settings.p_lr,
+            momentum=0.0,
+            weight_decay=0.0,
+        )
+        super().__init__(problem.net, curve, slice(0, 0), recipe, problem.task.device)
+        self.settings = settings
+        self.end = MovedEnd(self, curve, problem.end, problem.sym, settings.follow)
         self.old = {n: doubly_stochastic.matrix(p) for n, p in old.items()}
         self.matrices = {n: m.clone() for n, m in self.old.items()}
 
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor, lr: float) -> Tensor:
         """As `train.Step`; one step on the matrices, the control points stay."""
-        through = self.settings.relaxation == "straight-through"
-        at = {n: doubly_stochastic.nearest(m) if through else m for n, m in self.matrices.items()}
+        at = {n: self.acting(m) for n, m in self.matrices.items()}
         leaves = {n: m.clone().requires_grad_() for n, m in at.items()}
         loss, slopes = self.end.slopes(leaves, leaves, x, y, weights)
         for n, m in self.matrices.items():
-            m = m - lr * (slopes[n] + (at[n] - self.old[n]) / self.settings.nu)
-            self.matrices[n] = (
-                m if through else doubly_stochastic.PROJECTIONS[self.settings.relaxation](m)
-            )
+            slope = slopes[n] + (at[n] - self.old[n]) / self.settings.nu
+            self.matrices[n] = self.projected(m - lr * slope)
         return loss
+
+    def acting(self, m: Tensor) -> Tensor:
+        """What acts on the end for the matrix m [n, n]."""
+        return doubly_stochastic.nearest(m) if self.settings.straight_through else m
+
+    def projected(self, m: Tensor) -> Tensor:
+        """The matrix m [n, n] after a step, back where it must be; a free one stays."""
+        if self.settings.straight_through:
+            return m
+        return doubly_stochastic.PROJECTIONS[self.settings.relaxation](m)
 
     def state(self) -> dict[str, Tensor]:
         """The matrices; not copied."""
@@ -393,21 +493,25 @@ class PermutationStep(train.Step):
 
 
 def relax(
-    net: nn.Module, curve: Curve, end: Theta, task: Task, recipe: train.Recipe, sym: Symmetry,
-    old: Perm, settings: Settings, *, seed: int, checkpoint: Checkpoint | None = None
-) -> Matrices:  # fmt: skip
+    net: nn.Module,
+    curve: Curve,
+    end: Theta,
+    task: Task,
+    recipe: train.Recipe,
+    sym: Symmetry,
+    old: Perm,
+    settings: Settings,
+    *,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+) -> Matrices:
     """min over doubly stochastic P of E_t L(r(t; φ, P)) + ‖P − P_old‖²/2ν by projected SGD.
 
     curve: its last point is `end` in the order `old`. The matrices act on `end`, begin at `old`
     and are doubly stochastic (those of "straight-through": free; their assignment acts).
     """
-    recipe = replace(recipe, epochs=settings.p_epochs, lr=settings.p_lr, momentum=0.0,
-                     weight_decay=0.0)  # fmt: skip
-    few = replace(task, train=task.train.first(settings.images))
-    step = PermutationStep(net, curve, end, recipe, task.device, sym, old, settings)
-    train.run(step, curve, few, seed, checkpoint)
-    through = settings.relaxation == "straight-through"
-    return {n: doubly_stochastic.project(m) if through else m for n, m in step.matrices.items()}
+    problem = Problem(net, end, task, recipe, sym, settings)
+    return problem.relax(curve, old, seed=seed, checkpoint=checkpoint)
 
 
 def candidates(

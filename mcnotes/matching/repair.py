@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mcnotes import evaluate
-from mcnotes.calls import call
+from mcnotes.calls import call, stated
+from mcnotes.checks import got, number, require
 from mcnotes.curves import Theta
 from mcnotes.data import Split
 from mcnotes.symmetry.activations import listen
@@ -26,16 +27,24 @@ def repair(
     linear or convolution layer is scaled and shifted so that its mean and deviation on `images`
     are those of the ends, weighted by 1 − t and t. The last layer stays. Networks with BatchNorm
     need `evaluate.batchnorm` instead. Raises ValueError for layers without a bias, which cannot be
-    shifted, and for networks that hold less than two layers.
+    shifted, for layers whose weight is computed or shared, for networks that hold less than two
+    layers, and for states that do not fit the network.
     """
+    given = {"images": images, "t": t, "ends": ends}
+    require("repair", given, {"images": evaluate.batched, "t": number(0, 1), "ends": _two})
+    ends = (
+        stated("repair", net, ends[0], images.device),
+        stated("repair", net, ends[1], images.device),
+    )
+    theta = stated("repair", net, theta, images.device)
     layers = _layers(net, theta, images)[:-1]
     if not layers:
-        raise ValueError("repair: found no linear or convolution layer before the last; there is "
-                         "nothing to repair. Fix: use the average as it is")  # fmt: skip
+        raise ValueError(
+            "repair: found no linear or convolution layer before the last; there is nothing to "
+            "repair. Fix: use the average as it is"
+        )
     for layer in layers:
-        if f"{layer}.bias" not in theta:
-            raise ValueError(f"repair: {layer!r} has no bias to shift. Fix: build the network with "
-                             "one, or use evaluate.batchnorm if it has BatchNorm")  # fmt: skip
+        _check_layer(net, layer)
     goal = [channel_statistics(net, end, images, layers) for end in ends]
     out = dict(theta)
     for layer in layers:
@@ -50,6 +59,32 @@ def repair(
     return out
 
 
+def _two(value: object) -> str:
+    fits = isinstance(value, tuple | list) and len(value) == 2
+    return "" if fits else got(value, "two networks' states")
+
+
+def _check_layer(net: nn.Module, layer: str) -> None:
+    """Raise ValueError unless weight and bias of a layer are parameters of its own."""
+    own = net.get_submodule(layer)._parameters
+    if own.get("weight") is None:
+        raise ValueError(
+            f"repair: the weight of {layer!r} is computed from other parameters, so that it cannot "
+            "be scaled. Fix: remove the parametrization or the pruning, in both networks"
+        )
+    if own.get("bias") is None:
+        raise ValueError(
+            f"repair: {layer!r} has no bias to shift. Fix: build the network with one, or use "
+            "evaluate.batchnorm if it has BatchNorm"
+        )
+    for name, x in net.named_parameters(remove_duplicate=False):
+        if name.rpartition(".")[0] != layer and any(x is y for y in own.values()):
+            raise ValueError(
+                f"repair: {layer!r} shares a parameter with {name!r}, and units of both cannot get "
+                "statistics of their own. Fix: use the average as it is"
+            )
+
+
 def channel_statistics(
     net: nn.Module, theta: Theta, images: Split, layers: Sequence[str] | None = None
 ) -> dict[str, Statistics]:
@@ -58,7 +93,15 @@ def channel_statistics(
     layers: names of linear and convolution layers; default: all, in the order in which they work.
     By layer, two float64 tensors [channels].
     """
-    layers = layers or _layers(net, theta, images)
+    require("channel_statistics", {"images": images}, {"images": evaluate.batched})
+    theta = stated("channel_statistics", net, theta, images.device)
+    every = _layers(net, theta, images)
+    layers = every if layers is None else layers
+    if unknown := [name for name in layers if name not in every]:
+        raise ValueError(
+            f"channel_statistics: no linear or convolution layer {unknown[0]!r} is at work; there "
+            f"are {every}"
+        )
     sums: dict[str, list[Tensor]] = {name: [] for name in layers}
     axes = {n: 1 if isinstance(net.get_submodule(n), CONVOLUTIONS) else -1 for n in layers}
 
@@ -77,6 +120,8 @@ def channel_statistics(
 
 def _layers(net: nn.Module, theta: Theta, images: Split) -> list[str]:
     """Names of the linear and convolution layers, in the order in which they work."""
+    if not len(images):
+        raise ValueError("repair: images: got none, expected at least one")
     kinds = (nn.Linear, *CONVOLUTIONS)
     names = [name for name, m in net.named_modules() if isinstance(m, kinds)]
     order: list[str] = []

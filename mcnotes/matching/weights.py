@@ -5,19 +5,24 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from mcnotes.checks import require, whole
 from mcnotes.curves import Theta
 from mcnotes.matching import doubly_stochastic
 from mcnotes.matching.assignment import Bundle, bundles, solve
-from mcnotes.matching.pair import Pair
+from mcnotes.matching.pair import PAIRED, Pair
 from mcnotes.symmetry import Perm, Symmetry
 
 Agreement = Callable[[Theta], Tensor]  # ⟨θ_A, θ⟩ [], float64
 
 
 def weight_matching(
-    pair: Pair, *, start: Perm | None = None, only: Collection[str] | None = None, seed: int = 0,
-    sweeps: int = 100
-) -> Perm:  # fmt: skip
+    pair: Pair,
+    *,
+    start: Perm | None = None,
+    only: Collection[str] | None = None,
+    seed: int = 0,
+    sweeps: int = 100,
+) -> Perm:
     """Weight matching: a permutation P that makes ⟨θ_A, Pθ_B⟩ large (Ainsworth et al. 2023, 3.2).
 
     No data is needed. Block coordinate ascent: one group at a time, the others held fixed, is a
@@ -27,7 +32,12 @@ def weight_matching(
     tensor, the assignment is that of the linear part. only: the names (of `bundles`) that may
     change. Raises ValueError for weights that are not finite.
     """
+    given = {"pair": pair, "seed": seed, "sweeps": sweeps}
+    require("weight_matching", given, PAIRED | {"sweeps": whole(1)})
     sym, names = pair.sym, pair.names
+    known = [bundle.name for bundle in bundles(sym)]
+    if only is not None and (isinstance(only, str) or not {*only} <= {*known}):
+        raise ValueError(f"weight_matching: only: got {only!r}, expected names among {known}")
     fixed = {name: pair.theta_a[name].double() for name in names}
     exact = {n: x.double() if x.is_floating_point() else x for n, x in pair.theta_b.items()}
 
@@ -36,7 +46,7 @@ def weight_matching(
 
     parts = [bundle for bundle in bundles(sym) if only is None or bundle.name in only]
     generator = torch.Generator().manual_seed(seed)
-    perm = start or sym.identity()
+    perm = sym.identity() if start is None else sym.complete(start)
     best = float(agreement(sym.permute(exact, perm)))
     for _ in range(sweeps):
         before = best

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from mcnotes.calls import Inputs, call
+from mcnotes.calls import Inputs, applied, arranged, within
 from mcnotes.symmetry.execute import inference_copy, unfused_attention
 from mcnotes.symmetry.units import SymmetryError, Tape
 
@@ -102,11 +102,12 @@ class Reader:
     def __call__(self, theta: Theta, inputs: Inputs) -> Theta:
         """The results by name. Raises SymmetryError if the network ran in another way."""
         self.seen, tape = {}, None if self.spots else Recorder(self.names)
+        given = arranged(self.net, inputs)
         self.net.train()  # to make it forget what it keeps for evaluation
         for m, flag in self.flags.items():
             m.training = flag
         with unfused_attention, torch.no_grad(), tape or nullcontext():
-            call(self.net, theta, inputs)
+            within(self.net, theta, partial(applied, self.net, given))
         if tape:
             tape.check()
             return tape.kept

@@ -1,6 +1,5 @@
 """Run a network on other tensors, and leave it as it was."""
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import copy_context
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mcnotes.calls import Inputs, call
+from mcnotes.calls import Inputs, call, duplicate
 from mcnotes.symmetry.units import SymmetryError
 
 SCALARS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
@@ -71,10 +70,7 @@ def inference_copy(net: nn.Module, train: bool) -> nn.Module:
 
     Its layers act as in evaluation; if `train`, auxiliary heads run.
     """
-    attributes = (
-        x for m in net.modules() for d in (m._parameters, m._buffers, vars(m)) for x in d.values()
-    )
-    net = copy.deepcopy(net, {id(x): x for x in attributes if isinstance(x, Tensor)})
+    net = duplicate(net, shared=True).train()  # in which it forgets what it computed from others
     for m in net.modules():
         own = any(m.children()) and not type(m).__module__.startswith("torch.nn.")
         m.training = train and own

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock, get_ident
 from typing import Any, Literal
@@ -24,15 +24,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-from mcnotes import calls
+from mcnotes import calls, checks
 from mcnotes.calls import Inputs
 from mcnotes.symmetry import permutations
 from mcnotes.symmetry.activations import Reader, Theta
-from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
+from mcnotes.symmetry.execute import Shared, inference_copy, outputs, unfused_attention
 from mcnotes.symmetry.groups import Group, Pinned, Place, discover
 from mcnotes.symmetry.units import SymmetryError
 
 Perm = dict[str, Tensor]  # index vectors by group
+
+
+def exemplary(value: object) -> str:
+    """Inputs of a network, with a tensor among them."""
+    tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+    if tensors or isinstance(value, Mapping):
+        return ""
+    return f"got a {type(value).__name__}, expected a tensor, or a tuple or mapping of some"
+
+
+RULES: dict[str, checks.Rule] = {
+    "net": checks.a(nn.Module, "an nn.Module"),
+    "example": exemplary,
+    "train": checks.flag,
+    "at": checks.one_of(["post", "pre"]),
+    "tolerance": lambda x: "" if x == math.inf else checks.number(0, above=True)(x),
+    "seed": checks.whole(-(2**63), 2**64 - 1),
+}
+"""What the arguments of the functions below may be."""
 TRACED: WeakKeyDictionary[nn.Module, dict[Any, Symmetry]] = WeakKeyDictionary()
 """What `find` found, by network, and by mode and form of the inputs; `tapper` looks it up."""
 
@@ -42,11 +61,13 @@ class Symmetry:
     """All that may be permuted in a network without changing its function: a value.
 
     A group of n units stands for n! copies of the network. train: the mode it was found in.
+    shapes: of the tensors of that network, by name.
     """
 
     groups: Mapping[str, Group]
     pinned: tuple[Pinned, ...] = ()
     train: bool = False
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict, repr=False)
 
     def identity(self) -> Perm:
         """The permutation that moves nothing."""
@@ -58,6 +79,8 @@ class Symmetry:
 
     def complete(self, perm: Perm) -> Perm:
         """`perm`, with the identity for groups that it leaves out. ValueError if it misfits."""
+        if not isinstance(perm, Mapping):
+            raise ValueError(f"got a {type(perm).__name__}, expected index vectors by group")
         if wrong := [name for name in perm if name not in self.groups]:
             raise ValueError(f"no group {wrong[0]!r} in this symmetry; there are {[*self.groups]}")
         checked = {
@@ -89,6 +112,7 @@ class Symmetry:
         perm: group → index vector; groups that it leaves out stay. Any device. Raises ValueError
         for permutations, or parameters, that do not fit.
         """
+        self._check_shapes(theta)
         # For each parameter and axes the order in which positions are taken: all groups at once.
         orders: dict[tuple[str, tuple[int, ...]], tuple[Place, Tensor]] = {}
         for name, p in self.complete(perm).items():  # those within blocks before the blocks
@@ -104,12 +128,32 @@ class Symmetry:
             out[at.name] = moved.view(theta[at.name].shape)
         return out
 
+    def _check_shapes(self, theta: Theta) -> None:
+        """Raise ValueError for tensors of other shapes than in the network that this is of."""
+        if not isinstance(theta, Mapping):
+            raise ValueError(f"permute: got a {type(theta).__name__}, expected tensors by name")
+        for name in {at.name for group in self.groups.values() for at in group.places}:
+            if name in theta and theta[name].shape != self.shapes.get(name, theta[name].shape):
+                raise ValueError(
+                    f"permute: {name!r} has shape {[*theta[name].shape]}, expected "
+                    f"{[*self.shapes[name]]}: is it of another network?"
+                )
+
     def apply_matrices(self, theta: Theta, matrices: Mapping[str, Tensor]) -> Theta:
         """`permute` by square matrices [size, size], differentiably: new = M · old at each place.
 
         `torch.eye(size)[p]` is the permutation p; doubly stochastic matrices lie between
         permutations (chapter 7). Groups that are left out stay.
         """
+        if not isinstance(matrices, Mapping):
+            raise ValueError(f"got a {type(matrices).__name__}, expected matrices by group")
+        if wrong := [name for name in matrices if name not in self.groups]:
+            raise ValueError(f"no group {wrong[0]!r} in this symmetry; there are {[*self.groups]}")
+        for name, matrix in matrices.items():
+            size, got = self.groups[name].size, getattr(matrix, "shape", type(matrix).__name__)
+            if got != (size, size):
+                raise ValueError(f"group {name!r}: got {got}, expected a matrix {[size, size]}")
+        self._check_shapes(theta)
         out = dict(theta)
         for name, group in self.groups.items():
             for at in group.places if name in matrices else ():
@@ -135,13 +179,18 @@ class Symmetry:
         hide an error. Raises SymmetryError above `tolerance`, with the group that is worst alone,
         and if the network returns nothing that can be compared.
         """
+        given = {"net": net, "example": example, "tolerance": tolerance, "seed": seed}
+        checks.require("verify", given, RULES)
         generator = torch.Generator().manual_seed(seed)
-        given = {n: jitter(t, generator) for n, t in (theta or net.state_dict()).items()}
+        kept = {n: t for n, t in net.state_dict().items() if isinstance(t, Tensor)}
+        state = calls.stated("verify", net, kept if theta is None else theta)
+        # Buffers that are not in the state_dict are constants of the network, as in `find`.
+        moved = {n: jitter(t, generator) if n in kept else in_float64(t) for n, t in state.items()}
         run = partial(float64_outputs, net, self.train, inputs=calls.plain(example), seed=seed)
-        before = run(given)
+        before = run(moved)
 
         def error(perm: Perm) -> float:
-            return relative_difference(before, run(self.permute(given, perm)))
+            return relative_difference(before, run(self.permute(moved, perm)))
 
         perm = {n: random_cycle(g.size, generator) for n, g in self.groups.items()}
         if (total := error(perm)) <= tolerance:
@@ -155,13 +204,14 @@ class Symmetry:
     def tapper(
         self, net: nn.Module, at: Literal["post", "pre"] = "post"
     ) -> Callable[..., dict[str, list[Tensor]]]:
-        """A function (θ, *inputs) → {group: [activations [samples, units], …]}, in one run.
+        """A function `(θ, *inputs) → {group: [activations [samples, units], …]}`, in one run.
 
         at: "post", what the next contraction sees, after the nonlinearity; "pre", before it. All
         positions but those of the units are samples. Evaluation mode, any batch size, no gradients.
         Raises SymmetryError if `net` has other groups than this symmetry. Do not rebuild it in
         place after `find`: it is traced again only for inputs of another form.
         """
+        checks.require("tapper", {"net": net, "at": at}, RULES)
         readers: dict[Any, Reader] = {}
         lock = Lock()
 
@@ -258,14 +308,11 @@ def float64_outputs(
 
     Random numbers within come from `seed`; those outside are left alone.
     """
-    device = next((t.device for t in theta.values()), None)
+    device = next((t.device for t in theta.values()), torch.device("cpu"))
     values = {n: in_float64(b) for n, b in net.named_buffers()} | theta
     for n, _ in net.named_buffers():
         values[n] = values[n].clone()  # which a forward pass may change
-    with (
-        float64_default(), unfused_attention, torch.no_grad(), torch.random.fork_rng(devices=[])
-    ):  # fmt: skip
-        torch.manual_seed(seed)
+    with float64_default, unfused_attention, torch.no_grad(), calls.seeded(seed, device):
         given = tree_map_only(Tensor, lambda x: in_float64(x).to(device), inputs)
         return outputs(inference_copy(net, train), values, given)
 
@@ -275,9 +322,10 @@ def in_float64(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
+@Shared
 @contextmanager
 def float64_default() -> Iterator[None]:
-    """Tensors that a network makes are float64, too."""
+    """Tensors that a network makes are float64, too: `with float64_default:`."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -321,7 +369,9 @@ def find(net: nn.Module, example: Inputs, train: bool = False) -> Symmetry:
     understood is pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`;
     `Symmetry.verify` proves.
     """
+    checks.require("find", {"net": net, "example": example, "train": train}, RULES)
     inputs = calls.plain(example)
-    found = Symmetry(*discover(net, inputs, train), train)
+    shapes = {n: x.shape for n, x in net.state_dict().items() if isinstance(x, Tensor)}
+    found = Symmetry(*discover(net, inputs, train), train, shapes)
     TRACED.setdefault(net, {})[train, form(inputs)] = found
     return found

@@ -21,7 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.utils._pytree import tree_map_only
 
 from mcnotes import display
-from mcnotes.calls import Inputs
+from mcnotes.calls import Inputs, arranged
 from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
 from mcnotes.symmetry.rules import MOVING, PASSING, RULES
 from mcnotes.symmetry.trace import Trace
@@ -147,6 +147,7 @@ def run_trace(
     """
     net = inference_copy(net, train)
     modules = {id(m): f"{n or 'the network'} ({type(m).__name__})" for n, m in net.named_modules()}
+    inputs = arranged(net, inputs)
     trace = Trace(RULES, MOVING, PASSING, modules, merged)
     theta = labelled_parameters(net, trace)
     given = tree_map_only(Tensor, partial(labelled_input, trace), inputs)
@@ -174,8 +175,8 @@ def labelled_parameters(net: nn.Module, trace: Trace) -> dict[str, Labelled]:
     convs = (m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd))
     conv_groups = {id(m.weight): m.groups for m in convs}
     labelled: dict[int, Labelled] = {}
-    for t in state.values():
-        if t.is_floating_point() and id(t) not in labelled:
+    for t in state.values():  # an extra state may be anything
+        if isinstance(t, Tensor) and t.is_floating_point() and id(t) not in labelled:
             labelled[id(t)] = trace.parameter(t, conv_groups.get(id(t), 1))
     return {n: labelled[id(t)] for n, t in state.items() if id(t) in labelled}
 

@@ -13,6 +13,8 @@ def check(p: Tensor, size: int | None = None, name: str = "permutation") -> Tens
 
     Raises ValueError otherwise, saying what is wrong with it.
     """
+    if not isinstance(p, Tensor):
+        raise ValueError(f"{name}: expected an index vector, got a {type(p).__name__}")
     if p.dim() != 1 or p.is_floating_point() or p.is_complex() or p.dtype == torch.bool:
         raise ValueError(
             f"{name}: expected a 1-D integer index vector, got {p.dtype} of shape {tuple(p.shape)}"

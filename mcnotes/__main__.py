@@ -1,0 +1,612 @@
+"""The command: `mcnotes report`, `align`, `symmetry` and `data`; also as `python -m mcnotes`.
+
+`report` is chapter 10 of the book: papermill runs it, nbconvert makes a page of it. Exit codes are
+0 for success, 1 for what cannot be done, 2 for a command that cannot be understood; each error is
+one line that says what to do. What needs PyTorch is imported when it is needed, so that `--help` is
+quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import date
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mcnotes.names import resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mcnotes.data import Sets
+
+CHAPTER = "10_your_own_models.ipynb"
+BOOK_ONLY = {"book", "remove-cell"}  # cells of the chapter that are no part of a report
+REPORT_NEEDS = "papermill and nbconvert. Fix: pip install 'mcnotes[report]'"
+REFUSALS = (
+    "InputError",
+    "SymmetryError",
+    "CheckpointError",
+    "DataError",
+    "AlignmentError",
+    "TrainingError",
+)
+WIDGET = "application/vnd.jupyter.widget-view+json"
+TEXT_BARS = "import tqdm, tqdm.auto\ntqdm.auto.tqdm = tqdm.tqdm  # as text, for the terminal"
+
+ABOUT = """\
+How far apart are two networks really? Reorder the units of one so that they
+match the other's, and see what is left between them.
+
+  mcnotes report    a page on two checkpoints: symmetries, lines, curves, verdict
+  mcnotes align     one checkpoint in the other's order of units
+  mcnotes symmetry  which units of a network may change places
+  mcnotes data      fetch a data set, or look at one of your own"""
+
+MODEL_HELP = """\
+models and data:
+  --model is a Python path, module:name, of a class or function that makes the
+  network; modules are looked for in this folder, too. --arguments are what it is
+  called with. A and B are files of torch.save or safetensors: where in them the
+  network stands is found. Nothing is unpickled that could run code.
+
+  --data is one of
+    FOLDER            pictures: FOLDER/CLASS/x.png, or FOLDER/train/CLASS/x.png,
+                      val and test
+    MODULE:FUNCTION   a function without arguments that gives a DataLoader, or
+                      (train, val, test) of them: anything your network takes
+    NAME              a data set of the book, such as fashion-mnist-small
+
+  Pictures come in [0, 1]: --mean and --std normalise them as in training. Batches
+  of a DataLoader are taken as they are.
+"""
+
+REPORT_EXAMPLES = """
+examples:
+  two checkpoints of torchvision's ResNet-18 and a folder of pictures
+    mcnotes report --model torchvision.models:resnet18 \\
+      --arguments '{"num_classes": 3}' a.pt b.pt --data photos --image-size 224 \\
+      --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
+
+  your own class in mynets.py, and a function there that gives a DataLoader
+    mcnotes report --model mynets:Net a.ckpt b.ckpt --data mynets:loader
+
+  a regression: your own loss, and a metric, of (outputs, targets)
+    mcnotes report --model mynets:Net a.pt b.pt --data mynets:loader \\
+      --loss torch.nn.functional:mse_loss --metric torch.nn.functional:l1_loss
+
+The page is REPORT.html; the aligned, the averaged and the best network are in the
+folder REPORT beside it. If it is stopped, the same command goes on with the curve.
+"""
+
+ALIGN_EXAMPLES = """
+example:
+  mcnotes align --model mynets:Net a.pt b.pt --data mynets:loader --out aligned.safetensors
+"""
+
+SYMMETRY_EXAMPLES = """
+examples:
+  mcnotes symmetry torchvision.models:vit_b_16
+  mcnotes symmetry mynets:Net --arguments '{"classes": 3}' --shape 1 28 28
+  mcnotes symmetry mynets:Text --shape 16 --tokens 30522
+  mcnotes symmetry mynets:Net --data mynets:loader
+"""
+
+DATA_EXAMPLES = """
+examples:
+  mcnotes data                  # the data sets of the book
+  mcnotes data cifar10          # fetch it, if it is not there, and look at it
+  mcnotes data photos           # a folder of pictures of your own
+  mcnotes data mynets:loader    # a function that gives a DataLoader
+"""
+
+
+class Refused(Exception):
+    """What cannot be done; the text, on one line, says why and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. For help: {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    sys.path.insert(0, os.getcwd())  # where modules of the user's are
+    args = parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except Refused as error:
+        return failed(args.command, str(error))
+    except KeyboardInterrupt:
+        return failed(args.command, "stopped", 130)
+    except Exception as error:
+        if type(error).__name__ not in REFUSALS:
+            raise
+        return failed(args.command, str(error))
+    return 0
+
+
+def failed(command: str, reason: str, code: int = 1) -> int:
+    """Print why, on one line; the exit code."""
+    print(f"mcnotes {command}: {' '.join(reason.split())}", file=sys.stderr)
+    return code
+
+
+# The arguments
+
+
+def parser() -> Parser:
+    """All commands with their help."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = Parser("mcnotes", description=ABOUT, formatter_class=raw)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, about: str, examples: str) -> Parser:
+        made = commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=examples,
+            formatter_class=raw,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    made = add("report", report, "make a page on two checkpoints", MODEL_HELP + REPORT_EXAMPLES)
+    pair_arguments(made)
+    made.add_argument(
+        "--loss",
+        type=python_path,
+        metavar="MODULE:FUNCTION",
+        help="of (outputs, targets); default: the cross-entropy of logits, or what a "
+        "model of transformers computes itself",
+    )
+    made.add_argument(
+        "--metric",
+        type=python_path,
+        action="append",
+        default=[],
+        dest="metrics",
+        metavar="MODULE:FUNCTION",
+        help="of (outputs, targets), the mean of a batch; may be repeated; "
+        "default: accuracy, where there are classes",
+    )
+    made.add_argument("--epochs", type=positive, default=12, help="of a curve (default: 12)")
+    made.add_argument("--lr", type=float, default=0.02, help="of a curve (default: 0.02)")
+    made.add_argument(
+        "--points", type=positive, default=25, help="where a curve is measured (default: 25)"
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="REPORT.html",
+        help="the page (default: report.html)",
+    )
+
+    made = add("align", align, "put B's units into A's order", MODEL_HELP + ALIGN_EXAMPLES)
+    pair_arguments(made)
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=Path("aligned.safetensors"),
+        help="the aligned network (default: aligned.safetensors)",
+    )
+
+    made = add("symmetry", show_symmetry, "show which units may change places", SYMMETRY_EXAMPLES)
+    made.add_argument("model", type=python_path, metavar="MODEL", help="module:name")
+    model_arguments(made)
+    made.add_argument("--data", metavar="DATA", help="take inputs from there")
+    made.add_argument(
+        "--shape",
+        type=positive,
+        nargs="+",
+        default=[3, 224, 224],
+        metavar="N",
+        help="or inputs of this shape (default: 3 224 224)",
+    )
+    made.add_argument(
+        "--tokens", type=positive, metavar="N", help="inputs are token ids below N, not floats"
+    )
+
+    made = add("data", show_data, "fetch a data set, or look at one", DATA_EXAMPLES)
+    made.add_argument("data", nargs="?", metavar="DATA", help="a name, a folder, module:function")
+    made.add_argument("--image-size", type=positive, help="cut pictures to this")
+    return top
+
+
+def pair_arguments(made: Parser) -> None:
+    """Two checkpoints, the network and the data."""
+    made.add_argument("checkpoint_a", type=existing, metavar="A", help="a checkpoint")
+    made.add_argument("checkpoint_b", type=existing, metavar="B", help="another of this network")
+    made.add_argument(
+        "--model",
+        type=python_path,
+        required=True,
+        metavar="MODULE:NAME",
+        help="what makes the network",
+    )
+    model_arguments(made)
+    made.add_argument(
+        "--prefix",
+        help="what stands before the network's names in the files, if several networks in them fit",
+    )
+    made.add_argument("--data", required=True, help="see below")
+    made.add_argument("--image-size", type=positive, help="cut pictures to this")
+    made.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="subtracted from pixels in [0, 1], by channel",
+    )
+    made.add_argument(
+        "--std", type=float, nargs="+", metavar="X", help="what they are then divided by"
+    )
+    made.add_argument("--batch-size", type=positive, default=128, help="of pictures (default: 128)")
+    made.add_argument(
+        "--samples",
+        type=positive,
+        default=2000,
+        help="training inputs on which units are compared and BatchNorm's statistics "
+        "computed (default: 2000)",
+    )
+    made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    made.add_argument("--seed", type=int, default=1)
+
+
+def model_arguments(made: Parser) -> None:
+    made.add_argument(
+        "--arguments",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="""of the network: '{"num_classes": 3}'""",
+    )
+
+
+def python_path(text: str) -> str:
+    """module:name of something that can be called."""
+    try:
+        found = resolve(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    except Exception as error:  # of the user's module
+        reason = f"importing {text} fails ({type(error).__name__}: {error})"
+        raise argparse.ArgumentTypeError(reason) from error
+    if not callable(found):
+        raise argparse.ArgumentTypeError(f"{text} cannot be called")
+    return text
+
+
+def existing(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return Path(text)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 1")
+    return int(text)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"""{text} is no JSON object, such as '{{"width": 8}}'""")
+    return found
+
+
+# mcnotes report
+
+
+def report(args: argparse.Namespace) -> None:
+    """Chapter 10 on the user's files, as a page; the networks beside it."""
+    try:
+        import nbconvert  # noqa: F401
+        import nbformat
+        import papermill  # noqa: F401
+    except ImportError as error:
+        raise Refused(f"needs {REPORT_NEEDS} ({error})") from error
+    if args.out.suffix != ".html":
+        raise Refused(f"got --out {args.out}, expected a name that ends in .html")
+    folder = made_folder(args.out.with_suffix(""))
+    notebook = nbformat.read(chapter(), as_version=4)
+    notebook.cells = [c for c in notebook.cells if not BOOK_ONLY.intersection(tags(c))]
+    executed = folder / "report.ipynb"
+    run(notebook, executed, parameters(args, folder))
+    ran = nbformat.read(executed, as_version=4)
+    from mcnotes import cache
+
+    try:
+        cache.write_atomic(args.out, page(ran, args).encode())
+    except OSError as error:
+        raise Refused(f"cannot write {args.out} ({error}); what ran is in {executed}") from error
+    for path in [executed, *folder.glob("*.checkpoint")]:
+        path.unlink()
+    print(f"{args.out}: the report; {folder}{os.sep}: the networks")
+
+
+def made_folder(folder: Path) -> Path:
+    """The folder of --out, made if there is none. Raises Refused."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"cannot make the folder {folder} ({error}). Fix: see --out") from error
+    return folder
+
+
+def chapter() -> Path:
+    """Chapter 10: in the package, if it was installed, else in the book of the clone."""
+    inside = Path(__file__).parent / "book" / CHAPTER
+    return inside if inside.exists() else Path(__file__).parents[1] / "book" / CHAPTER
+
+
+def parameters(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The parameters of the chapter."""
+    same = [
+        "prefix",
+        "image_size",
+        "mean",
+        "std",
+        "loss",
+        "metrics",
+        "lr",
+        "points",
+        "device",
+        "batch_size",
+    ]
+    return {name: getattr(args, name) for name in same} | {
+        "factory": args.model,
+        "factory_arguments": args.arguments,
+        "checkpoint_a": str(args.checkpoint_a),
+        "checkpoint_b": str(args.checkpoint_b),
+        "dataset": args.data,
+        "output": str(folder),
+        "curve_epochs": args.epochs,
+        "statistics": args.samples,
+        "match_images": args.samples,
+        "pairs": [[args.seed, args.seed + 1]],
+    }
+
+
+def run(notebook: Any, out: Path, values: dict[str, Any]) -> None:
+    """Execute it in this folder, with bars if someone watches. Raises Refused where it fails."""
+    import nbformat
+    import papermill
+
+    watched = sys.stderr.isatty()
+    if watched:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(TEXT_BARS))
+    else:
+        os.environ["TQDM_DISABLE"] = "1"
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this Python's kernel, not the user's other one
+    try:
+        papermill.execute_notebook(
+            notebook,
+            str(out),
+            parameters=values,
+            kernel_name="python3",
+            language="python",
+            cwd=os.getcwd(),
+            progress_bar={"desc": "report", "leave": False} if watched else False,
+            stderr_file=sys.stderr if watched else None,
+            extra_arguments=["--log-level=50"],
+        )
+    except papermill.PapermillExecutionError as error:
+        if error.ename in REFUSALS:
+            raise Refused(error.evalue) from error
+        raise Refused(f"{error.ename}: {error.evalue} (where: see {out})") from error
+    except OSError as error:
+        raise Refused(f"cannot write {out} ({error}). Fix: see --out") from error
+
+
+def tags(cell: Any) -> list[str]:
+    return list(cell.metadata.get("tags", []))
+
+
+def page(ran: Any, args: argparse.Namespace) -> str:
+    """One HTML page that loads nothing: title, figure and verdict, then what led to them."""
+    from nbconvert import HTMLExporter
+
+    ran.metadata.pop("widgets", None)  # what progress bars leave
+    cells = [c for c in ran.cells if c.cell_type == "markdown" or shown(c)]
+    first = [c for c in cells if "summary" in tags(c)]
+    rest = [c for c in cells if c not in first]
+    ran.cells = [title(args), *(part for c in [*first, *rest] for part in with_caption(c))]
+    for cell in ran.cells:
+        if cell.cell_type == "markdown":
+            cell.source = plain(cell.source)
+    exporter = HTMLExporter(
+        template_name="basic",
+        exclude_input=True,
+        exclude_anchor_links=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    body, _ = exporter.from_notebook_node(ran)
+    template = Path(__file__).with_name("report.html").read_text("utf8")
+    name = f"{args.checkpoint_a.name} and {args.checkpoint_b.name}"
+    return Template(template).substitute(title=escape(name), body=body)
+
+
+def shown(cell: Any) -> bool:
+    """Has it outputs other than progress bars? Those are removed."""
+    cell.outputs = [
+        output
+        for output in cell.outputs
+        if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
+    ]
+    return bool(cell.outputs)
+
+
+def title(args: argparse.Namespace) -> Any:
+    """A cell that says what the report is about, and how it was made."""
+    import nbformat
+    import torch
+
+    import mcnotes
+
+    command = shlex.join(["mcnotes", *sys.argv[1:]])
+    versions = f"mcnotes {mcnotes.__version__}, PyTorch {torch.__version__}"
+    return nbformat.v4.new_markdown_cell(
+        f"# Two networks: `{args.checkpoint_a.name}` and `{args.checkpoint_b.name}`\n\n"
+        f"{date.today().isoformat()}, {versions}\n\n```\n{command}\n```"
+    )
+
+
+def with_caption(cell: Any) -> Iterator[Any]:
+    """The cell with the alternative text of its figure, and its caption in a cell of its own."""
+    import nbformat
+
+    settings = cell.metadata.get("mystnb", {})
+    cell.metadata["alt"] = settings.get("image", {}).get("alt")
+    yield cell
+    if caption := settings.get("figure", {}).get("caption"):
+        yield nbformat.v4.new_markdown_cell(f"*{caption}*")
+
+
+def plain(text: str) -> str:
+    """Without what only the book can show: links to its chapters, and names of its roles."""
+    text = re.sub(r"\[([^\]]+)\]\([^)]+\.ipynb\)", r"\1 of the book", text)
+    return re.sub(r"\{\w+\}(?=`)", "", text)
+
+
+# mcnotes align, symmetry, data
+
+
+def align(args: argparse.Namespace) -> None:
+    """B in A's order of units, as a file."""
+    import mcnotes
+    from mcnotes import checkpoints, data, prepare
+
+    made_folder(args.out.parent)
+    net = build(args.model, args.arguments)
+    found = checkpoints.load_pair(args.checkpoint_a, args.checkpoint_b, net, args.prefix)
+    sets = named_sets(args)
+    wrapped = prepare.for_inputs(net, sets, args.mean, args.std)
+    model_a, model_b = (prepare.filled("align", wrapped, x.theta) for x in found)
+    few = data.take(sets.train, args.samples)
+    aligned = mcnotes.align(model_a, model_b, few, device=args.device, seed=args.seed)
+    print(repr(aligned))
+    if aligned.symmetry.groups:
+        print(aligned.table().to_string(index=False, float_format="{:+.2f}".format))
+    else:
+        print_pinned(aligned.symmetry)
+    about = {"a": found[0].sha256, "b": found[1].sha256, "factory": args.model}
+    try:
+        checkpoints.save(
+            args.out,
+            aligned.model.state_dict(),
+            net,
+            what="B in the order of A's units, the same function",
+            made_from=about,
+        )
+    except OSError as error:
+        raise Refused(f"cannot write {args.out} ({error}). Fix: see --out") from error
+    print(f"{args.out}: the aligned network")
+
+
+def show_symmetry(args: argparse.Namespace) -> None:
+    """The groups of a network's units, proved; and why there are none, if so."""
+    import torch
+
+    from mcnotes import calls, data, symmetry
+
+    net = build(args.model, args.arguments)
+    if args.data:
+        head, _ = data.Loader(named_sets(args).train, torch.device("cpu"), once=True).head
+        example = calls.first(head, 2)
+    elif args.tokens:
+        example = torch.randint(args.tokens, (2, *args.shape))
+    else:
+        example = torch.randn(2, *args.shape)
+    try:
+        sym = symmetry.find(net, example)
+    except symmetry.SymmetryError:
+        raise
+    except Exception as error:  # of the user's network
+        reason = f"the network fails on inputs of this shape ({type(error).__name__}: {error})"
+        raise Refused(f"{reason}. Fix: see --shape, --tokens and --data") from error
+    moved = sym.verify(net, example, tolerance=1e-4)
+    print(repr(sym))
+    if not sym.groups:
+        print_pinned(sym)
+        return
+    rows = [{n: row[n] for n in ("group", "groups", "units")} for row in sym.table()]
+    widths = {n: max(len(str(row[n])) for row in [{n: n}, *rows]) for n in rows[0]}
+    for row in [{n: n for n in rows[0]}, *rows]:
+        print("  ".join(str(value).ljust(widths[n]) for n, value in row.items()).rstrip())
+    print(f"Proved: with every unit moved, outputs differ by {moved:.0e} of the largest.")
+
+
+def print_pinned(sym: Any) -> None:
+    """Why no unit may move."""
+    print("No unit of this network may change places. Why its axes stay:")
+    reasons: dict[str, list[str]] = {}
+    for pin in sym.pinned:
+        reasons.setdefault(pin.why, []).append(pin.name)
+    for why, names in reasons.items():
+        print(f"  {why}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
+
+
+def show_data(args: argparse.Namespace) -> None:
+    """What there is; fetched, if need be."""
+    from mcnotes import data
+
+    if args.data is None:
+        print("\n".join(data.SOURCES))
+        return
+    if args.data in data.SOURCES:
+        print(repr(data.load(args.data, download=True, image_size=args.image_size)))
+        return
+    sets = named_sets(args)
+    if sets.task is not None:
+        print(repr(sets.task))
+        print("classes:", ", ".join(sets.task.class_names))
+        return
+    import torch
+
+    for name, source in zip(("train", "val", "test"), sets, strict=False):
+        loader = data.Loader(source, torch.device("cpu"))
+        print(f"{name}: {loader!r}, inputs {loader.form}")
+
+
+def build(factory: str, arguments: dict[str, Any]) -> nn.Module:
+    """The user's network; Refused, whatever its making raises."""
+    from mcnotes import checkpoints
+
+    try:
+        return checkpoints.build(factory, arguments)
+    except checkpoints.CheckpointError:
+        raise
+    except Exception as error:  # of the user's class
+        reason = f"{factory} with {arguments} fails ({type(error).__name__}: {error})"
+        raise Refused(f"{reason}. Fix: see --arguments") from error
+
+
+def named_sets(args: argparse.Namespace) -> Sets:
+    """The batches that --data names."""
+    from mcnotes import data
+
+    sizes = {"batch_size": getattr(args, "batch_size", 128)}
+    return data.sets(args.data, image_size=getattr(args, "image_size", None), device="cpu", **sizes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
