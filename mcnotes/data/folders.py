@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from mcnotes.checks import faults
 from mcnotes.data.arrays import SHOWN, failure, split
 from mcnotes.data.sources import DataError
-from mcnotes.data.tasks import SOURCES, Split, Task, check_size, load
+from mcnotes.data.tasks import OPTIONS, SOURCES, Split, Task, load, resolved
 from mcnotes.names import resolve
 
 SPLITS = ("train", "val", "test")
@@ -32,10 +33,8 @@ def dataset(source: str, image_size: int | None = None, device: str = "auto") ->
     are whole numbers [N]. image_size: the images' shorter sides are scaled to it, the middle is cut
     out. Raises DataError, and ValueError for a Python path that cannot be imported.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if fault := check_size(image_size):
-        raise DataError(f"data.dataset: image_size: {fault}")
+    if found := faults({"image_size": image_size, "device": device}, OPTIONS):
+        raise DataError(f"data.dataset: {'; '.join(found)}")
     if source in SOURCES:
         return load(source, image_size=image_size, device=device)
     who = f"data.dataset: {source:.{SHOWN}}"
@@ -54,7 +53,8 @@ def dataset(source: str, image_size: int | None = None, device: str = "auto") ->
     if not names:
         last = max(int(one.labels.max()) for one in splits.values() if len(one))
         names = [str(label) for label in range(1 + last)]
-    placed = {n: Split(s.images.to(device), s.labels.to(device)) for n, s in splits.items()}
+    at = resolved(device)
+    placed = {n: Split(s.images.to(at), s.labels.to(at)) for n, s in splits.items()}
     task = Task(source, placed["train"], placed["val"], placed["test"], tuple(names))
     return _checked(task, image_size, who)
 

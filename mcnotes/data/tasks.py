@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mcnotes import cache, display
-from mcnotes.checks import a, optional, require, whole
+from mcnotes.checks import Rule, a, device, optional, require, whole
 from mcnotes.data.augment import Augment
 from mcnotes.data.sources import Arrays, DataError, fair_order, read
 from mcnotes.names import suggest
@@ -170,8 +170,8 @@ SOURCES = {
 
 
 LARGEST = 4096  # pixels of a side: images all lie in memory at once
-check_size = optional(whole(1, LARGEST))
-"""What is wrong with an `image_size`; "" if nothing is."""
+OPTIONS: dict[str, Rule] = {"image_size": optional(whole(1, LARGEST)), "device": device}
+"""What the arguments of `load` and `folders.dataset` may be."""
 
 HOME = Path(__file__).resolve().parents[2] / "data"
 """The repository's own data folder, where the paper's table and the results are, too."""
@@ -190,6 +190,13 @@ def default_folder() -> Path:
             "data/ of a clone of the repository"
         )
     return Path(named) if named else cache.home()
+
+
+def resolved(device: str | torch.device) -> torch.device:
+    """The device that "auto" stands for, CUDA if it can; any other as it is."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
 
 
 def load(
@@ -212,10 +219,8 @@ def load(
     """
     if name not in SOURCES:
         raise ValueError(f"data.load: got {name!r}, expected a data set{suggest(name, SOURCES)}")
-    if fault := check_size(image_size):
-        raise ValueError(f"data.load: image_size: {fault}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    require("data.load", {"image_size": image_size, "device": device}, OPTIONS)
+    device = resolved(device)
     source = SOURCES[name]
     root = default_folder() if folder is None else Path(folder)
     arrays = read(name, root, source.torchvision, download)
@@ -231,7 +236,7 @@ def load(
     return Task(name, train.first(cut), val, test, tuple(map(str, arrays["class_names"])), augment)
 
 
-def _split(arrays: Arrays, which: str, image_size: int | None, device: str | torch.device) -> Split:
+def _split(arrays: Arrays, which: str, image_size: int | None, device: torch.device) -> Split:
     images, labels = arrays[f"{which}_images"], arrays[f"{which}_labels"]
     order = fair_order(images, labels)
     pixels = torch.from_numpy(images[order].reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)
