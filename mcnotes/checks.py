@@ -88,7 +88,8 @@ def a(kind: type | tuple[type, ...], words: str) -> Rule:
 def device(value: object) -> str:
     """A device of this computer as PyTorch names it, or "auto"."""
     try:
-        torch.empty(0, device="cpu" if value == "auto" else value)  # type: ignore[call-overload]
+        place = torch.device("cpu" if value == "auto" else value)  # type: ignore[call-overload]
+        torch.empty(0, device=place)
     except (AssertionError, RuntimeError, TypeError):
         there = ["auto", "cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
         return got(value, f"a device of this computer: {', '.join(there)}")

@@ -220,7 +220,7 @@ def for_inputs(
                 "they are: leave mean and std out, and normalise where the batches are made"
             )
         return net
-    sizes = {n: len(x) for n, x in given.items() if isinstance(x, Sequence) and len(x) > 1}
+    sizes = {n: len(x) for n, x in given.items() if isinstance(x, list | tuple) and len(x) > 1}
     if len({*sizes.values()}) > 1:
         raise InputError(f"got numbers for {sizes} channels, expected as many in mean and std")
     channels, has = max(sizes.values(), default=0), sets.task.example.shape[1]

@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mcnotes.calls import Batch, InputError, Inputs, count, plain, seeded
+from mcnotes.checks import faults, whole
 from mcnotes.data.arrays import failure
 from mcnotes.data.folders import SPLITS, dataset
 from mcnotes.data.sources import DataError
-from mcnotes.data.tasks import SOURCES, Split, Task
+from mcnotes.data.tasks import OPTIONS, SOURCES, Split, Task
 from mcnotes.names import resolve
 
 MEASURED_SIZE = 500  # images in a batch that is not trained on
@@ -219,6 +220,9 @@ def sets(
 
     image_size, batch_size: of what does not come in batches. Raises DataError.
     """
+    given = {"image_size": image_size, "batch_size": batch_size, "device": device}
+    if found := faults(given, OPTIONS | {"batch_size": whole(1)}):
+        raise DataError(f"data.sets: {'; '.join(found)}")
     if source in SOURCES or Path(source).is_dir() or ":" not in source:
         return _cut(dataset(source, image_size, device), batch_size)
     try:
@@ -239,8 +243,8 @@ def sets(
     if _are_arrays(made):
         return _cut(dataset(source, image_size, device), batch_size)
     several = isinstance(made, tuple | list) and not any(map(_is_batch, made))
-    found = [*made] if several else [made]
-    if not 1 <= len(found) <= len(SPLITS) or any(isinstance(x, tuple) for x in found):
+    parts = [*made] if several else [made]
+    if not 1 <= len(parts) <= len(SPLITS) or any(isinstance(x, tuple) for x in parts):
         raise DataError(
             f"data.sets: {source} gave {_named(made)}, expected a DataLoader, or up to three: "
             "(train, val, test)"
@@ -250,7 +254,7 @@ def sets(
             f"data.sets: {source} gave batches, expected pictures for image_size={image_size}. "
             "Fix: leave it out, and cut the inputs where the batches are made"
         )
-    loaders = [_loader(one, batch_size, shuffle=k == 0) for k, one in enumerate(found)]
+    loaders = [_loader(one, batch_size, shuffle=k == 0) for k, one in enumerate(parts)]
     return _with_held_out(source, loaders)
 
 
