@@ -34,6 +34,7 @@ REPORT_NEEDS = "papermill and nbconvert. Fix: pip install 'mcnotes[report]'"
 REFUSALS = (
     "InputError",
     "SymmetryError",
+    "ExampleError",
     "CheckpointError",
     "DataError",
     "AlignmentError",
@@ -538,10 +539,9 @@ def show_symmetry(args: argparse.Namespace) -> None:
         example = torch.randn(2, *args.shape)
     try:
         sym = symmetry.find(net, example)
-    except symmetry.SymmetryError:
-        raise
-    except Exception as error:  # of the user's network
-        reason = f"the network fails on inputs of this shape ({type(error).__name__}: {error})"
+    except symmetry.ExampleError as error:
+        cause = error.__cause__
+        reason = f"the network fails on inputs of this shape ({type(cause).__name__}: {cause})"
         raise Refused(f"{reason}. Fix: see --shape, --tokens and --data") from error
     moved = sym.verify(net, example, tolerance=1e-4)
     print(repr(sym))
@@ -552,7 +552,7 @@ def show_symmetry(args: argparse.Namespace) -> None:
     widths = {n: max(len(str(row[n])) for row in [{n: n}, *rows]) for n in rows[0]}
     for row in [{n: n for n in rows[0]}, *rows]:
         print("  ".join(str(value).ljust(widths[n]) for n, value in row.items()).rstrip())
-    print(f"Proved: with every unit moved, outputs differ by {moved:.0e} of the largest.")
+    print(f"Proved: with every unit moved, outputs differ by {moved:.0e} (relative).")
 
 
 def print_pinned(sym: Any) -> None:

@@ -171,6 +171,7 @@ own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do no
     "symmetry.find.Symmetry.apply_matrices": {"theta": {n: STATES[n] for n in MISFITS}},
     "symmetry.find.Symmetry.verify": {
         "theta": {n: x for n, x in STATES.items() if n != "none"},
+        "others": {"a number": 3, "none": None, "numbers": [3], "a tensor": torch.rand(2, 6)},
         "tolerance": {n: x for n, x in POSITIVE.items() if n != "infinite"},
     },
     "matching.diagnose.diagnose": {"images": COUNT},

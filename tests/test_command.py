@@ -332,7 +332,7 @@ class TestReport:
         code, _, err = ran(capsys, line + " --std 0.2 0.2 0.2 --epochs 1 --points 3")
         assert code == 0, err
         page = read_report(home)
-        assert page.count("data:image/png;base64") == 1
+        assert page.count("data:image/png;base64") == 3, "units, paths, gains"
         assert "outputs differ by less than 1e-09" in page
         assert page.index("The verdict") < page.index("What may be permuted"), "comes first"
         assert "Lowest validation loss of a single network" in page

@@ -3,12 +3,23 @@
 `find` gives a `Symmetry`, a value that permutes parameters and verifies itself. Read `permutations`
 first, then `find`; behind them `units` labels the entries of tensors, `trace` follows the labels
 through one run of the network by the `rules` of its operators, and `groups` sorts what it saw.
-`activations` reads the units' activations out of a running network; `execute` is how both run it.
+`foreign` says what cannot be followed. `activations` reads the units' activations out of a running
+network; `execute` is how both run it.
 """
 
 from mcnotes.symmetry.find import Perm, Symmetry, find
 from mcnotes.symmetry.groups import Group, Pinned, Place
 from mcnotes.symmetry.rules import RULES
-from mcnotes.symmetry.units import SymmetryError
+from mcnotes.symmetry.units import ExampleError, SymmetryError
 
-__all__ = ["RULES", "Group", "Perm", "Pinned", "Place", "Symmetry", "SymmetryError", "find"]
+__all__ = [
+    "RULES",
+    "ExampleError",
+    "Group",
+    "Perm",
+    "Pinned",
+    "Place",
+    "Symmetry",
+    "SymmetryError",
+    "find",
+]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mcnotes.calls import Inputs, call, duplicate
+from mcnotes.symmetry.foreign import first_line
 from mcnotes.symmetry.units import SymmetryError
 
 SCALARS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
@@ -70,7 +71,14 @@ def inference_copy(net: nn.Module, train: bool) -> nn.Module:
 
     Its layers act as in evaluation; if `train`, auxiliary heads run.
     """
-    net = duplicate(net, shared=True).train()  # in which it forgets what it computed from others
+    try:
+        # Set to train, it forgets what it computed from others.
+        net = duplicate(net, shared=True).train()
+    except Exception as error:  # of whatever it holds
+        raise SymmetryError(
+            f"the network cannot be copied: {first_line(error)}. Fix: let its modules hold no "
+            "generators, open files and the like."
+        ) from error
     for m in net.modules():
         own = any(m.children()) and not type(m).__module__.startswith("torch.nn.")
         m.training = train and own

@@ -12,23 +12,26 @@ groups that permute within each block, and these act first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from threading import Lock, get_ident
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from mcnotes import calls, checks
 from mcnotes.calls import Inputs
-from mcnotes.symmetry import permutations
+from mcnotes.symmetry import foreign, permutations
 from mcnotes.symmetry.activations import Reader, Theta
 from mcnotes.symmetry.execute import Shared, inference_copy, outputs, unfused_attention
+from mcnotes.symmetry.foreign import first_line
 from mcnotes.symmetry.groups import Group, Pinned, Place, discover
 from mcnotes.symmetry.units import SymmetryError
 
@@ -43,9 +46,17 @@ def exemplary(value: object) -> str:
     return f"got a {type(value).__name__}, expected a tensor, or a tuple or mapping of some"
 
 
+def examples(value: object) -> str:
+    """A list of inputs."""
+    if not isinstance(value, list | tuple):
+        return f"got a {type(value).__name__}, expected a list of inputs"
+    return next((fault for x in value if (fault := exemplary(x))), "")
+
+
 RULES: dict[str, checks.Rule] = {
     "net": checks.a(nn.Module, "an nn.Module"),
     "example": exemplary,
+    "others": examples,
     "train": checks.flag,
     "at": checks.one_of(["post", "pre"]),
     "tolerance": lambda x: "" if x == math.inf else checks.number(0, above=True)(x),
@@ -54,6 +65,8 @@ RULES: dict[str, checks.Rule] = {
 """What the arguments of the functions below may be."""
 TRACED: WeakKeyDictionary[nn.Module, dict[Any, Symmetry]] = WeakKeyDictionary()
 """What `find` found, by network, and by mode and form of the inputs; `tapper` looks it up."""
+SMALL = 2**16  # entries of an example that `verify` also makes longer; larger ones get shorter
+VISIBLE = 1e-9  # relative change of an output that is more than float64's rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,37 +182,64 @@ class Symmetry:
         example: Inputs,
         theta: Theta | None = None,
         *,
+        others: Sequence[Inputs] = (),
         tolerance: float = 1e-6,
         seed: int = 0,
     ) -> float:
         """The relative difference of the outputs when a random cycle permutes every group.
 
-        In float64, dropout left out; a cycle moves every unit. theta: default the network's own
-        parameters; they are jittered first, so that equal units (fresh biases, statistics) cannot
-        hide an error. Raises SymmetryError above `tolerance`, with the group that is worst alone,
-        and if the network returns nothing that can be compared.
+        Of the example, of `others`, and of the example at other batch sizes and lengths, as far as
+        the network takes them: the largest. Differences count relative to how much outputs change
+        with the input. In float64, dropout left out; a cycle moves every unit. theta: default the
+        network's own parameters; they are jittered first, so that equal units (fresh biases,
+        statistics) cannot hide an error. Raises SymmetryError above `tolerance`, with the group
+        that is worst alone; and if nothing can be compared.
         """
-        given = {"net": net, "example": example, "tolerance": tolerance, "seed": seed}
-        checks.require("verify", given, RULES)
+        asked = {"net": net, "example": example, "others": others}
+        checks.require("verify", asked | {"tolerance": tolerance, "seed": seed}, RULES)
         generator = torch.Generator().manual_seed(seed)
         kept = {n: t for n, t in net.state_dict().items() if isinstance(t, Tensor)}
+        if theta is None and any(t.is_meta for t in kept.values()):
+            raise SymmetryError("verify: the network has shapes alone. Fix: give values as theta.")
         state = calls.stated("verify", net, kept if theta is None else theta)
+        movable = {p.name for g in self.groups.values() for p in g.places}
         # Buffers that are not in the state_dict are constants of the network, as in `find`.
-        moved = {n: jitter(t, generator) if n in kept else in_float64(t) for n, t in state.items()}
-        run = partial(float64_outputs, net, self.train, inputs=calls.plain(example), seed=seed)
-        before = run(moved)
+        given = {
+            n: jitter(t, generator, n in movable) if n in kept else in_float64(t)
+            for n, t in state.items()
+        }
+        run = partial(float64_outputs, net, self.train, seed=seed)
 
-        def error(perm: Perm) -> float:
-            return relative_difference(before, run(self.permute(moved, perm)))
+        def harm(p: Perm, x: Inputs, before: list[Tensor], scales: list[float]) -> float:
+            return relative_difference(before, run(self.permute(given, p), x), scales)
 
         perm = {n: random_cycle(g.size, generator) for n, g in self.groups.items()}
-        if (total := error(perm)) <= tolerance:
-            return total
-        harm, worst = max(((error({n: p}), n) for n, p in perm.items()), default=(0.0, ""))
-        raise SymmetryError(
-            f"verify: outputs differ by {total:.1e} (relative, float64), allowed {tolerance:.0e}; "
-            f"group {worst!r} alone by {harm:.1e}"
-        )
+        worst, visible = 0.0, False
+        for inputs, wanted in shown(calls.plain(example), map(calls.plain, others)):
+            try:
+                before = run(given, inputs)
+            except Exception as error:
+                if wanted:
+                    raise cannot_run(error) from error
+                continue
+            scales = changes(before, partial(run, given), inputs, generator)
+            visible |= any(scales)
+            compared = inputs, before, scales
+            if not (total := harm(perm, *compared)) <= tolerance:
+                alone = {n: harm({n: p}, *compared) for n, p in perm.items()}
+                name = max(alone, key=lambda n: alone[n])
+                raise SymmetryError(
+                    f"verify: outputs differ by {total:.1e} (relative, float64), allowed "
+                    f"{tolerance:.0e}; group {name!r} alone by {alone[name]:.1e}"
+                    + ("" if wanted else f"; on inputs of shapes {shapes(inputs)}")
+                )
+            worst = max(worst, total)
+        if self.groups and not visible:
+            raise SymmetryError(
+                "verify: the outputs do not depend on the inputs, so that nothing can be compared. "
+                "Fix: give an example, or parameters, for which they do."
+            )
+        return worst
 
     def tapper(
         self, net: nn.Module, at: Literal["post", "pre"] = "post"
@@ -301,6 +341,58 @@ def random_cycle(size: int, generator: torch.Generator) -> Tensor:
     return torch.empty_like(order).scatter(0, order, order.roll(1))
 
 
+def shown(example: Inputs, others: Iterable[Inputs]) -> Iterator[tuple[Inputs, bool]]:
+    """Inputs to compare outputs of, and whether the network must take them."""
+    yield example, True
+    for inputs in others:
+        yield inputs, True
+    tensors = [x for x in tree_leaves(example) if isinstance(x, Tensor)]
+    small = sum(x.numel() for x in tensors) <= SMALL
+    for axis in range(max((x.dim() for x in tensors), default=0)):
+        size = next(x.shape[axis] for x in tensors if x.dim() > axis)
+        for new in (size + 1 if axis == 0 else 2 * size, (size + 1) // 2):
+            # A batch of one may be something else.
+            if new != size and new > (axis == 0) and (small or new < size):
+                yield resized(example, axis, size, new), False
+
+
+def resized(inputs: Inputs, axis: int, size: int, new: int) -> Inputs:
+    """Inputs of another length: tensors of this size along an axis are cut, or begin again."""
+
+    def other(x: Tensor) -> Tensor:
+        fits = x.dim() > axis and x.shape[axis] == size
+        return x.index_select(axis, (torch.arange(new) % size).to(x.device)) if fits else x
+
+    return tree_map_only(Tensor, other, inputs)  # type: ignore[no-any-return]
+
+
+def shapes(inputs: Inputs) -> str:
+    """The shapes of the tensors among the inputs."""
+    return ", ".join(str(tuple(x.shape)) for x in tree_leaves(inputs) if isinstance(x, Tensor))
+
+
+def changes(
+    before: Sequence[Tensor],
+    run: Callable[[Inputs], list[Tensor]],
+    inputs: Inputs,
+    generator: torch.Generator,
+) -> list[float]:
+    """How much each output changes when the inputs are others; 0: hardly, or it is not known."""
+    try:
+        after = run(tree_map_only(Tensor, partial(altered, generator=generator), inputs))
+        return [change(x, y) for x, y in zip(before, after, strict=True)]
+    except Exception:  # the network does not take such inputs
+        return [1.0 for _ in before]
+
+
+def altered(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Other inputs of the same kind: noise on real numbers; integers in another order."""
+    if x.is_floating_point():
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        return x + (x.std() if x.numel() > 1 and x.std() > 0 else 1.0) * noise
+    return x.flatten()[torch.randperm(x.numel(), generator=generator).to(x.device)].view(x.shape)
+
+
 def float64_outputs(
     net: nn.Module, train: bool, theta: Theta, inputs: Inputs, seed: int
 ) -> list[Tensor]:
@@ -314,12 +406,43 @@ def float64_outputs(
         values[n] = values[n].clone()  # which a forward pass may change
     with float64_default, unfused_attention, torch.no_grad(), calls.seeded(seed, device):
         given = tree_map_only(Tensor, lambda x: in_float64(x).to(device), inputs)
-        return outputs(inference_copy(net, train), values, given)
+        with InFloat64():
+            return outputs(inference_copy(net, train), values, given)
+
+
+class InFloat64(TorchDispatchMode):
+    """Operators that name another precision, or meet one, compute in float64 all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func._schema.is_mutable:
+            args, kwargs = tree_map_only(Tensor, in_float64, (args, kwargs or {}))
+        args, kwargs = tree_map_only(torch.dtype, widest, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def widest(dtype: torch.dtype) -> torch.dtype:
+    """float64 for any floating-point type, complex128 for any complex one."""
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
 
 
 def in_float64(t: Tensor) -> Tensor:
-    """The same numbers in float64, if they are floating-point."""
-    return t.double() if t.is_floating_point() else t
+    """The same numbers in float64, if they are floating-point, or complex128."""
+    return t.to(widest(t.dtype))
+
+
+def cannot_run(error: Exception) -> SymmetryError:
+    """What to say if a network fails in float64."""
+    if isinstance(error, SymmetryError):
+        return error
+    return SymmetryError(
+        f"verify: the network fails when it is run in float64: {first_line(error)}. Fix: give an "
+        "example, and parameters with values, that it takes; it must not insist on a precision."
+    )
 
 
 @Shared
@@ -334,30 +457,53 @@ def float64_default() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-def relative_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """The largest difference of an entry, relative to its tensor's largest; infinite if NaN."""
+def change(before: Tensor, after: Tensor) -> float:
+    """The largest difference of an entry; 0 if rounding may bring it, 1 if it is not finite."""
+    if before.shape != after.shape or not before.numel():
+        return 0.0
+    x, y = (t if t.is_complex() else t.double() for t in (before, after))
+    largest = float((x - y).abs().max())
+    if not math.isfinite(largest):
+        return 1.0
+    return largest if largest > VISIBLE * float(x.abs().max()) else 0.0
+
+
+def relative_difference(
+    before: Sequence[Tensor], after: Sequence[Tensor], scales: Iterable[float] = repeat(0.0)
+) -> float:
+    """The largest difference of an entry, relative to its tensor's scale; infinite if NaN.
+
+    Where the scale is 0, or larger than that, to the tensor's largest entry.
+    """
     worst = 0.0
-    for x, y in zip(before, after, strict=True):
+    for (x, y), scale in zip(zip(before, after, strict=True), scales, strict=False):
         if x.numel():
             x, y = (t if t.is_complex() else t.double() for t in (x, y))
-            error = float((x - y).abs().max() / x.abs().max().clamp_min(1e-300))
+            largest = float(x.abs().max())
+            error = float((x - y).abs().max()) / max(min(scale or largest, largest), 1e-300)
             worst = max(worst, math.inf if math.isnan(error) else error)
     return worst
 
 
-def jitter(t: Tensor, generator: torch.Generator) -> Tensor:
+def jitter(t: Tensor, generator: torch.Generator, movable: bool = True) -> Tensor:
     """Float64; each entry scaled by about 1, equal ones moved apart; positive ones stay so.
 
     Weights that are tiny for their fan-in (as heads may start) are scaled up, so that they count.
+    Masks and integers change only if they are movable, for others may be indices.
     """
-    if not t.is_floating_point() or not t.numel():
-        return t.detach()
-    t = t.detach().double()
-    noise = torch.rand(2, *t.shape, dtype=t.dtype, generator=generator).to(t.device)
+    t = t.detach()
+    if t.is_complex():
+        return torch.complex(*(jitter(part.contiguous(), generator) for part in (t.real, t.imag)))
+    if not t.numel() or not (movable or t.is_floating_point()):
+        return in_float64(t)
+    noise = torch.rand(2, *t.shape, dtype=torch.float64, generator=generator).to(t.device)
+    if not t.is_floating_point():
+        return t ^ (noise[0] < 0.5).to(t.dtype)
+    t = t.double()
     if bool((t == t.flatten()[0]).all()):
         return t * (0.75 + noise[0] / 2) + 0.1 * noise[1]
-    reach = float(t.std()) * t[0].numel() ** 0.5 if t.dim() > 1 else 1.0
-    return t * (0.75 + noise[0] / 2) / (reach if 0 < reach < 0.1 else 1)
+    reach = float(t.std()) * t[0].numel() ** 0.5 if t.dim() > 1 else 10 * float(t.abs().mean())
+    return t * (0.75 + noise[0] / 2) / (reach if 0 < reach < 1 else 1)
 
 
 def find(net: nn.Module, example: Inputs, train: bool = False) -> Symmetry:
@@ -369,7 +515,9 @@ def find(net: nn.Module, example: Inputs, train: bool = False) -> Symmetry:
     understood is pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`;
     `Symmetry.verify` proves.
     """
-    checks.require("find", {"net": net, "example": example, "train": train}, RULES)
+    given = {"net": net, "example": example, "train": train}
+    checks.require("find", given, RULES, SymmetryError)
+    foreign.check(net)
     inputs = calls.plain(example)
     shapes = {n: x.shape for n, x in net.state_dict().items() if isinstance(x, Tensor)}
     found = Symmetry(*discover(net, inputs, train), train, shapes)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from mcnotes import display
 from mcnotes.calls import Inputs, arranged
+from mcnotes.symmetry import foreign
 from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
 from mcnotes.symmetry.rules import MOVING, PASSING, RULES
 from mcnotes.symmetry.trace import Trace
@@ -148,13 +149,22 @@ def run_trace(
     net = inference_copy(net, train)
     modules = {id(m): f"{n or 'the network'} ({type(m).__name__})" for n, m in net.named_modules()}
     inputs = arranged(net, inputs)
-    trace = Trace(RULES, MOVING, PASSING, modules, merged)
+    kept = set(map(id, net.state_dict(keep_vars=True).values()))
+    constants = {id(b) for b in net.buffers()} - kept
+    trace = Trace(RULES, MOVING, PASSING, modules, constants, merged)
     theta = labelled_parameters(net, trace)
     given = tree_map_only(Tensor, partial(labelled_input, trace), inputs)
     # PyTorch makes writing in place a chain of new tensors.
     run = dispatch_functionalize(partial(outputs, net), FunctionalTensorMode())
-    with unfused_attention, torch.no_grad(), trace:
-        ends = run(theta, given)
+    with unfused_attention, torch.no_grad():
+        try:
+            with trace, foreign.Escapes(trace.where):
+                ends = run(theta, given)
+        except SymmetryError:
+            raise
+        except Exception as error:
+            alone = partial(outputs, inference_copy(net, train), {}, inputs)
+            raise foreign.explained(error, modules, alone) from error
     if not labelled_in(ends):
         raise SymmetryError(
             "find: the outputs depend neither on the inputs nor on the parameters, as far as they "
@@ -170,14 +180,18 @@ def run_trace(
 
 
 def labelled_parameters(net: nn.Module, trace: Trace) -> dict[str, Labelled]:
-    """Parameters and buffers that can be permuted, by name; tied ones are one."""
+    """Parameters and buffers by name; tied ones are one. Of integers the values are known."""
     state = net.state_dict(keep_vars=True)
     convs = (m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd))
     conv_groups = {id(m.weight): m.groups for m in convs}
     labelled: dict[int, Labelled] = {}
     for t in state.values():  # an extra state may be anything
-        if isinstance(t, Tensor) and t.is_floating_point() and id(t) not in labelled:
-            labelled[id(t)] = trace.parameter(t, conv_groups.get(id(t), 1))
+        if not isinstance(t, Tensor) or id(t) in labelled:
+            continue
+        whole = not (t.is_floating_point() or t.is_complex())
+        if not whole or t.numel() > 1:
+            labelled[id(t)] = x = trace.parameter(t, conv_groups.get(id(t), 1))
+            x.value, x.stored = (t.detach().cpu(), True) if whole else (None, False)
     return {n: labelled[id(t)] for n, t in state.items() if id(t) in labelled}
 
 
@@ -243,7 +257,8 @@ def classify(trace: Trace, factors: Iterable[Factor]) -> Classes:
 
 def read_facts(trace: Trace) -> Facts:
     """The facts of a trace, in the order of events."""
-    event, code, other, tag = torch.cat(trace.facts, 1).numpy()
+    none = torch.empty(4, 0, dtype=torch.int64)
+    event, code, other, tag = torch.cat([none, *trace.facts], 1).numpy()
     return Facts(event, code >> BITS, code & SLOT, other >> BITS, other & SLOT, tag)
 
 
@@ -292,7 +307,7 @@ def alike(facts: Facts, of: Integers, rank: Integers, pinned: Mapping[int, str])
     table = np.stack([column[order] for column in columns], axis=1)
     homes, starts = np.unique(of[facts.unit][order], return_index=True)
     same: dict[bytes, list[int]] = {}
-    for c, rows in zip(homes.tolist(), np.split(table, starts[1:]), strict=True):
+    for c, rows in zip(homes.tolist(), np.split(table, starts)[1:], strict=True):
         if c not in pinned:
             same.setdefault(rows.tobytes(), []).append(c)
     return [classes for classes in same.values() if len(classes) > 1]

@@ -62,9 +62,14 @@ def as_pairs(trace: Trace, x: Labelled) -> Factors:
     return [[f.unsqueeze(-1) for f in x.factors]]
 
 
-def as_strided(trace: Trace, x: Labelled, shape: Sequence[int], *_: Any) -> Factors | None:
-    """As it comes from `clone` and the like; it may be anything else if the shape differs."""
-    return [x.factors] if x.shape == torch.Size(shape) else None
+def as_strided(
+    trace: Trace, x: Labelled, shape: Sequence[int], stride: Sequence[int], start: int | None = None
+) -> Tensor:
+    """Entries by their places in memory, of which x must fill all that there is."""
+    trace.refuse_a_part_of_memory(x)
+    by_stride = sorted(range(x.dim()), key=lambda k: (x.stride(k), -x.shape[k]), reverse=True)
+    index = torch.arange(x.numel()).as_strided(shape, stride, start or 0)
+    return x.permute(by_stride).reshape(-1)[index]
 
 
 def view(trace: Trace, x: Labelled, shape: Sequence[int]) -> Factors:
@@ -106,7 +111,7 @@ def cat(trace: Trace, xs: Sequence[Tensor], dim: int = 0) -> Factors:
 
 def only_along(trace: Trace, x: Tensor, dim: int) -> Tensor:
     """A tensor with those of its factors that live on `dim`."""
-    if not isinstance(x, Labelled):
+    if not isinstance(x, Labelled) or x.known:
         return x
     return Labelled(trace, without_values(x), [f for f in x.factors if dim in axes(f)])
 
@@ -115,7 +120,7 @@ def layers(trace: Trace, x: Tensor, dim: int) -> Sequence[Tensor]:
     """Tensors of size 1 along `dim` that stand for all of x, with its factors on other axes."""
     if not x.shape[dim]:
         return []
-    if not isinstance(x, Labelled):  # one layer may be constant where another is not
+    if not isinstance(x, Labelled) or x.known:  # one layer may be constant where another is not
         return [*x.split(1, dim)]
     factors = [f for f in x.factors if dim not in axes(f)]
     return [Labelled(trace, without_values(x).narrow(dim, 0, 1), factors)]

@@ -12,6 +12,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch._decomp import decomposition_table
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mcnotes.symmetry.foreign import first_line, place
 from mcnotes.symmetry.units import (
     BITS,
     CONSTANT,
@@ -33,6 +35,7 @@ from mcnotes.symmetry.units import (
     factors_of,
     functional,
     independent,
+    is_uniform,
     labelled_in,
     op_name,
     padded,
@@ -47,6 +50,21 @@ from mcnotes.symmetry.units import (
 ALIASES = {"unsqueeze", "squeeze", "expand", "clone", "_to_copy", "detach", "alias"}
 """Operators that change neither which units there are, nor their order; they tell no facts."""
 
+LOOK_UPS = {"index": 1, "embedding": 1, "index_select": 2}
+"""Operators that choose by indices, and which of their arguments these are."""
+FILLING = {"full", "zeros", "ones", "new_full", "new_zeros", "new_ones", "fill", "zero"} | {
+    f"{name}_like" for name in ("full", "zeros", "ones")
+}
+"""Operators that fill a new tensor with one number."""
+EVEN = ALIASES | set(
+    re.split(
+        " ",
+        "view _unsafe_view permute transpose t slice select split split_with_sizes unbind stack "
+        "repeat roll flip index index_select sum mean amax amin prod any all fill zero copy",
+    )
+)
+"""Operators, beside pointwise ones, that give one number throughout if each argument does."""
+
 
 class LostWrite(SymmetryError):
     """Units would be written into a tensor that carries no labels."""
@@ -57,8 +75,9 @@ class Trace(Tape):
 
     rules: what operators do to units, by the operators' names (see `rules`). moving: the names of
     operators that only move data; passing: of those whose result is no activation of its own.
-    modules: for the id of each module, how to name it in reasons. merged [units]: in a second
-    trace, the code that stands for each unit of the first.
+    modules: for the id of each module, how to name it in reasons. constants: ids of tensors that
+    are what they are. merged [units]: in a second trace, the code that stands for each unit of the
+    first.
     """
 
     def __init__(
@@ -67,11 +86,13 @@ class Trace(Tape):
         moving: Collection[str],
         passing: Collection[str],
         modules: Mapping[int, str],
+        constants: Collection[int] = (),
         merged: Tensor | None = None,
     ) -> None:
         super().__init__(self.name_taps)
         self.rules, self.moving, self.passing, self.modules = rules, moving, passing, modules
-        self.merged = merged
+        self.constants, self.merged = constants, merged
+        self.adopted: dict[int, tuple[Tensor, Tensor]] = {}  # by id: what `adopt` got and made
         self.next_unit = 2
         self.facts: list[Tensor] = []  # each [4, entries]: event, code, other code, tag
         self.pins: list[tuple[Tensor, str]] = []  # units, and why they must stay
@@ -91,6 +112,43 @@ class Trace(Tape):
         for f in factors:
             self.record(f)
         return Labelled(self, tensor, factors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Tensor, self.adopt, (args, kwargs or {}))
+        if op_name(func) == "as_strided":
+            self.refuse_a_part_of_memory(args[0])
+        if op_name(func) == "_linalg_check_errors":  # of values, that is
+            return None
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        return tree_map_only(FunctionalTensor, partial(self.label_made, op_name(func)), out)
+
+    def adopt(self, x: Tensor) -> Tensor:
+        """A tensor that was there before the run, and is no parameter: its entries are fixed.
+
+        Even if all of them are one number, for they may be trained: raw parameters, reached by a
+        list, a closure or a hook. Buffers that no state dict holds are what they are.
+        """
+        followed = isinstance(x, FunctionalTensor | Labelled) or torch._is_functional_tensor(x)
+        if followed or x.numel() < 2:
+            return x
+        if id(x) not in self.adopted:
+            known = self.label_known(x.detach().clone(), id(x) in self.constants)
+            self.adopted[id(x)] = x, FunctionalTensor.to_functional(known)
+        return self.adopted[id(x)][1]
+
+    def label_made(self, name: str, x: FunctionalTensor) -> Tensor:
+        """A tensor that an operator made of no other: as any other, it is seen from then on."""
+        inner = torch._from_functional_tensor(x.elem)
+        if isinstance(inner, Labelled) or inner.numel() < 2:
+            return x
+        return FunctionalTensor.to_functional(self.label_known(inner, name in FILLING))
+
+    def label_known(self, values: Tensor, constant: bool = False) -> Labelled:
+        """A tensor of known values, without units."""
+        values = values.cpu()
+        x = Labelled(self, values)
+        x.value, x.constant = values, constant and is_uniform(values)
+        return x
 
     @property
     def unit_count(self) -> int:
@@ -130,13 +188,7 @@ class Trace(Tape):
 
     def where(self) -> str:
         """The module at work, and the line of the network's own code."""
-        at = line = ""
-        for frame, number in traceback.walk_stack(None):
-            if name := self.modules.get(id(frame.f_locals.get("self"))):
-                at, file = at or f" at {name}", frame.f_code.co_filename
-                if not line and "/torch/" not in file:
-                    line = f", {file.rsplit('/', 1)[-1]}:{number}"
-        return at + line
+        return place(traceback.walk_stack(None), self.modules)
 
     def hold_axes(self, factor: Tensor, dims: frozenset[int]) -> Tensor:
         """Units must keep their place along `dims`; what remains of the factor."""
@@ -233,7 +285,7 @@ class Trace(Tape):
         run: takes a list of tensors, as long and of the same shapes as xs, and gives one tensor or
         several. A plain tensor of zeros is a constant; any other is fixed.
         """
-        blank = [CONSTANT if not isinstance(x, Labelled) and not bool(x.any()) else 0 for x in xs]
+        blank = [CONSTANT if is_zero(x) else 0 for x in xs]
         found: list[list[Tensor]] = []
         for lane in lanes(xs) or [{}]:
             codes = [lane.get(i, torch.tensor(code)) for i, code in enumerate(blank)]
@@ -253,8 +305,13 @@ class Trace(Tape):
         units that it touches are pinned. Raises SymmetryError if it needs values.
         """
         name = op_name(func)
-        if re.search("^new_|_like$", name):  # a constant, of which only the shape is taken
+        if re.search("^new_|_like$", name):  # only the shape is taken
             return func(*tree_map_only(Labelled, zeros, args), **kwargs)
+        if name in LOOK_UPS:
+            args = self.looked_up(args, LOOK_UPS[name])
+        xs = labelled_in((args, kwargs))
+        if not xs:
+            return self.compute(func, args, kwargs, name)
         rule = self.rule(func, name)
         if rule is None:
             try:
@@ -264,14 +321,50 @@ class Trace(Tape):
             if simpler is not NotImplemented:
                 return simpler
         self.refuse_lost_write(func, args, kwargs)
-        xs = labelled_in((args, kwargs))
         self.use(xs, name)
         factors = self.apply(rule, func, args, kwargs)
         if factors is None:
             for x in xs:
                 self.pin_all(x, f"{name} has no rule (use others, or see symmetry.RULES)")
         out = self.run_without_values(func, args, kwargs, name)
-        return self.label(out, factors, xs, name)
+        results = self.label(out, factors, xs, name)
+        if all(x.value is not None for x in xs):
+            computed = func(*known_values(args), **known_values(kwargs))
+            for x, y in zip(tree_leaves(results), tree_leaves(computed), strict=True):
+                x.value, x.stored = y, True
+        return results
+
+    def compute(self, func: Any, args: Any, kwargs: Any, name: str) -> Any:
+        """The results of an operator on tensors without units, of which all is known."""
+        constant = all(x.constant for x in tree_leaves((args, kwargs)) if isinstance(x, Labelled))
+        constant &= name in EVEN or torch.Tag.pointwise in func.tags
+        constant |= name in FILLING
+        out = func(*known_values(args), **known_values(kwargs))
+        return tree_map_only(Tensor, partial(self.label_known, constant=constant), out)
+
+    def looked_up(self, args: Sequence[Any], at: int) -> list[Any]:
+        """The arguments of a look-up, its indices (the argument at `at`) as far as they are known.
+
+        Those that are stored may be others in another network: what they choose from is pinned.
+        """
+        x, index = args[0], args[at]
+        indices = index if isinstance(index, list | tuple) else [index]
+        stored = [i for i in indices if isinstance(i, Labelled) and i.stored]
+        if stored and not labelled_in(x):
+            return [*args]
+        indices = [plain for i in indices for plain in plain_indices(i)]
+        if stored:
+            many = isinstance(index, list | tuple)
+            dims = [k for k, i in enumerate(indices) if i is not None] if many else [0]
+            self.pin_axes(x, dims if at == 1 else [args[1] % x.dim()], "is looked up by a buffer")
+            for i in stored:
+                self.pin_all(i, "is an index")
+                i.used = True
+        return [
+            *args[:at],
+            indices if isinstance(index, list | tuple) else indices[0],
+            *args[at + 1 :],
+        ]
 
     def rule(self, func: Any, name: str) -> Callable[..., Any] | None:
         """The rule of an operator, or of its kind."""
@@ -300,6 +393,15 @@ class Trace(Tape):
                     f"find: {op_name(func)} writes units into a tensor that is no parameter, "
                     f"buffer or result of the network{self.where()}. Fix: make a new tensor."
                 )
+
+    def refuse_a_part_of_memory(self, x: Tensor) -> None:
+        """Raise SymmetryError if x is a view that leaves out, or repeats, some of what it views."""
+        extent = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        if not x.numel() == extent == x.untyped_storage().size() // x.element_size():
+            raise SymmetryError(
+                f"find: as_strided reads memory around a part of a tensor{self.where()}, of which "
+                "nothing is known. Fix: index the whole tensor instead."
+            )
 
     def use(self, xs: Iterable[Labelled], name: str) -> None:
         """Record that an operator reads tensors, and what it sees of their units."""
@@ -339,7 +441,7 @@ class Trace(Tape):
             return func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
             raise SymmetryError(
-                f"find: {name} needs values{self.where()}; it says: {str(error).splitlines()[0]} "
+                f"find: {name} needs values{self.where()}; PyTorch says {first_line(error)}. "
                 "Fix: control flow must not depend on the data (torch.where instead of if); "
                 "or take the part of the network without it."
             ) from error
@@ -371,6 +473,30 @@ class Trace(Tape):
         return [Tap([*factors], (taps[0].pre or taps[0]) if unary else None)]
 
 
+def plain_indices(index: Any) -> Sequence[Any]:
+    """An index as plain tensors, if its values are known; a mask as one for each of its axes."""
+    values = index.value if isinstance(index, Labelled) and index.value is not None else index
+    if (
+        isinstance(values, Tensor)
+        and values.dtype == torch.bool
+        and not isinstance(values, Labelled)
+    ):
+        return values.nonzero(as_tuple=True)
+    return [values]
+
+
+def is_zero(x: Tensor) -> bool:
+    """Whether all entries are zero, whatever shapes the inputs have."""
+    if isinstance(x, Labelled):
+        return x.constant and x.value is not None and not bool(x.value.any())
+    return not bool(x.any())
+
+
+def known_values(arguments: Any) -> Any:
+    """Arguments of an operator with their values."""
+    return tree_map_only(Labelled, lambda x: x.value, arguments)
+
+
 def zeros(x: Tensor) -> Tensor:
     """Zeros of the same shape and kind, without labels."""
     return torch.zeros(x.shape, dtype=x.dtype)
@@ -378,8 +504,8 @@ def zeros(x: Tensor) -> Tensor:
 
 def fixed_axes(x: Tensor, dims: int) -> Iterator[int]:
     """The axes, of `dims` after broadcasting, along which entries differ that are no units."""
-    if not x.numel() or (not isinstance(x, Labelled) and bool((x == x.flatten()[0]).all())):
-        return  # nothing, or a constant
+    if x.constant if isinstance(x, Labelled) else is_uniform(x):
+        return
     live = frozenset[int]().union(*map(axes, factors_of(x)))
     for k, n in enumerate(x.shape):
         if n > 1 and x.stride(k) and k not in live:

@@ -26,6 +26,10 @@ class SymmetryError(ValueError):
     """A network cannot be followed, or a symmetry does not hold; the text says why and where."""
 
 
+class ExampleError(SymmetryError):
+    """The network itself fails on the example; the cause is its own error."""
+
+
 @dataclass(eq=False)
 class Tap:
     """A result in the network: its name, its factors, and what entered its nonlinearity."""
@@ -36,12 +40,15 @@ class Tap:
 
 
 class Labelled(Tensor):
-    """A tensor without values that carries factors.
+    """A tensor that carries factors, and no values unless they are known.
 
     trace: what runs its operators. factors: of as many axes as the tensor. taps: the results of
     which it is made. given: whether it depends on the inputs. used: whether an operator has read
-    it. sources: the tensors of which it is
-    made in a way that nobody has described; their units must be pinned when it is used.
+    it. sources: the tensors of which it is made in a way that nobody has described; their units
+    must be pinned when it is used. value: its entries as this run computes them, where they depend
+    neither on inputs nor on parameters. stored: whether they come from the state dict, and so may
+    be others in another network. constant: whether all entries are one number, whatever shapes the
+    inputs have.
     """
 
     trace: Any  # has a method `operator`
@@ -50,6 +57,9 @@ class Labelled(Tensor):
     given: bool
     used: bool
     sources: Sequence["Labelled"]
+    value: Tensor | None
+    stored: bool
+    constant: bool
 
     @staticmethod
     def __new__(
@@ -58,15 +68,21 @@ class Labelled(Tensor):
         shape, strides = like.shape, like.stride()
         self = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=like.dtype)
         self.trace, self.taps, self.sources = trace, taps, ()
-        self.given = self.used = False
+        self.given = self.used = self.stored = self.constant = False
+        self.value = None
         self.factors = [padded(f, like.dim()) for f in factors]
         return self
+
+    @property
+    def known(self) -> bool:
+        """Whether its values are those of every network of this kind: no unit is in it."""
+        return self.value is not None and not self.stored
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        trace = labelled_in((args, kwargs))[0].trace
+        trace = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Labelled)).trace
         return trace.operator(func, args, kwargs or {})
 
 
@@ -92,8 +108,13 @@ def op_name(func: Any) -> str:
 
 
 def labelled_in(values: Any) -> list[Labelled]:
-    """The labelled tensors among nested values, in their order."""
-    return [x for x in tree_leaves(values) if isinstance(x, Labelled)]
+    """The labelled tensors among nested values, in their order, but those that hold no unit."""
+    return [x for x in tree_leaves(values) if isinstance(x, Labelled) and not x.known]
+
+
+def is_uniform(x: Tensor) -> bool:
+    """Whether all entries are one number."""
+    return not x.numel() or bool((x == x.flatten()[0]).all())
 
 
 def factors_of(x: Any) -> list[Tensor]:
