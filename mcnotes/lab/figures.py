@@ -289,5 +289,5 @@ def _short(values: Array) -> list[Any]:
 def _ticks(values: Array, middle: float, half: float) -> list[tuple[float, str]]:
     """Round numbers within `values`: where they stand in units of `half`, and as text."""
     low, high = values.min(), values.max()
-    found = [v for v in MaxNLocator(4).tick_values(low, high) if low <= v <= high]
+    found = [v for v in MaxNLocator(5).tick_values(low, high) if low <= v <= high]
     return [(round((v - middle) / half, 3), f"{v:g}") for v in found]
