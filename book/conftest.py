@@ -6,9 +6,9 @@ OUTPUT_SECONDS = 120.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Wait longer for a cell's output than nbval's five seconds, no option of it.
+    """Wait longer for a cell's output than nbval's five seconds.
 
-    On a busy machine the kernel may hold finished output back for longer.
+    They are no option of it, and a busy machine may hold output back.
     """
     for item in items:
         if hasattr(item, "output_timeout"):
