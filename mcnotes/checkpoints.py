@@ -102,7 +102,7 @@ def build(factory: str, arguments: Mapping[str, Any] | None = None) -> nn.Module
         raise CheckpointError(f"{cause}. Fix: see its signature") from error
     except (Exception, SystemExit) as error:  # of the user's network
         cause = f"{who} fails ({failure(error)})"
-        raise CheckpointError(f"{cause}, expected an nn.Module") from error
+        raise CheckpointError(f"{cause}. Fix: see its arguments") from error
     if not isinstance(net, nn.Module):
         raise CheckpointError(f"{who} gave a {type(net).__name__}, expected an nn.Module")
     if (kinds := {x.dtype for x in net.parameters()}) != {torch.float32}:
