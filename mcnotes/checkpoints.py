@@ -102,7 +102,7 @@ def build(factory: str, arguments: Mapping[str, Any] | None = None) -> nn.Module
         raise CheckpointError(f"{cause}. Fix: see its signature") from error
     except (Exception, SystemExit) as error:  # of the user's network
         cause = f"{who} fails ({failure(error)})"
-        raise CheckpointError(f"{cause}, expected an nn.Module") from error
+        raise CheckpointError(f"{cause}. Fix: see its arguments") from error
     if not isinstance(net, nn.Module):
         raise CheckpointError(f"{who} gave a {type(net).__name__}, expected an nn.Module")
     if (kinds := {x.dtype for x in net.parameters()}) != {torch.float32}:
@@ -205,9 +205,10 @@ def load(path: str | Path, net: nn.Module, prefix: str | None = None) -> Loaded:
     shapes = {n: x.shape for n, x in expected.items() if not n.endswith(COUNTER)}
     places = _places(tensors, _spellings(state))
     start = _prefix(tensors, shapes, places, prefix, who)
-    theirs = {n[len(start) :]: x for n, x in tensors.items() if n.startswith(start)}
-    theirs = {n: x for n, x in theirs.items() if "/" not in n}
     named = {n: at[len(start) :] for n, at in places.get(start, {}).items()}
+    theirs = {n[len(start) :]: x for n, x in tensors.items() if n.startswith(start)}
+    own = {*named.values()}
+    theirs = {n: x for n, x in theirs.items() if "/" not in n or n in own}
     if fault := _misfit(theirs, named, shapes):
         found = _as_the_class_loads(net, theirs)
         if not found:
@@ -218,7 +219,8 @@ def load(path: str | Path, net: nn.Module, prefix: str | None = None) -> Loaded:
         _refuse_values(found, state, start, who)
     _refuse_extras(extras, state, start, who)
     theta = {n: x.detach().cpu().clone() for n, x in (dict(net.named_buffers()) | found).items()}
-    outside = [n for n in tensors if n.removeprefix(start) not in theirs]
+    inside = {start + n for n in theirs}
+    outside = [n for n in tensors if n not in inside]
     return Loaded(theta, start, outside, hashlib.sha256(path.read_bytes()).hexdigest())
 
 

@@ -230,8 +230,8 @@ def for_inputs(
 
 
 def module(who: str, name: str, model: Any) -> nn.Module:
-    """The module itself, out of the wrapper of `torch.compile`. InputError if it cannot be used."""
-    model = getattr(model, "_orig_mod", model)
+    """The module itself, out of its wrappers. InputError if it cannot be used."""
+    model = checkpoints.unwrapped(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"{who}: {name} is a {type(model).__name__}, expected an nn.Module")
     found: dict[str, Tensor] = dict(model.named_parameters())

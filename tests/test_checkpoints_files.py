@@ -167,6 +167,16 @@ class TestForms:
         with pytest.raises(CheckpointError, match=r"'0._extra_state', which is no tensor"):
             checkpoints.load(tmp_path / "a.pt", net)
 
+    def test_names_with_slashes_and_tensors_of_the_same_names_elsewhere(
+        self, tmp_path: Path
+    ) -> None:
+        net = nn.ModuleDict({"a/b": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+        other = {"c.weight": torch.ones(2, 2)}
+        torch.save({"model": net.state_dict(), **other}, tmp_path / "a.pt")
+        found = checkpoints.load(tmp_path / "a.pt", net)
+        assert all(torch.equal(found.theta[n], x) for n, x in net.state_dict().items())
+        assert found.outside == ["c.weight"]
+
     def test_lists_of_networks(self, tmp_path: Path) -> None:
         """And a network beside its optimizer's state."""
         one, two = (small.normed().state_dict() for _ in range(2))

@@ -161,7 +161,7 @@ class TestHelp:
         (f"report {PAIR} --loss torch.nn:mse", 2, "no attribute 'mse'"),
         (f"align {PAIR} --arguments '[1]'", 2, "no JSON object"),
         (f"align {PAIR} --arguments '{{\"wdth\": 2}}'", 1, "unexpected keyword argument 'wdth'"),
-        (f"align {PAIR} --arguments '{{\"width\": -2}}'", 1, "Fix: see --arguments"),
+        (f"align {PAIR} --arguments '{{\"width\": -2}}'", 1, "Fix: see its arguments"),
         (f"align {PAIR} --arguments '{{\"width\": 9}}'", 1, "a.pt"),
         ("align --model mynets:Net a.pt a.pt --data mynets:loader", 1, "hold the same weights"),
         ("align --model mynets:Net mynets.py b.pt --data mynets:loader", 1, "mynets.py"),

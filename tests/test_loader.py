@@ -147,6 +147,12 @@ class TestForInputs:
             prepare.for_inputs(nn.Flatten(2), self.sets(channels), mean, std)
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_models_come_out_of_their_wrappers(wrap: Callable[[nn.Module], Any]) -> None:
+    net = small.plain()
+    assert prepare.module("align", "model_a", wrap(net)) is net
+
+
 class TestDevices:
     @pytest.mark.parametrize("device", ["gpu", "GPU:0", "cuda:99", "", 1.5, None])
     def test_those_that_are_not_there(
