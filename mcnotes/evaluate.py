@@ -436,6 +436,21 @@ class Plane(NamedTuple):
     accuracy: Array  # [rows, columns]
     corners: Array  # [3, 2], where the three networks lie
 
+    def __repr__(self) -> str:
+        low, high = self.loss.min(), self.loss.max()
+        return f"Plane({len(self.x)} x {len(self.y)} cells, loss {low:.3g} to {high:.3g})"
+
+    def _repr_html_(self) -> str:
+        finite = self.loss[np.isfinite(self.loss)]
+        if not finite.size:
+            return display.described(self)
+        low, high = finite.min(), finite.max()
+        height = np.where(np.isfinite(self.loss), (self.loss - low) / ((high - low) or 1.0), 1.0)
+        shades = torch.from_numpy((255 * (1 - height[::-1])).astype(np.uint8))  # y points up
+        cells = shades.repeat_interleave(6, 0).repeat_interleave(6, 1)
+        drawn = display.strip(cells[None, None], "loss over the plane, dark where it is high")
+        return display.described(self, drawn)
+
 
 def plane(
     net: nn.Module,

@@ -49,6 +49,9 @@ class Moments:
     squares: Tensor  # [2, U]
     cross: Tensor  # [U, U], entry (i, j) = Σ (aᵢ − origin)(bⱼ − origin)
 
+    def __repr__(self) -> str:
+        return f"Moments({len(self.cross)} units, {self.samples} samples)"
+
     @classmethod
     def about(cls, origin: Tensor) -> "Moments":
         """Nothing seen yet. origin: [2, U]."""
