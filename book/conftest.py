@@ -6,7 +6,7 @@ OUTPUT_SECONDS = 120.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Wait longer for a cell's output than nbval's five seconds, no option of it.
+    """Wait longer for a cell than nbval's five seconds, no option of it.
 
     On a busy machine the kernel may hold finished output back for longer.
     """
