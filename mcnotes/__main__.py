@@ -371,7 +371,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Chapter 10 on the user's files, as a page; the networks beside it."""
+    """Run chapter 10 on the user's files, and write its page and the networks beside it."""
     try:
         import nbconvert  # noqa: F401
         import nbformat
@@ -443,7 +443,7 @@ def parameters(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def run(notebook: Any, out: Path, values: dict[str, Any]) -> None:
-    """Execute it in this folder, with bars if someone watches. Raises Refused where it fails."""
+    """Execute the notebook in this folder, with bars on a terminal. Raises Refused if it fails."""
     import nbformat
     import papermill
 
@@ -539,7 +539,7 @@ def with_caption(cell: Any) -> Iterator[Any]:
 
 
 def plain(text: str) -> str:
-    """Without what only the book can show: links to its chapters, and names of its roles."""
+    """The text without what only the book can show: links to its chapters, names of its roles."""
     text = re.sub(r"\[([^\]]+)\]\([^)]+\.ipynb\)", r"\1 of the book", text)
     return re.sub(r"\{\w+\}(?=`)", "", text)
 
@@ -548,7 +548,7 @@ def plain(text: str) -> str:
 
 
 def align(args: argparse.Namespace) -> None:
-    """B in A's order of units, as a file."""
+    """Write network B in A's order of units."""
     import mcnotes
     from mcnotes import checkpoints, data, prepare
 
@@ -580,7 +580,7 @@ def align(args: argparse.Namespace) -> None:
 
 
 def show_symmetry(args: argparse.Namespace) -> None:
-    """The groups of a network's units, proved; and why there are none, if so."""
+    """Show the groups of a network's units, which are verified; or why there are none."""
     import torch
 
     from mcnotes import calls, data, symmetry
@@ -622,7 +622,7 @@ def print_pinned(sym: Any) -> None:
 
 
 def show_data(args: argparse.Namespace) -> None:
-    """What there is; fetched, if need be."""
+    """List the data sets, or describe one, which is fetched if need be."""
     from mcnotes import data
 
     if args.data is None:

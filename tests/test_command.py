@@ -401,10 +401,10 @@ class TestReport:
         assert signal.getsignal(signal.SIGTERM) == before
 
     @pytest.mark.slow
-    def test_stopped_it_goes_on_and_ends_with_the_same_networks(
+    def test_stopped_it_goes_on_and_says_so(
         self, home: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """SIGTERM once the first curve is in training: said, resumed, said, and nothing is lost."""
+        """SIGTERM once the first curve is in training. (Its numbers: tests of `connect`.)"""
         line = f"report {PAIR} --loss torch.nn.functional:mse_loss --epochs 60 --points 3"
         words = [sys.executable, "-m", "mcnotes", *shlex.split(line)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -424,13 +424,8 @@ class TestReport:
         code, out, err = ran(capsys, line)
         assert (code, err) == (0, "")
         assert f"goes on from '{kept.relative_to(home)}'" in out
-        code, out, _ = ran(capsys, f"{line} --out whole.html")
-        assert code == 0
-        assert "goes on" not in out
-        resumed, whole = (
-            load_file(home / name / "best_point.safetensors") for name in ("report", "whole")
-        )
-        assert all(torch.equal(x, whole[name]) for name, x in resumed.items())
+        read_report(home)
+        assert not kept.exists(), "of a report that is done nothing is kept"
 
     @pytest.mark.slow
     def test_what_does_not_fit_is_one_line(
