@@ -40,8 +40,13 @@ def is_table(data: dict[str, str]) -> bool:
     return "<table" in data.get("text/html", "") or data.get("text/markdown", "").startswith("|")
 
 
+def is_folded(cell: notebooks.Notebook) -> bool:
+    """Does a reader see the cell's code only after a click, or not at all?"""
+    return bool(FOLDED & set(notebooks.tags(cell)))
+
+
 def of_code(cell: notebooks.Notebook) -> Counts:
-    folded = bool(FOLDED & set(notebooks.tags(cell)))
+    folded = is_folded(cell)
     size = lines(cell.source)
     shown = [o.get("data", {}) for o in cell.outputs]
     return Counts(
