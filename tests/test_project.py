@@ -94,7 +94,7 @@ INNER = {
     "names",
 }
 REPOSITORY_BYTES, NOTEBOOK_BYTES = 25_000_000, 1_000_000
-CELL_LINES, WORDS, EXERCISES = 25, 600, range(3, 6)
+CELL_LINES, WORDS, EXERCISES = 25, 600, range(3, 7)
 
 
 def tracked() -> list[Path]:
