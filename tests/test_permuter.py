@@ -232,6 +232,19 @@ def test_a_unit_can_be_dragged(page: Page, address: str) -> None:
 
 
 @NEEDED
+def test_a_figure_in_view_waits_for_its_numbers(page: Page, tmp_path: Path) -> None:
+    """Windows know elements by their ids, so that the box itself has the name of the numbers."""
+    (tmp_path / "_static").mkdir()
+    chapter = tmp_path / "chapter.html"
+    figure = Permuter(*problem(32, 1000))._repr_html_()
+    chapter.write_text(f"<!doctype html><main>{figure}</main>", "utf8")
+    aside.move(chapter, tmp_path)
+    assert "<script defer" in chapter.read_text("utf8")
+    look(page, chapter.as_uri())
+    assert not page.errors
+
+
+@NEEDED
 def test_a_finger_does_the_same(page: Page, address: str) -> None:
     look(page, address, 390)
     before = partners(page)

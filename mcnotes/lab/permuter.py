@@ -110,7 +110,7 @@ const wait = () => {
   }, { rootMargin: "300px" });
   eye.observe(box);
 };
-if (window[name]) wait();
+if (Object.hasOwn(window, name)) wait(); // else it is the box: windows know elements by their ids
 else addEventListener("DOMContentLoaded", wait);
 """
 
