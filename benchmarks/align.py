@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     numbers = 2 * sum(t.numel() for t in taps) * len(images) / len(x)
     large = torch.ones(2**26, device=images.images.device)
     reading = timing.seconds(large.sum, args.device, 10) / large.numel() * numbers
-    whole = timing.seconds(lambda: matching.match(net, *thetas, images.first(64), sym), args.device)
+    whole = timing.seconds(lambda: matching.match(pair, images.first(64)), args.device)
 
     def ratio(name: str) -> float:
         return round(statistics.median(r[name] / r["forwards"] for r in rounds), 3)
@@ -153,7 +153,8 @@ def main() -> None:
         import resource
 
         net, thetas, images, sym = set_up(args, args.stored)
-        matching.match(net, *thetas, images.first(args.memory_of), sym, batch_size=args.batch)
+        pair = matching.Pair(net, sym, *thetas)
+        matching.match(pair, images.first(args.memory_of), batch_size=args.batch)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     found = measure(args)

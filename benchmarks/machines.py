@@ -44,7 +44,7 @@ def measure() -> None:
     for pair in tqdm(PAIRS, desc="pairs"):
         a, b = (train.fit(lab.net, lab.task, recipe, seed=seed).theta for seed in pair)
         images = lab.task.train.first(lab.match_images)
-        perm = matching.match(lab.net, a, b, images, lab.sym).perm
+        perm = matching.match(matching.Pair(lab.net, lab.sym, a, b), images).perm
         row: dict[str, object] = {"pair": pair}
         for order, end in {"unaligned": b, "aligned": lab.sym.permute(b, perm)}.items():
             line = curves.line(a, end)

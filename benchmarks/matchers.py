@@ -159,11 +159,12 @@ def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> tuple[matchin
     pair, images = Pair(lab.net, lab.sym, a, b), lab.task.train.first(lab.match_images)
     start = time.process_time()  # what runs beside it does not count
     if method == "activations":
-        found = matching.match(lab.net, a, b, images, lab.sym)
+        found = matching.match(pair, images)
         return found, time.process_time() - start
     perm = matching.METHODS[method](pair, images, seed)
     seconds = time.process_time() - start
-    found = matching.match(lab.net, a, pair.permuted(perm), images, lab.sym, method="identity")
+    placed = dataclasses.replace(pair, theta_b=pair.permuted(perm))
+    found = matching.match(placed, images, method="identity")
     return dataclasses.replace(found, perm=perm), seconds
 
 

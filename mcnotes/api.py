@@ -212,11 +212,11 @@ def align(
     _known("align: method", method, METHODS)
     with prepare.untouched(batches, seed):
         ready = prepare.prepare("align", (model_a, model_b), batches, device, once=True)
-        a, b = ready.thetas
         sym, error = ready.symmetry()
         found = matching.Matching({}, {}, {}, {}, {}, 0.0)
         if sym.groups:
-            found = matching.match(ready.net, a, b, ready.data, sym, method=method, seed=seed)
+            pair = matching.Pair(ready.net, sym, *ready.thetas)
+            found = matching.match(pair, ready.data, method=method, seed=seed)
         original = prepare.state(prepare.module("align", "model_b", model_b))
         model = prepare.filled("align", model_b, sym.permute(original, found.perm))
         difference = ready.check_result(model, ready.outputs[1])

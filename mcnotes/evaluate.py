@@ -87,18 +87,27 @@ class Score(NamedTuple):
 
 
 def score(
-    net: nn.Module, theta: Theta, split: Batches, *, batch_size: int = 500,
-    perturb: Perturb | None = None
-) -> Score:  # fmt: skip
+    net: nn.Module,
+    theta: Theta,
+    split: Batches,
+    *,
+    batch_size: int = 500,
+    perturb: Perturb | None = None,
+) -> Score:
     """Loss and accuracy of `theta` on `split` (attacked, if there is `perturb`: robust ones)."""
     found = means(net, theta, split, CLASSIFICATION, batch_size=batch_size, perturb=perturb)
     return Score(**found)
 
 
 def means(
-    net: nn.Module, theta: Theta, data: Batches, wanted: Mapping[str, Quantity], *,
-    batch_size: int = 500, perturb: Perturb | None = None
-) -> dict[str, float]:  # fmt: skip
+    net: nn.Module,
+    theta: Theta,
+    data: Batches,
+    wanted: Mapping[str, Quantity],
+    *,
+    batch_size: int = 500,
+    perturb: Perturb | None = None,
+) -> dict[str, float]:
     """The mean of each quantity over one pass in evaluation mode.
 
     Raises ValueError for a state that does not fit the network, and where there is no batch, or no
@@ -178,9 +187,11 @@ def classes_first(z: Tensor, y: Tensor) -> Tensor:
     ways = [z] if y.shape == z.shape[:1] + z.shape[2:] else []
     ways += [z.movedim(-1, 1)] if z.dim() > 2 and y.shape == z.shape[:-1] else []
     if len(ways) != 1 or z.dim() < 2 or y.is_floating_point():
-        raise ValueError(f"cross-entropy of logits {[*z.shape]} and targets {y.dtype} {[*y.shape]} "
-                         "is not defined, expected class numbers, one for each place: pass a loss "
-                         "(outputs, targets) of your own")  # fmt: skip
+        raise ValueError(
+            f"cross-entropy of logits {[*z.shape]} and targets {y.dtype} {[*y.shape]} is not "
+            "defined, expected class numbers, one for each place. Fix: pass a loss (outputs, "
+            "targets) of your own"
+        )
     return ways[0]
 
 
@@ -212,9 +223,13 @@ def probabilities(net: nn.Module, theta: Theta, split: Split, *, batch_size: int
 
 
 def batchnorm(
-    net: nn.Module, theta: Theta, split: Batches, *, batch_size: int = 500,
-    perturb: Perturb | None = None
-) -> Theta:  # fmt: skip
+    net: nn.Module,
+    theta: Theta,
+    split: Batches,
+    *,
+    batch_size: int = 500,
+    perturb: Perturb | None = None,
+) -> Theta:
     """`theta` with its BatchNorm running statistics computed anew on `split`, in one pass.
 
     The mean over equal batches of the batch mean and (unbiased) variance; a last partial batch is
@@ -361,9 +376,15 @@ class Profile(NamedTuple):
 
 
 def profile(
-    net: nn.Module, curve: Curve, split: Batches, *, statistics: Batches | None, points: int = 25,
-    perturb: Perturb | None = None, perturb_statistics: Perturb | None = None
-) -> Profile:  # fmt: skip
+    net: nn.Module,
+    curve: Curve,
+    split: Batches,
+    *,
+    statistics: Batches | None,
+    points: int = 25,
+    perturb: Perturb | None = None,
+    perturb_statistics: Perturb | None = None,
+) -> Profile:
     """Loss and accuracy on `split` at `points` equidistant t in [0, 1].
 
     statistics: the (training) images on which BatchNorm is recomputed at every point; None leaves
@@ -384,10 +405,16 @@ def profile(
 
 
 def along(
-    net: nn.Module, curve: Curve, data: Batches, wanted: Mapping[str, Quantity], *,
-    statistics: Batches | None, points: int, perturb: Perturb | None = None,
-    perturb_statistics: Perturb | None = None
-) -> Array:  # fmt: skip
+    net: nn.Module,
+    curve: Curve,
+    data: Batches,
+    wanted: Mapping[str, Quantity],
+    *,
+    statistics: Batches | None,
+    points: int,
+    perturb: Perturb | None = None,
+    perturb_statistics: Perturb | None = None,
+) -> Array:
     """t, arc length, and the mean of each quantity: [points, 2 + quantities]; see `profile`."""
     given = {"curve": curve, "data": data, "wanted": wanted, "statistics": statistics}
     given |= {"points": points, "perturb": perturb, "perturb_statistics": perturb_statistics}
@@ -411,10 +438,15 @@ class Plane(NamedTuple):
 
 
 def plane(
-    net: nn.Module, corners: tuple[Theta, Theta, Theta], split: Batches, *,
-    statistics: Batches | None, resolution: int = 17, margin: float = 0.2,
-    perturb: Perturb | None = None
-) -> Plane:  # fmt: skip
+    net: nn.Module,
+    corners: tuple[Theta, Theta, Theta],
+    split: Batches,
+    *,
+    statistics: Batches | None,
+    resolution: int = 17,
+    margin: float = 0.2,
+    perturb: Perturb | None = None,
+) -> Plane:
     """Evaluate a square grid in the plane through three networks (paper, section 5).
 
     resolution: points along a side. margin: how far it goes beyond the corners, as a share of
@@ -472,20 +504,30 @@ def curvature(
     given = {"split": split, "top": top, "tolerance": tolerance}
     require("curvature", given, RULES | {"top": whole(0)})
     theta = stated("curvature", net, theta, split.device)
-    names = [name for name, _ in net.named_parameters()]
-    dtype = reduce(torch.promote_types, (theta[name].dtype for name in names), torch.float32)
-    # Second names of tied weights are left out: they follow the first.
-    twice = {name for name, _ in net.named_parameters(remove_duplicate=False)}.difference(names)
-    state = {n: x.detach() for n, x in theta.items() if n not in twice}
-    state = {n: x.to(dtype) if x.is_floating_point() else x for n, x in state.items()}
-    free = {name: state[name].clone().requires_grad_() for name in names}
-    leaves = list(free.values())
-    n = sum(x.numel() for x in leaves)
+    n = sum(p.numel() for p in net.parameters())
     if not (len(split) and 1 <= top < n):
         raise ValueError(
             f"curvature: got {len(split)} images and top={top}, expected at least 1 image and top "
             f"from 1 to {n - 1}, below the number of parameters"
         )
+    product = _hessian(net, theta, split)
+    start = np.random.default_rng(0).standard_normal(n)
+    options = {"which": "LA", "v0": start, "tol": tolerance, "return_eigenvectors": False}
+    with mode(net, training=False), sound_gradients(net):
+        if not product(start).any():
+            return np.zeros(top)  # H = 0, for which Lanczos has no direction to go on
+        found = eigsh(LinearOperator((n, n), matvec=product, dtype=np.float64), top, **options)
+    return np.sort(found)[::-1].copy()
+
+
+def _hessian(net: nn.Module, theta: Theta, split: Split) -> Callable[[Array], Array]:
+    """v [n] → Hv [n], for the Hessian H of the mean loss on `split` in the n parameters.
+
+    To be called in evaluation mode. Raises ValueError for a product that is not finite.
+    """
+    state, free = _leaves(net, theta)
+    leaves = list(free.values())
+    dtype, shapes = leaves[0].dtype, [x.shape for x in leaves]
 
     def curved(x: Tensor, y: Tensor, direction: list[Tensor]) -> tuple[Tensor, ...]:
         z = applied(net, arranged(net, x))
@@ -496,8 +538,8 @@ def curvature(
         return torch.autograd.grad(slopes, leaves, grad_outputs=direction)
 
     def product(v: Array) -> Array:
-        direction = views(torch.from_numpy(v).to(leaves[0]).flatten(), [x.shape for x in leaves])
-        total = torch.zeros(n, dtype=torch.float64, device=leaves[0].device)
+        direction = views(torch.from_numpy(v).to(leaves[0]).flatten(), shapes)
+        total = torch.zeros(v.size, dtype=torch.float64, device=leaves[0].device)
         for x, y in split.batches(500):
             hv = within(net, state | free, partial(curved, x.to(dtype), y, direction))
             total += torch.cat([h.flatten() for h in hv]).double() / len(split)
@@ -508,13 +550,21 @@ def curvature(
             )
         return total.cpu().numpy()
 
-    start = np.random.default_rng(0).standard_normal(n)
-    options = {"which": "LA", "v0": start, "tol": tolerance, "return_eigenvectors": False}
-    with mode(net, training=False), sound_gradients(net):
-        if not product(start).any():
-            return np.zeros(top)  # H = 0, for which Lanczos has no direction to go on
-        found = eigsh(LinearOperator((n, n), matvec=product, dtype=np.float64), top, **options)
-    return np.sort(found)[::-1].copy()
+    return product
+
+
+def _leaves(net: nn.Module, theta: Theta) -> tuple[Theta, Theta]:
+    """The network's state, and copies of its parameters in which to take slopes.
+
+    All floating-point tensors in float64 if a parameter is, else in float32. Second names of tied
+    weights are left out: they follow the first.
+    """
+    names = [name for name, _ in net.named_parameters()]
+    dtype = reduce(torch.promote_types, (theta[name].dtype for name in names), torch.float32)
+    twice = {name for name, _ in net.named_parameters(remove_duplicate=False)}.difference(names)
+    state = {n: x.detach() for n, x in theta.items() if n not in twice}
+    state = {n: x.to(dtype) if x.is_floating_point() else x for n, x in state.items()}
+    return state, {name: state[name].clone().requires_grad_() for name in names}
 
 
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
@@ -543,12 +593,18 @@ def mode(net: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def _means(
-    net: nn.Module, points: Iterable[Theta], data: Batches, wanted: Mapping[str, Quantity],
-    statistics: Batches | None, perturb: Perturb | None = None, before: Perturb | None = None
-) -> Array:  # fmt: skip
+    net: nn.Module,
+    points: Iterable[Theta],
+    data: Batches,
+    wanted: Mapping[str, Quantity],
+    statistics: Batches | None,
+    perturb: Perturb | None,
+    perturb_statistics: Perturb | None = None,
+) -> Array:
     """The means [points, quantities], BatchNorm recomputed on `statistics` (if not None)."""
-    fresh = (
-        p if statistics is None else batchnorm(net, p, statistics, perturb=before) for p in points
-    )
-    found = (means(net, theta, data, wanted, perturb=perturb) for theta in fresh)
-    return np.array([[*values.values()] for values in found])
+    rows = []
+    for theta in points:
+        if statistics is not None:
+            theta = batchnorm(net, theta, statistics, perturb=perturb_statistics)
+        rows.append([*means(net, theta, data, wanted, perturb=perturb).values()])
+    return np.array(rows)

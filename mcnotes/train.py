@@ -23,6 +23,7 @@ from mcnotes.calls import (
     Training,
     applied,
     arranged,
+    call,
     count,
     duplicate,
     heads,
@@ -156,9 +157,15 @@ def initialise(net: nn.Module, seed: int) -> Theta:
 
 
 def fit(
-    net: nn.Module, task: Training, recipe: Recipe, *, seed: int, init: Theta | None = None,
-    perturb: Perturb | None = None, checkpoint: Checkpoint | None = None
-) -> Fit:  # fmt: skip
+    net: nn.Module,
+    task: Training,
+    recipe: Recipe,
+    *,
+    seed: int,
+    init: Theta | None = None,
+    perturb: Perturb | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Fit:
     """Train `net` on `task.train` from `init` (default: `initialise(net, seed)`).
 
     Returns the network as `Fit.theta`, its buffers as training left them, but BatchNorm's
@@ -178,9 +185,17 @@ def fit(
 
 
 def fit_curve(
-    net: nn.Module, curve: Curve, task: Training, recipe: Recipe, *, seed: int, pull: float = 0.0,
-    perturb: Perturb | None = None, checkpoint: Checkpoint | None = None, loss: Loss | None = None
-) -> Fit:  # fmt: skip
+    net: nn.Module,
+    curve: Curve,
+    task: Training,
+    recipe: Recipe,
+    *,
+    seed: int,
+    pull: float = 0.0,
+    perturb: Perturb | None = None,
+    checkpoint: Checkpoint | None = None,
+    loss: Loss | None = None,
+) -> Fit:
     """Train the inner control points of `curve`: minimise E_{t~U[0,1]} L(r(t)) (paper, eq. 2).
 
     The end points stay as they are. Arguments as in `fit`; `pull` adds ½ pull ‖φ − φ_old‖², φ_old
@@ -256,10 +271,29 @@ def _epoch(step: "Step", curve: Curve, task: Training, seed: int, epoch: int) ->
     drawing = seeded(seed if step.perturb else _apart(seed), device)
     with evaluate.mode(step.net, training=True), drawing:
         for i, (x, y) in enumerate(data):
+            if (n := count(x)) == 1 and not _takes_one(step.net, x, device):
+                continue
             lr = recipe.lr * SCHEDULES[recipe.schedule](epoch + i / batches, recipe.epochs)
-            total += step(x, y, weights[i], lr) * (n := count(x))
+            total += step(x, y, weights[i], lr) * n
             samples += n
+    if not samples:
+        cause = "train: the network cannot train on batches of one image, as none with BatchNorm1d"
+        raise TrainingError(f"{cause}. Fix: use a batch_size of at least 2")
     return float(total) / samples
+
+
+def _takes_one(net: nn.Module, x: Any, device: torch.device) -> bool:
+    """Can the network train on this single sample? BatchNorm1d cannot: one has no variance.
+
+    A last batch of one is then left out; each epoch draws another.
+    """
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    try:
+        with torch.no_grad(), seeded(0, device):
+            call(net, buffers, x)
+    except Exception:  # of the user's network
+        return False
+    return True
 
 
 def _apart(seed: int) -> int:
@@ -275,6 +309,14 @@ def cost(outputs: Any, y: Tensor) -> Tensor:
     return torch.stack([cross_entropy(first, y), *extra]).sum()
 
 
+def _frozen(net: nn.Module, device: torch.device) -> Tensor | None:
+    """Which numbers ask for no gradient: bool [n], or None where all do."""
+    if all(p.requires_grad for p in net.parameters()):
+        return None
+    frozen = [torch.full((p.numel(),), not p.requires_grad) for p in net.parameters()]
+    return torch.cat(frozen).to(device)
+
+
 class Step:
     """One optimisation step on the free control points of a curve; a call returns the loss.
 
@@ -283,9 +325,16 @@ class Step:
     """
 
     def __init__(
-        self, net: nn.Module, curve: Curve, free: slice, recipe: Recipe, device: torch.device,
-        perturb: Perturb | None = None, pull: float = 0.0, loss: Loss = cost
-    ) -> None:  # fmt: skip
+        self,
+        net: nn.Module,
+        curve: Curve,
+        free: slice,
+        recipe: Recipe,
+        device: torch.device,
+        perturb: Perturb | None = None,
+        pull: float = 0.0,
+        loss: Loss = cost,
+    ) -> None:
         self.net, self.free, self.recipe = net, free, recipe
         self.perturb, self.pull, self.loss = perturb, pull, loss
         self.single = curve.degree == 0
@@ -305,10 +354,7 @@ class Step:
         self.buffers = {n: middle[n].to(device).clone() for n, _ in net.named_buffers()}
         self.state_dict = dict(zip(parameters, self.leaves, strict=True)) | self.buffers
         self.compiled = torch.compile(partial(swapped, net)) if recipe.compile else None
-        self.frozen: Tensor | None = None  # [n], where there is such a parameter
-        if not all(p.requires_grad for p in net.parameters()):
-            frozen = [torch.full((p.numel(),), not p.requires_grad) for p in net.parameters()]
-            self.frozen = torch.cat(frozen).to(device)
+        self.frozen = _frozen(net, device)
 
     def __call__(self, x: Any, y: Any, weights: Tensor, lr: float) -> Tensor:
         """Inputs and targets of a batch, weights w(t) [k]: all on the device; gives the loss."""

@@ -28,6 +28,8 @@ LINE, BENT = curves.line(A, B), curves.bezier(A, B)
 PERM = SYM.random(torch.Generator().manual_seed(0))
 PAIR = Pair(NET, SYM, A, B)
 RECIPE = train.Recipe(1, batch_size=32)
+SHORT = pam.Settings((1,), 1, images=48, probe=24, samples=1)
+PROBLEM = pam.Problem(NET, SYM, DATA, RECIPE, SHORT)
 BATCHES = [(x, y) for x, y in DATA.test.batches(20)]
 WIDER = train.initialise(
     nn.Sequential(nn.Flatten(), nn.Linear(144, 20), nn.ReLU(), nn.Linear(20, 3)), 1
@@ -38,10 +40,11 @@ right: dict[str, Any] = {
     "net": NET, "theta": A, "theta_a": A, "theta_b": B, "thetas": [A, B], "a": A, "b": B,
     "split": DATA.test, "data": DATA.test, "images": DATA.test, "statistics": DATA.train,
     "task": DATA, "recipe": RECIPE, "curve": BENT, "sym": SYM, "perm": PERM, "seed": 1,
-    "pair": PAIR, "corners": (A, B, C), "wanted": evaluate.CLASSIFICATION, "ends": (A, B),
+    "pair": PAIR, "problem": PROBLEM,
+    "corners": (A, B, C), "wanted": evaluate.CLASSIFICATION, "ends": (A, B),
     "example": DATA.example,
     "model_a": NET, "model_b": NET, "models": [NET, NET], "batches": BATCHES,
-    "how": Descent(epochs=1), "settings": pam.Settings((1,), 1, images=48, probe=24, samples=1),
+    "how": Descent(epochs=1), "settings": SHORT,
     "training": False, "points": [A, B],
 }  # fmt: skip
 """What the parameters of most functions may be; those that are left out have a default."""
@@ -95,6 +98,7 @@ wrong: dict[str, Mapping[str, Any]] = {
     "recipe": {"a dictionary": {"epochs": 3}, "a number": 3, "none": None},
     "sym": {"a dictionary": {}, "none": None}, "perm": PERMS, "p": PERMS, "q": PERMS,
     "pair": {"two states": (A, B), "none": None},
+    "problem": {"settings alone": SHORT, "none": None},
     "wanted": {"nothing": {}, "no functions": {"loss": 3}, "a list": ["loss"], "none": None},
     "seed": {"a half": 1.5, "text": "1", "none": None},
     "batch_size": COUNT, "points ": COUNT, "resolution": COUNT | {"one": 1}, "margin": NUMBER,
@@ -139,8 +143,9 @@ FUNCTIONS = cases_of(
     evaluate.along, evaluate.plane, evaluate.coordinates, evaluate.curvature, evaluate.mode,
     train.initialise, train.fit, train.fit_curve, curves.line, curves.bezier, curves.chain,
     symmetry.find, matching.match, matching.match_many, matching.diagnose, matching.repair,
-    matching.channel_statistics, matching.stream, matching.weight_matching, matching.loss_matching,
-    pam.fit, SYM.permute, SYM.apply_matrices, SYM.verify, SYM.tapper, SYM.complete, SYM.compose,
+    matching.channel_moments, matching.stream, matching.weight_matching, matching.loss_matching,
+    Pair, pam.Problem, pam.fit,
+    SYM.permute, SYM.apply_matrices, SYM.verify, SYM.tapper, SYM.complete, SYM.compose,
     SYM.inverse, train.Recipe, Descent, pam.Settings, attacks.PGD, attacks.Square, attacks.fgsm,
     attacks.strong, Curve, Split, models.build, api.align, api.merge, api.connect, api.profile,
     api.compare,
@@ -223,7 +228,8 @@ MODULES = (evaluate, train, curves, attacks, api, matching.methods, matching.man
 PARTS = {
     "evaluate.batched", "evaluate.entropy", "evaluate.hits", "evaluate.averaged",
     "evaluate.classes_first", "evaluate.attacked", "evaluate.barrier", "evaluate.check_mixable",
-    "evaluate.with_singular_vectors", "train.trainable", "train.run", "train.cost",
+    "evaluate.sums", "evaluate.check_counted", "evaluate.with_singular_vectors",
+    "train.trainable", "train.run", "train.cost",
     "curves.combine", "curves.check_same_space", "curves.views", "attacks.margin", "attacks.dlr",
     "attacks.length",
 }  # fmt: skip

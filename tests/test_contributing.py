@@ -53,7 +53,7 @@ def test_a_way_to_match() -> None:
     sym = symmetry.find(net, data.example)
     try:
         exec(code, {})
-        found = matching.match(net, a, b, data.train, sym, method="reversed")
+        found = matching.match(matching.Pair(net, sym, a, b), data.train, method="reversed")
     finally:
         matching.METHODS.pop("reversed", None)
     for name, p in found.perm.items():

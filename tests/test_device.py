@@ -76,7 +76,7 @@ def of_permutations() -> Tensor:
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=GPU)
     split = Split(images, torch.zeros(1, dtype=torch.int64, device=GPU))
     nothing = Task("nothing", split, split, split, ())
-    problem = pam.Problem(NET, curve.points[-1], nothing, RECIPE, sym(), settings)
+    problem = pam.Problem(NET, sym(), nothing, RECIPE, settings)
     return run(pam.PermutationStep(problem, curve, old), 3)
 
 

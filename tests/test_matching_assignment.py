@@ -15,7 +15,7 @@ def test_heads_are_matched_with_the_units_within() -> None:
     net, images = Patches(width=6, heads=2), pictures(64)
     a, b = (train.initialise(net, s) for s in (1, 2))
     sym = symmetry.find(net, next(images.batches(2))[0])
-    found = matching.match(net, a, b, images, sym)
+    found = matching.match(Pair(net, sym, a, b), images)
     moments = matching.stream(Pair(net, sym, a, b), images)
     parts = [bundle for bundle in bundles(sym) if bundle.nested]
     assert len(parts) == 2

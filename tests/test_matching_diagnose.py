@@ -13,7 +13,7 @@ from mcnotes import data, matching, models, symmetry, train
 from mcnotes.curves import Theta
 from mcnotes.data import Split, Task
 from mcnotes.lab import Experiment, frames
-from mcnotes.matching import Finding
+from mcnotes.matching import Finding, Pair
 from mcnotes.symmetry import Perm
 
 IMAGES = 1_000
@@ -39,13 +39,13 @@ def diagnosed(
 ) -> dict[str, Finding]:
     one = lab(width, network)
     images = IMAGES if network == "mlp" else IMAGES // 2
-    found = matching.diagnose(one.net, a, b, one.task, one.sym, perm=perm, images=images)
+    found = matching.diagnose(Pair(one.net, one.sym, a, b), one.task, perm=perm, images=images)
     return {finding.fault: finding for finding in found}
 
 
 def matched(a: Theta, b: Theta) -> Perm:
     one = lab()
-    return matching.match(one.net, a, b, one.task.train.first(IMAGES), one.sym).perm
+    return matching.match(Pair(one.net, one.sym, a, b), one.task.train.first(IMAGES)).perm
 
 
 # --- Nothing where nothing is wrong ------------------------------------------------------------
@@ -64,8 +64,8 @@ def test_the_right_permutation_gives_no_finding() -> None:
 
 def test_every_rule_is_measured_and_harmless_findings_are_shown_on_request() -> None:
     one, a, b = lab(), end(1), end(2)
-    found = matching.diagnose(one.net, a, b, one.task, one.sym, perm=matched(a, b),
-                              images=IMAGES, every=True)  # fmt: skip
+    pair, perm = Pair(one.net, one.sym, a, b), matched(a, b)
+    found = matching.diagnose(pair, one.task, perm=perm, images=IMAGES, every=True)
     assert {f.fault for f in found} == matching.FAULTS.keys()
     assert not any(f.serious for f in found)
     assert all("{" not in f.text for f in found)
@@ -173,7 +173,8 @@ def apart() -> tuple[nn.Module, Task, Theta, Theta]:
 
 def test_networks_that_look_at_different_things_are_named_weak() -> None:
     net, task, a, b = apart()
-    found = matching.diagnose(net, a, b, task, symmetry.find(net, task.example))
+    pair = Pair(net, symmetry.find(net, task.example), a, b)
+    found = matching.diagnose(pair, task)
     assert "weak" in {f.fault for f in found} <= {"weak", "under-trained"}
 
 
@@ -192,7 +193,7 @@ def deep() -> tuple[nn.Module, Task, Theta, Theta]:
 def test_units_that_hardly_vary_half_way_are_named() -> None:
     net, task, a, b = deep()
     sym = symmetry.find(net, task.example)
-    found = matching.diagnose(net, a, b, task, sym, images=IMAGES)
+    found = matching.diagnose(Pair(net, sym, a, b), task, images=IMAGES)
     assert {f.fault for f in found} == {"collapse"}
 
 

@@ -59,7 +59,7 @@ def test_one_order_brings_more_together_than_matching_each_to_the_first() -> Non
     sym = symmetry.find(net, data.example)
 
     def to(i: int, j: int) -> Perm:  # brings network j into the order of i
-        return matching.match(net, thetas[i], thetas[j], data.train, sym).perm
+        return matching.match(Pair(net, sym, thetas[i], thetas[j]), data.train).perm
 
     around = sym.compose(sym.compose(to(1, 2), to(0, 1)), to(2, 0))
     assert not same(around, sym.identity())
@@ -67,7 +67,7 @@ def test_one_order_brings_more_together_than_matching_each_to_the_first() -> Non
     def total(perms: list[Perm]) -> float:
         placed = [sym.permute(x, p) for x, p in zip(thetas, perms, strict=True)]
         found = (
-            matching.match(net, a, b, data.train, sym, method="identity").after
+            matching.match(Pair(net, sym, a, b), data.train, method="identity").after
             for a, b in combinations(placed, 2)
         )
         return sum(float(c.sum()) for after in found for c in after.values())

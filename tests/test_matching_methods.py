@@ -34,7 +34,7 @@ def test_planted_permutation_is_recovered(name: str, at: At) -> None:
     sym = symmetry.find(net, next(images.batches(2))[0])
     planted = sym.random(torch.Generator().manual_seed(2))
     copy = sym.permute(noisy(theta, 3), planted)
-    found = matching.match(net, theta, copy, images, sym, at=at)
+    found = matching.match(Pair(net, sym, theta, copy), images, at=at)
     back = sym.permute(copy, found.perm)
     undone = sym.permute(copy, sym.inverse(planted))
     for group, p in sym.compose(planted, found.perm).items():
@@ -65,7 +65,7 @@ def test_from_two_networks_to_a_curve(name: str) -> None:
     data = Task("noise", split, split, split, ("a", "b", "c"))
     a, b = (train.initialise(net, s) for s in (1, 2))
     sym = symmetry.find(net, data.example)
-    perm = matching.match(net, a, b, split, sym).perm
+    perm = matching.match(Pair(net, sym, a, b), split).perm
     assert any(not torch.equal(p, torch.arange(len(p))) for p in perm.values())
     curve = curves.bezier(a, sym.permute(b, perm))
     recipe = train.Recipe(1, batch_size=8, lr=0.01, augment=False)
@@ -89,7 +89,7 @@ def test_matching_is_the_best_of_all_permutations() -> None:
     )
     a, b = (train.initialise(net, s) for s in (1, 2))
     sym = symmetry.find(net, data.example)
-    found = matching.match(net, a, b, data.train, sym)
+    found = matching.match(Pair(net, sym, a, b), data.train)
     ((group, p),) = found.perm.items()
     matrix = matching.stream(Pair(net, sym, a, b), data.train)[group][0].correlation()
     best = max(permutations(range(5)), key=lambda q: sum(matrix[i, j] for i, j in enumerate(q)))
@@ -102,7 +102,7 @@ def test_batch_size_does_not_matter() -> None:
     a, b = (train.initialise(net, s) for s in (1, 2))
     sym = symmetry.find(net, data.example)
     small, large = (
-        matching.match(net, a, b, data.train, sym, batch_size=n) for n in (7, len(data.train))
+        matching.match(Pair(net, sym, a, b), data.train, batch_size=n) for n in (7, len(data.train))
     )
     for group, (moments,) in matching.stream(Pair(net, sym, a, b), data.train).items():
         agree(small.after[group], large.after[group], moments.samples, scale=lost(moments))
@@ -113,16 +113,16 @@ def test_batch_size_does_not_matter() -> None:
 @pytest.mark.parametrize("method", ["activations", *matching.METHODS])
 def test_each_method_answers_the_same_call(method: str) -> None:
     net, data, (a, b, _), sym = trained()
-    found = matching.match(net, a, b, data.train, sym, method=method, seed=3)
-    again = matching.match(net, a, b, data.train, sym, method=method, seed=3)
+    found = matching.match(Pair(net, sym, a, b), data.train, method=method, seed=3)
+    again = matching.match(Pair(net, sym, a, b), data.train, method=method, seed=3)
     ((group, p),) = found.perm.items()
     assert torch.equal(p, again.perm[group])
-    best = matching.match(net, a, b, data.train, sym)
+    best = matching.match(Pair(net, sym, a, b), data.train)
     assert found.after[group].sum() <= best.after[group].sum() + 1e-9
     torch.testing.assert_close(found.before[group], best.before[group])
     assert (method == "identity") == torch.equal(p, torch.arange(len(p)))
     undone = sym.permute(b, found.perm)
-    same = matching.match(net, a, undone, data.train, sym, method="identity")
+    same = matching.match(Pair(net, sym, a, undone), data.train, method="identity")
     (moments,) = matching.stream(Pair(net, sym, a, b), data.train)[group]
     agree(same.after[group], found.after[group], len(data.train), scale=lost(moments))
 
@@ -130,7 +130,7 @@ def test_each_method_answers_the_same_call(method: str) -> None:
 def test_an_unknown_method_is_refused_before_any_work() -> None:
     net, data, (a, b, _), sym = trained()
     with pytest.raises(ValueError, match=r"got method 'wieghts'; did you mean 'weights'"):
-        matching.match(net, a, b, data.train, sym, method="wieghts")
+        matching.match(Pair(net, sym, a, b), data.train, method="wieghts")
 
 
 def test_errors() -> None:
@@ -138,9 +138,9 @@ def test_errors() -> None:
     sym = symmetry.find(net, data.example)
     theta = train.initialise(net, 1)
     with pytest.raises(AlignmentError, match="got 1 images, expected at least 2"):
-        matching.match(net, theta, theta, data.train.first(1), sym)
+        matching.match(Pair(net, sym, theta, theta), data.train.first(1))
     with pytest.raises(AlignmentError, match=r"'3\.bias' is"):
-        matching.match(net, theta, theta | {"3.bias": torch.zeros(9)}, data.train, sym)
+        matching.match(Pair(net, sym, theta, theta | {"3.bias": torch.zeros(9)}), data.train)
     broken = theta | {"1.weight": theta["1.weight"] * torch.nan}
     with pytest.raises(AlignmentError, match="not finite"):
-        matching.match(net, theta, broken, data.train, sym)
+        matching.match(Pair(net, sym, theta, broken), data.train)

@@ -53,7 +53,7 @@ def test_gradient_is_that_of_finite_differences(make: object, follow: bool) -> N
     old = sym.random(generator(1))
     curve = Curve((a, m, sym.permute(b, old)))
     settings = replace(SMALL, relaxation="sinkhorn", nu=2.0, follow=follow)
-    problem = pam.Problem(net, b, task(), RECIPE, sym, settings)
+    problem = pam.Problem(net, sym, task(), RECIPE, settings)
     step = pam.PermutationStep(problem, curve, old)
     (x, y), t = next(task().train.batches(32)), torch.tensor(0.4, dtype=torch.float64)
     group = next(iter(sym.groups))
@@ -90,7 +90,7 @@ def test_relaxed_matrices_stay_doubly_stochastic_and_lower_the_loss() -> None:
     p = sym.identity()
     for name in doubly_stochastic.PROJECTIONS:
         settings = replace(SMALL, relaxation=name, p_epochs=10, p_lr=5.0)
-        found = pam.relax(net, curve, b, task(), RECIPE, sym, p, settings, seed=1)
+        found = pam.relax(pam.Problem(net, sym, task(), RECIPE, settings), curve, p, seed=1)
         for m in found.values():
             torch.testing.assert_close(m.sum(0), torch.ones(len(m)).double(), atol=1e-6, rtol=0)
             assert m.min() >= 0
@@ -105,8 +105,8 @@ def test_a_strong_proximal_term_holds_the_matrices() -> None:
     moved = []
     for nu in (1e3, 1e-1):
         settings = replace(SMALL, nu=nu, p_lr=0.05, p_epochs=5)
-        problem = pam.Problem(net, b, task(), RECIPE, sym, settings)
-        m = problem.relax(curves.line(a, b), sym.identity(), seed=1)
+        problem = pam.Problem(net, sym, task(), RECIPE, settings)
+        m = pam.relax(problem, curves.line(a, b), sym.identity(), seed=1)
         moved.append(max(float((x - torch.eye(len(x))).norm()) for x in m.values()))
     assert moved[1] < 0.7 * moved[0]
 
@@ -196,7 +196,7 @@ def test_a_planted_permutation_is_found_from_the_identity() -> None:
     net, few, theta, copy, sym, answer = planted()
     recipe = replace(RECIPE, batch_size=100)
     curve = curves.bezier(theta, copy)
-    found = pam.fit(net, curve, few, recipe, sym, PLANTED, seed=1)
+    found = pam.fit(pam.Problem(net, sym, few, recipe, PLANTED), curve, seed=1)
     probe = few.train.first(500)
     start, ideal, reached = (
         pam.objective(net, curves.line(theta, sym.permute(copy, p)), probe)
@@ -215,7 +215,8 @@ def test_at_the_planted_permutation_it_stays() -> None:
     net, few, theta, copy, sym, answer = planted()
     curve = curves.bezier(theta, sym.permute(copy, answer))
     settings = replace(PLANTED, epochs=(1, 1), p_epochs=2, samples=8)
-    found = pam.fit(net, curve, few, replace(RECIPE, batch_size=100), sym, settings, seed=1)
+    problem = pam.Problem(net, sym, few, replace(RECIPE, batch_size=100), settings)
+    found = pam.fit(problem, curve, seed=1)
     assert [h.changed for h in found.history] == [0.0, 0.0]
     assert all(torch.equal(p, torch.arange(len(p))) for p in found.perm.values())
 
@@ -227,7 +228,7 @@ def test_the_objective_never_rises_and_the_end_is_the_permuted_one(make: object)
     curve = curves.bezier(a, b)
     for relaxation in ("exact", "straight-through"):
         settings = replace(SMALL, epochs=(1, 1, 1), relaxation=relaxation)
-        found = pam.fit(net, curve, task(), RECIPE, sym, settings, seed=1)
+        found = pam.fit(pam.Problem(net, sym, task(), RECIPE, settings), curve, seed=1)
         values = [v for h in found.history for v in (h.before, h.rounded, h.after)]
         assert all(x >= y for x, y in pairwise(values))
         q = pam.objective(net, found.curve, task().train, settings.nodes)
@@ -240,8 +241,9 @@ def test_the_objective_never_rises_and_the_end_is_the_permuted_one(make: object)
 def test_a_curve_step_that_does_harm_is_taken_back() -> None:
     net = plain()
     a, b, sym = ends(net)
-    found = pam.fit(net, curves.bezier(a, b), task(), replace(RECIPE, lr=30.0), sym,
-                    replace(SMALL, epochs=(1,), p_lr=1e-9), seed=1)  # fmt: skip
+    recipe, settings = replace(RECIPE, lr=30.0), replace(SMALL, epochs=(1,), p_lr=1e-9)
+    problem = pam.Problem(net, sym, task(), recipe, settings)
+    found = pam.fit(problem, curves.bezier(a, b), seed=1)
     (h,) = found.history
     assert (h.kept, h.phi_moved) == (0.0, 0.0)
     assert h.before == h.rounded == h.after
@@ -249,17 +251,17 @@ def test_a_curve_step_that_does_harm_is_taken_back() -> None:
     assert all(torch.equal(x, fresh[n]) for n, x in found.curve.points[1].items())
 
 
-def whole_run() -> tuple[tuple[object, ...], pam.Result]:
+def whole_run() -> tuple[tuple[pam.Problem, Curve], pam.Result]:
     """The arguments of a run with two iterations, and what it gives when nothing stops it."""
     net = normed()
     a, b, sym = ends(net)
     settings = replace(SMALL, p_lr=100.0, samples=12, follow=True)  # many candidates
-    arguments = (net, curves.bezier(a, b), task(), RECIPE, sym, settings)
-    return arguments, pam.fit(*arguments, seed=1)  # type: ignore[arg-type]
+    arguments = pam.Problem(net, sym, task(), RECIPE, settings), curves.bezier(a, b)
+    return arguments, pam.fit(*arguments, seed=1)
 
 
-def resumed(arguments: tuple[object, ...], checkpoint: Checkpoint) -> pam.Result:
-    return pam.fit(*arguments, seed=1, checkpoint=checkpoint)  # type: ignore[arg-type]
+def resumed(arguments: tuple[pam.Problem, Curve], checkpoint: Checkpoint) -> pam.Result:
+    return pam.fit(*arguments, seed=1, checkpoint=checkpoint)
 
 
 def assert_same(again: pam.Result, whole: pam.Result) -> None:
@@ -299,7 +301,7 @@ def test_no_offer_is_scored_twice(
     arguments, whole = whole_run()
     measured: list[float] = []
     relaxed: list[int] = []
-    real, relax = pam.objective, pam.Problem.relax
+    real, relax = pam.objective, pam.relax
 
     def count(*args: object, **options: object) -> Matrices:
         relaxed.append(len(measured))
@@ -313,7 +315,7 @@ def test_no_offer_is_scored_twice(
         return measured[-1]
 
     failed: set[int] = set()
-    monkeypatch.setattr(pam.Problem, "relax", count)
+    monkeypatch.setattr(pam, "relax", count)
     resumed(arguments, Checkpoint(tmp_path / "whole"))
     failed = {*range(1000)}
     measured.clear(), relaxed.clear()
@@ -355,8 +357,8 @@ def test_a_checkpoint_that_does_not_fit_is_set_aside(
     a, b, sym = ends(net)
     (group,) = sym.groups
     settings = replace(SMALL, epochs=(1,), p_lr=100.0)
-    arguments = (net, curves.bezier(a, b), task(), RECIPE, sym, settings)
-    whole = pam.fit(*arguments, seed=1)  # type: ignore[arg-type]
+    arguments = pam.Problem(net, sym, task(), RECIPE, settings), curves.bezier(a, b)
+    whole = pam.fit(*arguments, seed=1)
     with pytest.raises(KeyboardInterrupt):
         resumed(arguments, Stopped(tmp_path / "c", 5))
     checkpoint = Checkpoint(tmp_path / "c")
@@ -405,4 +407,4 @@ def test_units_in_buffers_that_would_stay_are_refused() -> None:
     a, b = (train.initialise(net, seed) for seed in (1, 2))
     sym = symmetry.find(net, task().example)
     with pytest.raises(ValueError, match="units stand in the buffer 'first'"):
-        pam.fit(net, curves.bezier(a, b), task(), RECIPE, sym, SMALL, seed=1)
+        pam.fit(pam.Problem(net, sym, task(), RECIPE, SMALL), curves.bezier(a, b), seed=1)

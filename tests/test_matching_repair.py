@@ -19,7 +19,7 @@ def test_repair_gives_units_the_statistics_of_the_ends() -> None:
     net, data, (a, b, _), _ = trained()
     middle = curves.line(a, b)(0.5)
     mended = matching.repair(net, middle, (a, b), data.train)
-    found, *both = (matching.channel_statistics(net, t, data.train)["1"] for t in (mended, a, b))
+    found, *both = (matching.channel_moments(net, t, data.train)["1"] for t in (mended, a, b))
     for got, one, two in zip(found, *both, strict=True):
         repaired(got, (one + two) / 2, net, len(data.train), *map(torch.stack, both))
     assert torch.equal(mended["3.weight"], middle["3.weight"])
@@ -35,7 +35,7 @@ def test_repair_of_channels_and_of_two_layers() -> None:
     data = task(48)
     a, b = (train.initialise(net, s) for s in (1, 2))
     mended = matching.repair(net, curves.line(a, b)(0.25), (a, b), data.train, 0.25)
-    found, one, two = (matching.channel_statistics(net, t, data.train) for t in (mended, a, b))
+    found, one, two = (matching.channel_moments(net, t, data.train) for t in (mended, a, b))
     for layer in ("0", "3"):
         for got, x, y in zip(found[layer], one[layer], two[layer], strict=True):
             ends = torch.stack(one[layer]), torch.stack(two[layer])

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from mcnotes import attacks, calls, checkpoints, curves, evaluate, matching, symmetry, train
 from mcnotes.curves import Theta
 from mcnotes.data import Loader
+from mcnotes.matching import Pair
 
 RECIPE = train.Recipe(epochs=2, batch_size=32, lr=0.05, schedule="linear")
 LONGER = replace(RECIPE, epochs=6, batch_size=16)
@@ -93,7 +94,8 @@ def test_networks_that_want_their_channels_first_get_them(how: str) -> None:
     agree(*slopes, 32 * 100 + many)
     syms = [symmetry.find(net, DATA.example) for net in nets]
     found = [
-        matching.match(net, a, b, DATA.train, sym) for net, sym in zip(nets, syms, strict=True)
+        matching.match(Pair(net, sym, a, b), DATA.train)
+        for net, sym in zip(nets, syms, strict=True)
     ]
     for name in found[1].perm:
         assert torch.equal(found[0].perm[name], found[1].perm[name])
@@ -107,7 +109,7 @@ def test_the_layout_is_found_without_a_trace() -> None:
     seen: list[int] = []
     net[3].register_forward_hook(lambda *_: seen.append(1))
     theta, before = train.initialise(net, 1), torch.get_rng_state()
-    stats = matching.channel_statistics(net, theta, DATA.train.first(40))
+    stats = matching.channel_moments(net, theta, DATA.train.first(40))
     assert torch.equal(torch.get_rng_state(), before)
     h = F.conv2d(DATA.train.first(40).images.float() / 255, theta["0.weight"], theta["0.bias"])
     agree(stats["0"][0], h.mean((0, 2, 3)), h[:, 0].numel(), scale=float(h.abs().max()))
@@ -302,7 +304,7 @@ def test_extra_states_and_constants_do_not_stand_in_the_way() -> None:
     sym = symmetry.find(net, DATA.example)
     assert sym.verify(net, DATA.example) < 1e-12
     assert sym.verify(net, DATA.example, a) < 1e-12
-    b = sym.permute(b, matching.match(net, a, b, DATA.train, sym).perm)
+    b = sym.permute(b, matching.match(Pair(net, sym, a, b), DATA.train).perm)
     curve = train.fit_curve(net, curves.bezier(a, b), DATA, RECIPE, seed=1).curve
     evaluate.profile(net, curve, DATA.test, statistics=DATA.train, points=3)
     persistent = {n: x for n, x in a.items() if n != "shift"}
@@ -400,7 +402,7 @@ def test_each_call_gets_its_own_input(how: str) -> None:
     net = WritesOver(how)
     a = train.initialise(net, 1)
     sym = symmetry.find(net, DATA.example)
-    found = matching.match(net, a, a, DATA.train, sym)
+    found = matching.match(Pair(net, sym, a, a), DATA.train)
     assert float(found.before["first"].min()) > 1 - 1e-6
     batches = list(DATA.test.batches(20))
     kept = [x.clone() for x, _ in batches]
@@ -544,7 +546,7 @@ def test_networks_that_keep_tensors_with_a_history_are_copied(kind: str) -> None
             agree(found, z.softmax(1), terms(net), scale=float(z.abs().max()))
     sym = symmetry.find(net, DATA.example)
     assert sym.verify(net, DATA.example, tolerance=1e-5) < 1e-5
-    matching.match(net, a, b, DATA.train, sym)
+    matching.match(Pair(net, sym, a, b), DATA.train)
     train.fit(net, DATA, replace(RECIPE, epochs=1), seed=1, init=a)
 
 

@@ -229,8 +229,8 @@ class Experiment:
 
     def matching(self, a: int, b: int) -> matching.Matching:
         """Neuron alignment of network b to network a. Cheap: computed each time."""
-        images = self.task.train.first(self.match_images)
-        return matching.match(self.net, *self.ends(a, b), images, self.sym)
+        pair = matching.Pair(self.net, self.sym, *self.ends(a, b))
+        return matching.match(pair, self.task.train.first(self.match_images))
 
     def aligned(self, a: int, b: int) -> Perm:
         """What `matching` found first: so a curve fits its end on every machine, in every step."""
@@ -288,16 +288,8 @@ class Experiment:
             return fitted.curve.points[1]
 
         def by_pam(checkpoint: cache.Checkpoint) -> Theta:
-            found = pam.fit(
-                self.net,
-                fresh,
-                self.task,
-                recipe,
-                self.sym,
-                self.pam_settings(),
-                seed=seed,
-                checkpoint=checkpoint,
-            )
+            problem = pam.Problem(self.net, self.sym, self.task, recipe, self.pam_settings())
+            found = pam.fit(problem, fresh, seed=seed, checkpoint=checkpoint)
             perm = {f"perm {n}": p for n, p in found.perm.items()}
             return found.curve.points[1] | perm | {"history": torch.tensor(found.history).double()}
 
@@ -367,13 +359,12 @@ class Experiment:
         split: "train", "val", "held_out" or "test"; of it the first `images` (default all).
         statistics_attack: that on the images for BatchNorm.
         """
+        unusual: dict[str, Any] = {"split": split if split != "test" else None, "images": images}
+        unusual |= {"attack": attack, "statistics_attack": statistics_attack}
         config = self.path_config(a, b, method, shape)
-        config |= {"split": split} if split != "test" else {}
-        config |= {"images": images} if images else {}
-        for name, one in (("attack", attack), ("statistics_attack", statistics_attack)):
-            config |= {name: one.config()} if one else {}
+        config |= {name: _plain(choice) for name, choice in unusual.items() if choice}
 
-        def compute() -> dict[str, list[float]]:
+        def compute() -> Any:
             whole: data.Split = getattr(self.task, split)
             path = evaluate.profile(
                 self.net,
@@ -384,12 +375,10 @@ class Experiment:
                 perturb=attack,
                 perturb_statistics=statistics_attack,
             )
-            return {name: array.tolist() for name, array in path._asdict().items()}
+            return _plain(path)
 
         found = cache.values(config, compute)
-        return evaluate.Profile(
-            **{name: np.array(found[name]) for name in evaluate.Profile._fields}
-        )
+        return evaluate.Profile(*(np.array(found[name]) for name in evaluate.Profile._fields))
 
     def paths(
         self,

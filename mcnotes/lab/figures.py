@@ -19,8 +19,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from scipy.interpolate import RegularGridInterpolator
+
+from mcnotes.evaluate import Plane
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -232,3 +237,68 @@ class Slider:
         shown = {"width": width, "height": height, "path": path, "data": data, "x": x, "y": y}
         template = Path(__file__).with_name("slider.html").read_text("utf8")
         return Template(template).substitute(vars(self), **shown, last=len(self.t) - 1)
+
+
+class Surface:
+    """The loss over a plane as a surface that mouse, finger and keys turn, offline.
+
+    The loss is cut above `top`. lines: colour → points [n, 2] of the plane, joined on the surface;
+    names: name → colour of each of its corners. alt: as of `Slider`.
+    """
+
+    def __init__(
+        self,
+        plane: Plane,
+        lines: Mapping[str, Array],
+        names: Mapping[str, str],
+        alt: str,
+        *,
+        label: str,
+        top: float,
+    ) -> None:
+        middle = np.array([v[[0, -1]].mean() for v in (plane.x, plane.y)])
+        half = max(np.ptp(plane.x), np.ptp(plane.y)) / 2
+        z = np.minimum(plane.loss, top) / top
+        height = RegularGridInterpolator((plane.y, plane.x), z)
+
+        def lifted(points: Array) -> list[Any]:
+            flat = (points - middle) / half
+            return _short(np.column_stack([flat, height(points[:, ::-1])]))
+
+        x, y = (plane.x - middle[0]) / half, (plane.y - middle[1]) / half
+        spots = zip(names.items(), lifted(plane.corners), strict=True)
+        self.alt = html.escape(alt, quote=True)
+        self.data = {
+            "x": _short(x),
+            "y": _short(y),
+            "z": _short(z),
+            "ticks": {
+                "x": _ticks(plane.x, middle[0], half),
+                "y": _ticks(plane.y, middle[1], half),
+                "z": _ticks(np.array([0, top]), 0, top),
+            },
+            "label": label,
+            "shades": [to_hex(c) for c in plt.get_cmap("viridis_r")(np.linspace(0, 1, 24))],
+            "lines": [[colour, lifted(points)] for colour, points in lines.items()],
+            "names": [[word, colour, at] for (word, colour), at in spots],
+        }
+
+    def __repr__(self) -> str:
+        return f"Surface({len(self.data['x'])} × {len(self.data['y'])})"
+
+    def _repr_html_(self) -> str:
+        template = Path(__file__).with_name("surface.html").read_text("utf8")
+        data = json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
+        return Template(template).substitute(alt=self.alt, data=data)
+
+
+def _short(values: Array) -> list[Any]:
+    rounded: list[Any] = np.round(values, 3).tolist()
+    return rounded
+
+
+def _ticks(values: Array, middle: float, half: float) -> list[tuple[float, str]]:
+    """Round numbers within `values`: where they stand in units of `half`, and as text."""
+    low, high = values.min(), values.max()
+    found = [v for v in MaxNLocator(5).tick_values(low, high) if low <= v <= high]
+    return [(round((v - middle) / half, 3), f"{v:g}") for v in found]

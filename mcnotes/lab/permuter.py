@@ -204,7 +204,7 @@ def _picture(
     net: nn.Module, theta_a: Theta, theta_b: Theta, some: Split, sym: symmetry.Symmetry
 ) -> str:
     """What stands in place of the figure where scripts are off: the line, before and after."""
-    perm = matching.match(net, theta_a, theta_b, some, sym).perm
+    perm = matching.match(matching.Pair(net, sym, theta_a, theta_b), some).perm
     figure, ax = plt.subplots(figsize=(5.2, 2.8))
     for method, end in (("unaligned", theta_b), ("aligned", sym.permute(theta_b, perm))):
         line = curves.line(theta_a, end)

@@ -1,8 +1,8 @@
 """Every way to find the order of one network's units that fits another's (chapters 4, 7 and 9).
 
-`match` gives a `Matching` by the method of your choice; `match_many` and `diagnose` are called
-alike. What they are made of takes a `Pair`: both networks and their symmetry, as one value. Read
-`pair` and `activations` first, which is neuron alignment; `assignment` solves what all methods come
+Two networks and their symmetry are one value, a `Pair`, which all functions take: `match` gives a
+`Matching` by the method of your choice, `diagnose` says what is wrong where it fails. Read `pair`
+and `activations` first, which is neuron alignment; `assignment` solves what all methods come
 down to; `weights` and `loss` are other ways to match, `methods` puts them behind one call;
 `doubly_stochastic` and `pam` are the paper's verification, `many` brings more than two networks
 into one order, `repair` and `diagnose` are for what can go wrong.
@@ -15,7 +15,7 @@ from mcnotes.matching.loss import ACTIONS, RATES, Descent, loss_matching, soft
 from mcnotes.matching.many import match_many
 from mcnotes.matching.methods import METHODS, Matching, match
 from mcnotes.matching.pair import AlignmentError, Pair
-from mcnotes.matching.repair import channel_statistics, repair
+from mcnotes.matching.repair import channel_moments, repair
 from mcnotes.matching.weights import weight_matching
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "Pair",
     "assign",
     "bundles",
-    "channel_statistics",
+    "channel_moments",
     "diagnose",
     "loss_matching",
     "match",

@@ -125,7 +125,8 @@ def stream(
     require("match", given, RULES | PAIRED)
     device = images.device
     cores = torch.get_num_threads() if device.type == "cpu" else 1
-    size = -(-batch_size // cores) if batch_size else 64 if device.type == "cpu" else 512
+    usual = 64 if device.type == "cpu" else 512
+    size = -(-batch_size // cores) if batch_size else usual  # of a core's share, rounded up
     kinds = [names for bundle in bundles(pair.sym) for names in bundle.kinds]
     tap = pair.sym.tapper(pair.net, at=at)
     states = (stated("match", pair.net, theta) for theta in (pair.theta_a, pair.theta_b))
@@ -158,17 +159,20 @@ def stream(
             for name, taps in found.items():
                 for m, other in zip(moments[name], taps, strict=True):
                     m.merge(other)
-    if sum(samples) < 2:
-        raise AlignmentError(
-            f"match: got {sum(samples)} images, expected at least 2, better thousands"
-        )
+    _check_moments(moments, sum(samples))
+    return moments
+
+
+def _check_moments(moments: Streams, samples: int) -> None:
+    """Raise AlignmentError where they say nothing about units."""
+    if samples < 2:
+        raise AlignmentError(f"match: got {samples} images, expected at least 2, better thousands")
     for name, taps in moments.items():
         if not all(m.cross.isfinite().all() for m in taps):
             raise AlignmentError(
                 f"match: activations of {name!r} are not finite. Fix: look for NaN weights or "
                 "inputs in either network"
             )
-    return moments
 
 
 def _side_by_side(seen: list[list[Tensor]]) -> list[Tensor]:

@@ -20,8 +20,8 @@ from mcnotes.curves import Theta, combine
 from mcnotes.data import Split, Task
 from mcnotes.matching import activations, assignment
 from mcnotes.matching.methods import Matching, match
-from mcnotes.matching.pair import Pair
-from mcnotes.symmetry import Perm, Symmetry
+from mcnotes.matching.pair import PAIRED, Pair
+from mcnotes.symmetry import Perm
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,8 @@ Found = Iterator[Finding]
 
 
 def diagnose(
-    net: nn.Module,
-    theta_a: Theta,
-    theta_b: Theta,
+    pair: Pair,
     task: Task,
-    sym: Symmetry,
     *,
     perm: Perm | None = None,
     images: int = 2_000,
@@ -174,12 +171,15 @@ def diagnose(
     Where a network itself is at fault (one of `ENDS`) nothing is said about the pair. Raises
     AlignmentError when the networks differ in shape.
     """
-    given = {"task": task, "images": images, "every": every}
-    require("diagnose", given, {"task": a(Task, "a data.Task"), "images": whole(1), "every": flag})
-    pair = Pair(net, sym, theta_a, theta_b)
-    perm = None if perm is None else sym.complete(perm)
+    given = {"pair": pair, "task": task, "images": images, "every": every}
+    rules = {"task": a(Task, "a data.Task"), "images": whole(1), "every": flag}
+    require("diagnose", given, PAIRED | rules)
+    perm = None if perm is None else pair.sym.complete(perm)
     few = replace(task, train=task.train.first(images), val=task.held_out.first(images))
-    found = [*_network(net, "A", theta_a, few), *_network(net, "B", theta_b, few)]
+    found = [
+        *_network(pair.net, "A", pair.theta_a, few),
+        *_network(pair.net, "B", pair.theta_b, few),
+    ]
     if not any(f.serious and f.fault in ENDS for f in found):
         found += _pair(pair, few)
         if perm is not None:
@@ -295,7 +295,7 @@ def _permutation(pair: Pair, perm: Perm, images: Split) -> Found:
 
 
 def _match(pair: Pair, theta_b: Theta, images: Split) -> Matching:
-    return match(pair.net, pair.theta_a, theta_b, images, pair.sym)
+    return match(replace(pair, theta_b=theta_b), images)
 
 
 def _mean(correlations: dict[str, Tensor]) -> float:

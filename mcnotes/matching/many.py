@@ -44,8 +44,7 @@ def match_many(
     `matching.match`; method "weights" uses no images; without it, units that are not seen stay.
     Raises ValueError for fewer than two networks and for other methods, AlignmentError as there.
     """
-    given = {"images": images, "at": at, "cost": cost, "batch_size": batch_size, "sweeps": sweeps}
-    require("match_many", given, RULES | {"sweeps": whole(1)})
+    require("match_many", {"cost": cost, "sweeps": sweeps}, RULES | {"sweeps": whole(1)})
     if not isinstance(thetas, list | tuple):
         raise ValueError(f"match_many: thetas: got a {type(thetas).__name__}, expected a list")
     if len(thetas) < 2:
@@ -63,7 +62,12 @@ def match_many(
                 seen[i, j, name] = similarity(moments[name], cost)
                 seen[j, i, name] = seen[i, j, name].T
         improve = _by_activations(sym, seen)
-    perms, everyone = [sym.identity() for _ in thetas], range(len(thetas))
+    return _common_order(sym, len(thetas), improve, sweeps)
+
+
+def _common_order(sym: Symmetry, networks: int, improve: Improve, sweeps: int) -> list[Perm]:
+    """For each network a permutation into the first one's order, from sweeps of `improve`."""
+    perms, everyone = [sym.identity() for _ in range(networks)], range(networks)
     for sweep in range(sweeps):
         before = list(perms)
         for k in everyone if sweep else everyone[1:]:  # at first one after the other

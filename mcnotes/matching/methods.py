@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mcnotes import display
 from mcnotes.calls import Batches
 from mcnotes.checks import require
-from mcnotes.curves import Theta
 from mcnotes.matching.activations import RULES, At, Cost, Moments, Streams, similarity, stream
 from mcnotes.matching.assignment import Bundle, bundles, solve
 from mcnotes.matching.loss import ACTIONS, Descent, loss_matching
@@ -96,11 +95,8 @@ METHODS: dict[str, Method] = {
 
 
 def match(
-    net: nn.Module,
-    theta_a: Theta,
-    theta_b: Theta,
+    pair: Pair,
     images: Batches,
-    sym: Symmetry,
     *,
     method: str = "activations",
     at: At = "post",
@@ -112,19 +108,17 @@ def match(
 
     images: what to correlate on, some thousands of training images. at: activations after ("post")
     or before ("pre") the nonlinearity. cost: "correlation" (paper, algorithm 1); "covariance"; or
-    "l2", which minimises E‖a − Pb‖², the discrete 2-Wasserstein matching. Groups that several
-    layers share (residual streams) sum the evidence of all their taps. Blocks and the units within
-    are solved jointly and exactly; units that are not seen (axes of a table of coordinates), by
-    their weights. method: "activations" or one of `METHODS` (chapter 9), which draw from
-    `seed`, ignore `at` and `cost`, and whose `seconds` leave out the correlations of the report.
-    Raises AlignmentError when the networks differ in shape, or there is nothing to correlate;
-    ValueError for a method that is not known.
+    "l2", which minimises E‖a − Pb‖², the discrete 2-Wasserstein matching. batch_size: as in
+    `stream`. Groups that several layers share (residual streams) sum the evidence of all their
+    taps. Blocks and the units within are solved jointly and exactly; units that are not seen (axes
+    of a table of coordinates), by their weights. method: "activations" or one of `METHODS`
+    (chapter 9), which draw from `seed`, ignore `at` and `cost`, and whose `seconds` leave out the
+    correlations of the report. Raises AlignmentError when there is nothing to correlate, or it is
+    not finite; ValueError for a method that is not known.
     """
-    given = {"images": images, "at": at, "cost": cost, "batch_size": batch_size, "seed": seed}
-    require("match", given, RULES)
+    require("match", {"cost": cost, "seed": seed}, RULES)  # `stream` looks at the others
     if method not in (known := ["activations", *METHODS]):
         raise ValueError(f"match: got method {method!r}{suggest(method, known)}")
-    pair = Pair(net, sym, theta_a, theta_b)
     start = time.perf_counter()
     moments = stream(pair, images, at=at, batch_size=batch_size)
     if method == "activations":
@@ -133,7 +127,7 @@ def match(
         start = time.perf_counter()
         perm = METHODS[method](pair, images, seed)
     seconds = time.perf_counter() - start
-    return _report(perm, _seen(sym, moments), moments, seconds)
+    return _report(perm, _seen(pair.sym, moments), moments, seconds)
 
 
 def _seen(sym: Symmetry, moments: Streams) -> list[Bundle]:

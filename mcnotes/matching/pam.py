@@ -92,14 +92,21 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is minimised, and how: the same in every step of a run. `relax` explains the fields."""
+    """What is minimised, and how: the same in every step of a run, on every curve.
+
+    recipe: how the inner points are trained; the permutation step takes its batch size, schedule
+    and precision. Raises ValueError for what is none of these.
+    """
 
     net: nn.Module
-    end: Theta  # the curve's last point, before any permutation or matrix acts on it
+    sym: Symmetry
     task: Task
     recipe: train.Recipe
-    sym: Symmetry
     settings: Settings
+
+    def __post_init__(self) -> None:
+        rules = {"sym": a(Symmetry, "a Symmetry"), "settings": a(Settings, "pam.Settings")}
+        require("pam", vars(self), train.RULES | rules)
 
     def value(self, curve: Curve) -> float:
         """Q on the first `settings.probe` training images, in nats."""
@@ -110,36 +117,13 @@ class Problem:
         """The proximal term of a step of this length: distance²/2ν."""
         return distance**2 / (2 * self.settings.nu)
 
-    def permuted(self, curve: Curve, perm: Perm) -> Curve:
-        """The curve to the end in the order `perm`."""
-        return move_end(curve, self.sym.permute(self.end, perm), self.settings.follow)
-
-    def mixed(self, curve: Curve, matrices: Matrices) -> Curve:
-        """The curve to the end on which doubly stochastic matrices act."""
-        return move_end(curve, self.sym.apply_matrices(self.end, matrices), self.settings.follow)
-
-    def relax(
-        self, curve: Curve, old: Perm, *, seed: int, checkpoint: Checkpoint | None = None
-    ) -> Matrices:
-        """As the function `relax`: the permutation step before it is rounded."""
-        few = replace(self.task, train=self.task.train.first(self.settings.images))
-        step = PermutationStep(self, curve, old)
-        train.run(step, curve, few, seed, checkpoint)
-        if self.settings.straight_through:
-            return {n: doubly_stochastic.project(m) for n, m in step.matrices.items()}
-        return step.matrices
+    def end(self, curve: Curve, perm: Perm) -> Theta:
+        """The last point of a curve on which `perm` acts, before it acted."""
+        return self.sym.permute(curve.points[-1], self.sym.inverse(perm))
 
 
 def fit(
-    net: nn.Module,
-    curve: Curve,
-    task: Task,
-    recipe: train.Recipe,
-    sym: Symmetry,
-    settings: Settings,
-    *,
-    seed: int,
-    checkpoint: Checkpoint | None = None,
+    problem: Problem, curve: Curve, *, seed: int, checkpoint: Checkpoint | None = None
 ) -> Result:
     """Minimise Q(φ, P) = E_t L(r(t)) over the inner points φ and the permutation P of the last one.
 
@@ -150,13 +134,10 @@ def fit(
     goes on from its last epoch or scored candidate and ends with the same numbers. Raises
     TrainingError as `train`.
     """
-    given = {"net": net, "curve": curve, "task": task, "recipe": recipe, "seed": seed}
-    given |= {"checkpoint": checkpoint, "sym": sym, "settings": settings}
-    rules = {"sym": a(Symmetry, "a Symmetry"), "settings": a(Settings, "pam.Settings")}
-    require("pam", given, train.RULES | rules)
-    problem = Problem(net, curve.points[-1], task, recipe, sym, settings)
+    given = {"problem": problem, "curve": curve, "seed": seed, "checkpoint": checkpoint}
+    require("pam", given, train.RULES | {"problem": a(Problem, "a pam.Problem")})
     run = _Run(problem, curve, seed, checkpoint)
-    while len(run.history) < len(settings.epochs) or run.halfway:
+    while len(run.history) < len(problem.settings.epochs) or run.halfway:
         if run.halfway:
             run.curve_step()
         else:
@@ -171,6 +152,7 @@ class _Run:
         self, problem: Problem, curve: Curve, seed: int, checkpoint: Checkpoint | None
     ) -> None:
         self.problem, self.curve, self.seed, self.checkpoint = problem, curve, seed, checkpoint
+        self.end = curve.points[-1]  # before any permutation or matrix acts on it
         self.perm, self.history = problem.sym.identity(), list[Iteration]()
         self.before: float | None = None  # Q, once the permutation step has measured it
         self.stored: State = {}  # what an earlier process left
@@ -183,11 +165,10 @@ class _Run:
         self.history = [Iteration(*row) for row in state["history"].tolist()]
         self.perm = {n: state[f"perm.{n}"] for n in self.perm}
         self.before = float(state["before"]) if "before" in state else None
-        end, device = self.problem.end, self.problem.task.device
-        points = [self.curve.points[0]]
+        points, device = [self.curve.points[0]], self.problem.task.device
         for i in range(1, self.curve.degree):
-            points.append({n: state[f"inner.{i}.{n}"].to(device) for n in end})
-        points.append(self.problem.sym.permute(end, self.perm))
+            points.append({n: state[f"inner.{i}.{n}"].to(device) for n in self.end})
+        points.append(self.problem.sym.permute(self.end, self.perm))
         self.curve = self.curve.with_points(points)
 
     def fits(self, state: State) -> None:
@@ -228,6 +209,16 @@ class _Run:
         if part := self.part():
             part.save(part.load() or {})
 
+    def permuted(self, perm: Perm) -> Curve:
+        """The curve to the end in the order `perm`."""
+        end = self.problem.sym.permute(self.end, perm)
+        return move_end(self.curve, end, self.problem.settings.follow)
+
+    def mixed(self, matrices: Matrices) -> Curve:
+        """The curve to the end on which doubly stochastic matrices act."""
+        end = self.problem.sym.apply_matrices(self.end, matrices)
+        return move_end(self.curve, end, self.problem.settings.follow)
+
     def step_seed(self) -> int:
         return self.seed * 1009 + 2 * len(self.history) + self.halfway
 
@@ -240,25 +231,25 @@ class _Run:
 
         def score(perm: Perm) -> float:
             if prox := problem.prox(distance(perm, old)):
-                return prox + problem.value(problem.permuted(curve, perm))
+                return prox + problem.value(self.permuted(perm))
             return before
 
         scores = _Scores(score, old, self.part("round."))
         if not scores.matrices:
-            scores.begin(problem.relax(curve, old, seed=seed, checkpoint=self.part()))
+            scores.begin(relax(problem, curve, old, seed=seed, checkpoint=self.part()))
         generator = torch.Generator().manual_seed(seed)
         offers = candidates(scores.matrices, old, problem.settings.samples, generator)
         chosen, self.perm, lowest = choose(offers, scores)
         moved, units = distance(self.perm, old), sum(len(p) for p in old.values())
         iteration = Iteration(
             before=before,
-            relaxed=problem.value(problem.mixed(curve, scores.matrices)),
+            relaxed=problem.value(self.mixed(scores.matrices)),
             rounded=lowest - problem.prox(moved),
             chosen=chosen,
             changed=moved**2 / 2 / max(units, 1),
             p_moved=moved,
         )
-        self.curve = problem.permuted(curve, self.perm)
+        self.curve = self.permuted(self.perm)
         self.history.append(iteration)
         self.before = None
         self.keep()
@@ -397,11 +388,12 @@ def shift(net: nn.Module, old: Curve, new: Curve) -> float:
 def check_only_parameters_move(net: nn.Module, sym: Symmetry) -> None:
     """Raise ValueError where units stand in a buffer that a network reads while it trains.
 
-    The permutation step moves parameters. BatchNorm's statistics may stay: it takes the batch's.
+    The permutation step moves parameters. Running statistics of BatchNorm may stay: in training
+    mode it takes the batch's own.
     """
     norms = [name for name, module in net.named_modules() if isinstance(module, _NormBase)]
-    statistics = tuple(f"{name}." if name else "" for name in norms)
-    buffers = {name for name, _ in net.named_buffers() if not name.startswith(statistics)}
+    running = tuple(f"{name}." if name else "" for name in norms)
+    buffers = {name for name, _ in net.named_buffers() if not name.startswith(running)}
     for group in sym.groups.values():
         if found := sorted(buffers.intersection(place.name for place in group.places)):
             raise ValueError(
@@ -459,7 +451,7 @@ class PermutationStep(train.Step):
         )
         super().__init__(problem.net, curve, slice(0, 0), recipe, problem.task.device)
         self.settings = settings
-        self.end = MovedEnd(self, curve, problem.end, problem.sym, settings.follow)
+        self.end = MovedEnd(self, curve, problem.end(curve, old), problem.sym, settings.follow)
         self.old = {n: doubly_stochastic.matrix(p) for n, p in old.items()}
         self.matrices = {n: m.clone() for n, m in self.old.items()}
 
@@ -493,25 +485,22 @@ class PermutationStep(train.Step):
 
 
 def relax(
-    net: nn.Module,
-    curve: Curve,
-    end: Theta,
-    task: Task,
-    recipe: train.Recipe,
-    sym: Symmetry,
-    old: Perm,
-    settings: Settings,
-    *,
-    seed: int,
-    checkpoint: Checkpoint | None = None,
+    problem: Problem, curve: Curve, old: Perm, *, seed: int, checkpoint: Checkpoint | None = None
 ) -> Matrices:
     """min over doubly stochastic P of E_t L(r(t; φ, P)) + ‖P − P_old‖²/2ν by projected SGD.
 
-    curve: its last point is `end` in the order `old`. The matrices act on `end`, begin at `old`
-    and are doubly stochastic (those of "straight-through": free; their assignment acts).
+    curve: `old` acts on its last point, and P takes the place of `old`. The matrices begin at `old`
+    and are doubly stochastic; with "straight-through" they are free, their assignment acts, and
+    what comes back are the doubly stochastic matrices nearest to them. By group, float64 [n, n].
+    Raises ValueError where units stand in a buffer, TrainingError as `train.run`.
     """
-    problem = Problem(net, end, task, recipe, sym, settings)
-    return problem.relax(curve, old, seed=seed, checkpoint=checkpoint)
+    task, settings = problem.task, problem.settings
+    few = replace(task, train=task.train.first(settings.images))
+    step = PermutationStep(problem, curve, old)
+    train.run(step, curve, few, seed, checkpoint)
+    if settings.straight_through:
+        return {n: doubly_stochastic.project(m) for n, m in step.matrices.items()}
+    return step.matrices
 
 
 def candidates(

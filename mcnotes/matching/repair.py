@@ -1,4 +1,4 @@
-"""REPAIR: give the units of an averaged network the statistics of its ends (chapter 9)."""
+"""REPAIR: units of an averaged network get the means and deviations of its ends (chapter 9)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +13,14 @@ from mcnotes.curves import Theta
 from mcnotes.data import Split
 from mcnotes.symmetry.activations import listen
 
-Statistics = tuple[Tensor, Tensor]  # mean and deviation of each channel, float64
+ChannelMoments = tuple[Tensor, Tensor]  # mean and deviation of each channel, float64 [channels]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def repair(
     net: nn.Module, theta: Theta, ends: tuple[Theta, Theta], images: Split, t: float = 0.5
 ) -> Theta:
-    """REPAIR (Jordan et al. 2023): hidden units get the statistics that they have at the ends.
+    """REPAIR (Jordan et al. 2023): hidden units vary as they do at the ends.
 
     theta: the network at `t` between `ends`, which are aligned. Units of an averaged network vary
     less than at either end. Layer by layer in the order in which they work, each channel of a
@@ -45,10 +45,10 @@ def repair(
         )
     for layer in layers:
         _check_layer(net, layer)
-    goal = [channel_statistics(net, end, images, layers) for end in ends]
+    goal = [channel_moments(net, end, images, layers) for end in ends]
     out = dict(theta)
     for layer in layers:
-        mean, deviation = channel_statistics(net, out, images, [layer])[layer]
+        mean, deviation = channel_moments(net, out, images, [layer])[layer]
         (mean_a, dev_a), (mean_b, dev_b) = (found[layer] for found in goal)
         scale = ((1 - t) * dev_a + t * dev_b) / deviation.clamp_min(1e-12)
         weight, bias = out[f"{layer}.weight"], out[f"{layer}.bias"]
@@ -80,26 +80,26 @@ def _check_layer(net: nn.Module, layer: str) -> None:
     for name, x in net.named_parameters(remove_duplicate=False):
         if name.rpartition(".")[0] != layer and any(x is y for y in own.values()):
             raise ValueError(
-                f"repair: {layer!r} shares a parameter with {name!r}, and units of both cannot get "
-                "statistics of their own. Fix: use the average as it is"
+                f"repair: {layer!r} shares a parameter with {name!r}, and units of both cannot be "
+                "scaled apart. Fix: use the average as it is"
             )
 
 
-def channel_statistics(
+def channel_moments(
     net: nn.Module, theta: Theta, images: Split, layers: Sequence[str] | None = None
-) -> dict[str, Statistics]:
+) -> dict[str, ChannelMoments]:
     """Mean and deviation of each channel of what these layers give, over images and places.
 
     layers: names of linear and convolution layers; default: all, in the order in which they work.
     By layer, two float64 tensors [channels].
     """
-    require("channel_statistics", {"images": images}, {"images": evaluate.batched})
-    theta = stated("channel_statistics", net, theta, images.device)
+    require("channel_moments", {"images": images}, {"images": evaluate.batched})
+    theta = stated("channel_moments", net, theta, images.device)
     every = _layers(net, theta, images)
     layers = every if layers is None else layers
     if unknown := [name for name in layers if name not in every]:
         raise ValueError(
-            f"channel_statistics: no linear or convolution layer {unknown[0]!r} is at work; there "
+            f"channel_moments: no linear or convolution layer {unknown[0]!r} is at work; there "
             f"are {every}"
         )
     sums: dict[str, list[Tensor]] = {name: [] for name in layers}
