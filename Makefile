@@ -14,7 +14,7 @@ LIMIT := 1800
 QUICK := $(addprefix tests/test_, project.py dependencies.py packaging.py permutations.py curves.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html notebooks figures check test smoke portable kills zoo clean
+.PHONY: help setup book html notebooks figures check test smoke portable kills sound zoo clean
 
 help:  ## say what the targets do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | column -t -s '|'
@@ -54,6 +54,9 @@ portable: setup  ## the tests as on other processors (SETTINGS='avx2-1 default-2
 
 kills: setup  ## kill a whole batch at 50 random moments, and compare its numbers (half an hour)
 	$(BIN)/python -m tools.kills
+
+sound: setup  ## try PyTorch's operators and an hour of random programs: is what is found right?
+	$(BIN)/python -m tools.programs
 
 zoo: setup  ## compute all of data/zoo again, by running the chapters
 	rm -f data/zoo/*.safetensors data/zoo/*.json

@@ -1,9 +1,9 @@
 """The command: `mcnotes report`, `align`, `symmetry` and `data`; also as `python -m mcnotes`.
 
 `report` is chapter 10 of the book: papermill runs it, nbconvert makes a page of it. Exit codes are
-0 for success, 1 for what cannot be done, 2 for a command that cannot be understood; each error is
-one line that says what to do. What needs PyTorch is imported when it is needed, so that `--help` is
-quick.
+0 for success, 1 for what cannot be done, 2 for a command that cannot be understood, 130 and 143 for
+one that was stopped (Ctrl-C, SIGTERM); each error is one line that says what to do. What needs
+PyTorch is imported when it is needed, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from html import escape
 from pathlib import Path
@@ -41,6 +43,7 @@ REFUSALS = (
     "TrainingError",
 )
 WIDGET = "application/vnd.jupyter.widget-view+json"
+RAW = argparse.RawDescriptionHelpFormatter
 TEXT_BARS = "import tqdm, tqdm.auto\ntqdm.auto.tqdm = tqdm.tqdm  # as text, for the terminal"
 
 ABOUT = """\
@@ -85,7 +88,7 @@ examples:
       --loss torch.nn.functional:mse_loss --metric torch.nn.functional:l1_loss
 
 The page is REPORT.html; the aligned, the averaged and the best network are in the
-folder REPORT beside it. If it is stopped, the same command goes on with the curve.
+folder REPORT beside it. If it is stopped, the same command goes on with the curves.
 """
 
 ALIGN_EXAMPLES = """
@@ -114,6 +117,10 @@ class Refused(Exception):
     """What cannot be done; the text, on one line, says why and what to do."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
 class Parser(argparse.ArgumentParser):
     """Errors are one line."""
 
@@ -126,16 +133,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, os.getcwd())  # where modules of the user's are
     args = parser().parse_args(arguments)
     try:
-        args.run(args)
+        with sigterm_interrupts():
+            args.run(args)
     except Refused as error:
         return failed(args.command, str(error))
-    except KeyboardInterrupt:
-        return failed(args.command, "stopped", 130)
+    except KeyboardInterrupt as stop:
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        return failed(args.command, f"stopped{what_is_kept(args)}", 128 + number)
     except Exception as error:
         if type(error).__name__ not in REFUSALS:
             raise
         return failed(args.command, str(error))
     return 0
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """For a while SIGTERM raises Terminated, so that a notebook's kernel is not left behind."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def what_is_kept(args: argparse.Namespace) -> str:
+    """What a stopped report goes on with, for the line that says so."""
+    if args.command != "report":
+        return ""
+    if kept := checkpoints_in(args.out.with_suffix("")):
+        return f". Run the same command again to go on from {listed(kept)}"
+    return " before a curve was trained. The same command begins anew"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The curves that a report began to train and has not finished with."""
+    return sorted(folder.glob("*.checkpoint"))
+
+
+def listed(paths: Sequence[Path]) -> str:
+    return " and ".join(f"'{path}'" for path in paths)
 
 
 def failed(command: str, reason: str, code: int = 1) -> int:
@@ -149,23 +190,31 @@ def failed(command: str, reason: str, code: int = 1) -> int:
 
 def parser() -> Parser:
     """All commands with their help."""
-    raw = argparse.RawDescriptionHelpFormatter
-    top = Parser("mcnotes", description=ABOUT, formatter_class=raw)
+    top = Parser("mcnotes", description=ABOUT, formatter_class=RAW)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Any, about: str, examples: str) -> Parser:
-        made = commands.add_parser(
-            name,
-            help=about,
-            description=f"{about[0].upper()}{about[1:]}.",
-            epilog=examples,
-            formatter_class=raw,
+    def add(name: str, run: Callable[[argparse.Namespace], None], about: str, more: str) -> Parser:
+        text = f"{about[0].upper()}{about[1:]}."
+        made: Parser = commands.add_parser(
+            name, help=about, description=text, epilog=more, formatter_class=RAW
         )
         made.set_defaults(run=run)
         return made
 
     made = add("report", report, "make a page on two checkpoints", MODEL_HELP + REPORT_EXAMPLES)
     pair_arguments(made)
+    report_arguments(made)
+    made = add("align", align, "put B's units into A's order", MODEL_HELP + ALIGN_EXAMPLES)
+    pair_arguments(made)
+    align_arguments(made)
+    about = "show which units may change places"
+    symmetry_arguments(add("symmetry", show_symmetry, about, SYMMETRY_EXAMPLES))
+    data_arguments(add("data", show_data, "fetch a data set, or look at one", DATA_EXAMPLES))
+    return top
+
+
+def report_arguments(made: Parser) -> None:
+    """What is measured, how the curves are trained, and the page."""
     made.add_argument(
         "--loss",
         type=python_path,
@@ -196,8 +245,9 @@ def parser() -> Parser:
         help="the page (default: report.html)",
     )
 
-    made = add("align", align, "put B's units into A's order", MODEL_HELP + ALIGN_EXAMPLES)
-    pair_arguments(made)
+
+def align_arguments(made: Parser) -> None:
+    """Where the result goes."""
     made.add_argument(
         "--out",
         type=Path,
@@ -205,7 +255,9 @@ def parser() -> Parser:
         help="the aligned network (default: aligned.safetensors)",
     )
 
-    made = add("symmetry", show_symmetry, "show which units may change places", SYMMETRY_EXAMPLES)
+
+def symmetry_arguments(made: Parser) -> None:
+    """A network, and what it takes."""
     made.add_argument("model", type=python_path, metavar="MODEL", help="module:name")
     model_arguments(made)
     made.add_argument("--data", metavar="DATA", help="take inputs from there")
@@ -221,10 +273,11 @@ def parser() -> Parser:
         "--tokens", type=positive, metavar="N", help="inputs are token ids below N, not floats"
     )
 
-    made = add("data", show_data, "fetch a data set, or look at one", DATA_EXAMPLES)
+
+def data_arguments(made: Parser) -> None:
+    """What to look at."""
     made.add_argument("data", nargs="?", metavar="DATA", help="a name, a folder, module:function")
     made.add_argument("--image-size", type=positive, help="cut pictures to this")
-    return top
 
 
 def pair_arguments(made: Parser) -> None:
@@ -268,6 +321,7 @@ def pair_arguments(made: Parser) -> None:
 
 
 def model_arguments(made: Parser) -> None:
+    """How the network is made."""
     made.add_argument(
         "--arguments",
         type=json_object,
@@ -317,7 +371,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Chapter 10 on the user's files, as a page; the networks beside it."""
+    """Run chapter 10 on the user's files, and write its page and the networks beside it."""
     try:
         import nbconvert  # noqa: F401
         import nbformat
@@ -327,6 +381,8 @@ def report(args: argparse.Namespace) -> None:
     if args.out.suffix != ".html":
         raise Refused(f"got --out {args.out}, expected a name that ends in .html")
     folder = made_folder(args.out.with_suffix(""))
+    if kept := checkpoints_in(folder):
+        print(f"mcnotes report: goes on from {listed(kept)}", flush=True)
     notebook = nbformat.read(chapter(), as_version=4)
     notebook.cells = [c for c in notebook.cells if not BOOK_ONLY.intersection(tags(c))]
     executed = folder / "report.ipynb"
@@ -338,7 +394,7 @@ def report(args: argparse.Namespace) -> None:
         cache.write_atomic(args.out, page(ran, args).encode())
     except OSError as error:
         raise Refused(f"cannot write {args.out} ({error}); what ran is in {executed}") from error
-    for path in [executed, *folder.glob("*.checkpoint")]:
+    for path in [executed, *checkpoints_in(folder)]:
         path.unlink()
     print(f"{args.out}: the report; {folder}{os.sep}: the networks")
 
@@ -387,7 +443,7 @@ def parameters(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def run(notebook: Any, out: Path, values: dict[str, Any]) -> None:
-    """Execute it in this folder, with bars if someone watches. Raises Refused where it fails."""
+    """Execute the notebook in this folder, with bars on a terminal. Raises Refused if it fails."""
     import nbformat
     import papermill
 
@@ -483,7 +539,7 @@ def with_caption(cell: Any) -> Iterator[Any]:
 
 
 def plain(text: str) -> str:
-    """Without what only the book can show: links to its chapters, and names of its roles."""
+    """The text without what only the book can show: links to its chapters, names of its roles."""
     text = re.sub(r"\[([^\]]+)\]\([^)]+\.ipynb\)", r"\1 of the book", text)
     return re.sub(r"\{\w+\}(?=`)", "", text)
 
@@ -492,7 +548,7 @@ def plain(text: str) -> str:
 
 
 def align(args: argparse.Namespace) -> None:
-    """B in A's order of units, as a file."""
+    """Write network B in A's order of units."""
     import mcnotes
     from mcnotes import checkpoints, data, prepare
 
@@ -524,7 +580,7 @@ def align(args: argparse.Namespace) -> None:
 
 
 def show_symmetry(args: argparse.Namespace) -> None:
-    """The groups of a network's units, proved; and why there are none, if so."""
+    """Show the groups of a network's units, which are verified; or why there are none."""
     import torch
 
     from mcnotes import calls, data, symmetry
@@ -566,7 +622,7 @@ def print_pinned(sym: Any) -> None:
 
 
 def show_data(args: argparse.Namespace) -> None:
-    """What there is; fetched, if need be."""
+    """List the data sets, or describe one, which is fetched if need be."""
     from mcnotes import data
 
     if args.data is None:

@@ -20,13 +20,19 @@ Perturb = Callable[[Model, Tensor, Tensor], Tensor]
 
 
 def margin(z: Tensor, y: Tensor) -> Tensor:
-    """Largest other logit less that of class y, positive where y is not predicted: [B]."""
+    """The largest other logit less that of class y, positive where y is not predicted.
+
+    z: logits [B, classes]; y: int64 [B]. Returns [B].
+    """
     own = y[:, None]
     return (z.scatter(1, own, -torch.inf).amax(1, keepdim=True) - z.gather(1, own))[:, 0]
 
 
 def dlr(z: Tensor, y: Tensor) -> Tensor:
-    """The margin over the gap from the 1st to the 3rd logit: [B] (Croce and Hein 2020, eq. 6)."""
+    """The margin over the gap from the 1st to the 3rd logit (Croce and Hein 2020, eq. 6).
+
+    z: logits [B, classes], of three classes or more; y: int64 [B]. Returns [B].
+    """
     top = z.topk(3, dim=1).values
     return margin(z, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
@@ -85,6 +91,7 @@ class PGD(Attack):
     """Projected gradient ascent: steepest step, projection (Madry et al. 2018, section 2.1)."""
 
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        """The attacked images [B, C, H, W]. x: images in [0, 1]; y: their labels, int64 [B]."""
         ball = Ball(x, self.eps, self.norm)
         worst = Worst(self, model, x, y) if self.best else None
         size = 2.5 * self.eps / self.steps if self.step is None else self.step
@@ -112,10 +119,12 @@ def fgsm(eps: float, *, targeted: bool = False) -> PGD:
 class Square(Attack):
     """Random search with squares of ±eps (Andriushchenko et al. 2020), ℓ∞ only; no gradients.
 
-    What it fools and PGD does not is a sign of masked gradients. Takes loss="margin" best.
+    An image that fools the network here and not under PGD is a sign of masked gradients. Works best
+    with loss="margin".
     """
 
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        """As `PGD`. Raises ValueError for another norm than "linf"."""
         if self.norm != "linf":
             raise ValueError(f"Square: got norm {self.norm!r}, expected 'linf'")
         ball, worst = Ball(x, self.eps, self.norm), Worst(self, model, x, y)
@@ -149,6 +158,7 @@ class Ensemble:
         return {"attack": "Ensemble", "of": [attack.config() for attack in self.attacks]}
 
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        """As `PGD`."""
         u = x.clone()
         for attack in self.attacks:
             with torch.no_grad():
@@ -159,7 +169,11 @@ class Ensemble:
 
 
 def strong(eps: float, *, steps: int = 50, restarts: int = 2, squares: int = 500) -> Ensemble:
-    """What a claim is to stand (in the spirit of AutoAttack): PGD on two losses, then `Square`."""
+    """The attack that a claim of robustness must withstand: PGD on two losses, then `Square`.
+
+    In the spirit of AutoAttack (Croce and Hein 2020). eps: ℓ∞ radius in units of [0, 1]; steps and
+    restarts: of each PGD; squares: steps of the random search. Raises ValueError for other values.
+    """
     require(
         "strong", {"eps": eps, "steps": steps, "squares": squares}, OPTIONS | {"squares": whole(1)}
     )

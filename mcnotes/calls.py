@@ -262,22 +262,25 @@ def stated(
             if name.endswith("_extra_state"):
                 continue
             raise ValueError(f"{who}: the network has no {name!r}{suggest(name, own)}")
-        y = own[name]
-        if x.shape != y.shape or x.is_floating_point() != y.is_floating_point():
-            raise ValueError(
-                f"{who}: {name!r} is {[*x.shape]} {x.dtype}, expected {[*y.shape]} {y.dtype}"
-            )
         device = x.device if device is None else device
-        if x.is_meta or not same_device(x.device, device):
-            raise ValueError(f"{who}: {name!r} lies on {x.device}, expected {device}")
-        if (other := theta[one[id(y)]]) is not x and not torch.equal(x, other):
+        _check_like(f"{who}: {name!r}", x, own[name], device)
+        first = one[id(own[name])]
+        if theta[first] is not x and not torch.equal(x, theta[first]):
             raise ValueError(
-                f"{who}: {one[id(y)]!r} and {name!r} are one tensor of the network, but differ"
+                f"{who}: {first!r} and {name!r} are one tensor of the network, but differ"
             )
     state = {name: theta[one[id(own[name])]] if name in own else x for name, x in theta.items()}
     state |= {name: own[name].detach() for name in lacking}
     copies = {id(state[name]): state[name].clone() for name in buffers if name in state}
     return {name: copies.get(id(x), x) for name, x in state.items()}
+
+
+def _check_like(who: str, x: Tensor, own: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless x can take the place of the network's own tensor, on `device`."""
+    if x.shape != own.shape or x.is_floating_point() != own.is_floating_point():
+        raise ValueError(f"{who} is {[*x.shape]} {x.dtype}, expected {[*own.shape]} {own.dtype}")
+    if x.is_meta or not same_device(x.device, device):
+        raise ValueError(f"{who} lies on {x.device}, expected {device}")
 
 
 def same_device(a: torch.device, b: torch.device) -> bool:

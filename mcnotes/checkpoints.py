@@ -5,11 +5,14 @@ fix it. Nothing is unpickled that could run code, and no value is changed.
 """
 
 import hashlib
+import inspect
 import json
+import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +20,49 @@ from safetensors.torch import save as pack
 from torch import Tensor, nn
 
 from mcnotes import cache, display, evaluate
-from mcnotes.calls import call, duplicate
+from mcnotes.calls import call, duplicate, logits
+from mcnotes.checks import Rule, listed, number, require
 from mcnotes.curves import Theta
 from mcnotes.data import Task
+from mcnotes.data.arrays import failure
 from mcnotes.names import resolve
 
 Shapes = Mapping[str, torch.Size]  # by the names of a state_dict
+Places = dict[str, dict[str, str]]  # by prefix, the network's names and those in the file
+Numbers = float | Sequence[float]  # one for all channels, or one for each
 COUNTER = "num_batches_tracked"  # BatchNorm's; nothing here reads it, and some tools leave it out
+EXTRA = "_extra_state"  # what a module keeps beside tensors
 MOST_CHARACTERS = 50_000_000  # of all names in a file together
 SHOWN = 100  # characters of a name in a message
+COMMON = (  # in files of which nothing lists the classes
+    "argparse.Namespace",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.ndarray",
+)
+OLDER = {"original0": "_g", "original1": "_v", "original": "_orig", "0._u": "_u", "0._v": "_v"}
+"""The names that weight_norm and spectral_norm use in `parametrizations`, and those before."""
+
+
+def by_channel(other: Rule) -> Rule:
+    """A number such as `other` takes, or a list of one for each channel."""
+    several = listed(other, once=False)
+
+    def rule(value: object) -> str:
+        fault = several(value if isinstance(value, list | tuple) else [value])
+        text = isinstance(value, str) and value.startswith("[")
+        return (
+            f"{fault} (it is text: papermill reads lists after -y, not after -p)" if text else fault
+        )
+
+    return rule
+
+
+NORMALISATION = {"mean": by_channel(number(0, 1)), "std": by_channel(number(0, above=True))}
+"""What a normalisation of pixels in [0, 1] may be."""
 
 
 class CheckpointError(ValueError):
@@ -57,13 +94,15 @@ def build(factory: str, arguments: Mapping[str, Any] | None = None) -> nn.Module
     In evaluation mode. Raises ValueError for a factory that cannot be imported, CheckpointError for
     one that cannot be called, and for what it gives if that is no network of float32 parameters.
     """
-    who, make = f"checkpoints.build: {factory} with {arguments or {}}", resolve(factory)
+    who, make = f"checkpoints.build: {factory} with {arguments or {}!s:.200}", resolve(factory)
     try:
-        net = make(**(arguments or {}))
+        net = unwrapped(make(**(arguments or {})))
     except TypeError as error:
-        raise CheckpointError(
-            f"{who} cannot be called ({error}). Fix: see its signature"
-        ) from error
+        cause = f"{who} cannot be called ({failure(error)})"
+        raise CheckpointError(f"{cause}. Fix: see its signature") from error
+    except (Exception, SystemExit) as error:  # of the user's network
+        cause = f"{who} fails ({failure(error)})"
+        raise CheckpointError(f"{cause}. Fix: see its arguments") from error
     if not isinstance(net, nn.Module):
         raise CheckpointError(f"{who} gave a {type(net).__name__}, expected an nn.Module")
     if (kinds := {x.dtype for x in net.parameters()}) != {torch.float32}:
@@ -71,19 +110,31 @@ def build(factory: str, arguments: Mapping[str, Any] | None = None) -> nn.Module
     return net.eval()
 
 
-def normalised(
-    net: nn.Module, mean: Sequence[float] = (0,), std: Sequence[float] = (1,), channels: int = 0
-) -> nn.Module:
-    """A copy of `net` for images in [0, 1]: (x − mean) / std comes first, by channel.
+def unwrapped(net: Any) -> Any:
+    """What was given to `torch.compile`, `DataParallel` or `DistributedDataParallel`."""
+    while isinstance(net, nn.Module):
+        parallel = isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inner = net.module if parallel else getattr(net, "_orig_mod", None)
+        if inner is None:
+            break
+        net = inner
+    return net
 
-    channels: how many the network wants, if images are grey: they are repeated. All is in a hook,
-    so that the names in the copy's state_dict stay those of `net`.
+
+def normalised(net: nn.Module, mean: Numbers = 0, std: Numbers = 1, channels: int = 0) -> nn.Module:
+    """A copy of `net` for images in [0, 1]: (x − mean) / std comes first.
+
+    mean, std: one number, or one for each channel. channels: how many the network wants, if images
+    are grey: they are repeated. All is in a hook, so that the names in the copy's state_dict stay
+    those of `net`. Raises CheckpointError for a mean outside of [0, 1] and for a std that is not
+    above 0.
     """
+    given = {"mean": mean, "std": std}
+    require("checkpoints.normalised", given, NORMALISATION, CheckpointError)
 
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0].expand(-1, channels or -1, -1, -1)
-        full = (list(v) * (x.shape[1] // len(v)) for v in (mean, std))
-        shift, scale = (x.new_tensor(v).view(-1, 1, 1) for v in full)
+        shift, scale = (x.new_tensor(v).view(-1, 1, 1) for v in (mean, std))
         return ((x - shift) / scale, *args[1:])
 
     net = duplicate(net)
@@ -94,39 +145,83 @@ def normalised(
 def check(net: nn.Module, task: Task) -> None:
     """Raise CheckpointError unless `net` makes logits [N, classes] of the task's images."""
     x = task.example
-    expected = len(x), task.num_classes
     who = f"checkpoints.check: of images {[*x.shape]} the network"
     try:
         with evaluate.mode(net, training=False), torch.no_grad():
-            z = call(net, {}, x)
-    except Exception as error:  # of the user's network
-        raise CheckpointError(f"{who} fails ({error}). Fix: see channels and image_size") from error
-    if (got := getattr(z, "shape", type(z).__name__)) != expected:
-        raise CheckpointError(f"{who} makes {got}, expected {expected}, for {task.class_names}. "
-                              "Fix: build it with as many classes")  # fmt: skip
+            made = call(net, {}, x)
+    except (Exception, SystemExit) as error:  # of the user's network
+        fix = _fix(net, x, error)
+        raise CheckpointError(f"{who} fails ({failure(error)}). Fix: {fix}") from error
+    try:
+        z = logits(made)
+    except TypeError as error:
+        raise CheckpointError(f"{who} makes a {type(made).__name__}, expected logits") from error
+    if z.shape == (len(x), task.num_classes):
+        return
+    fix = "let it make one row of logits for each image"
+    if z.ndim == 2 and len(z) == len(x):
+        fix = "build it with as many classes"
+    names = f"{', '.join(task.class_names):.{SHOWN}}"
+    expected = f"[{len(x)}, {task.num_classes}] for {task.num_classes} classes ({names})"
+    raise CheckpointError(f"{who} makes {[*z.shape]}, expected {expected}. Fix: {fix}")
+
+
+def _fix(net: nn.Module, x: Tensor, error: BaseException) -> str:
+    """What to do about a network that fails on images."""
+    try:
+        inspect.signature(net.forward).bind(x)
+    except TypeError:
+        return "images are its one input; of a network with others, pass batches to mcnotes.align"
+    channels = re.search(r"to have (\d+) channels, but got (\d+) channels", str(error))
+    if channels is None:
+        return "see image_size, and the size of images that it is built for"
+    wanted, came = map(int, channels.groups())
+    has = x.shape[1]
+    if came != has:
+        return f"{came} numbers in mean or std repeat grey images; give one number"
+    if has == 1:
+        return f"{wanted} numbers in mean and std, one for each channel, repeat grey images"
+    return f"build it for {has} channels"
 
 
 def load(path: str | Path, net: nn.Module, prefix: str | None = None) -> Loaded:
     """The checkpoint of `net` in a .safetensors file, or in one that torch.save wrote.
 
     What stands before the network's names is found, not asked for: dictionaries ("state_dict"),
-    wrappers ("module.", "_orig_mod."). prefix: which, if several fit. Raises CheckpointError for
-    a file that cannot be read, and for one that does not hold all of the network's tensors, or
-    holds others beside them, in their shapes and dtypes and with finite values.
+    wrappers ("module.", "_orig_mod."). prefix: which, if several fit. Tied tensors may be there
+    once; weight_norm and spectral_norm in their older or newer form; and what the class's own
+    load_state_dict takes is taken. Objects beside tensors are passed over unread. Raises
+    CheckpointError for a file that cannot be read, and for one that does not hold all of the
+    network's tensors, or holds others beside them, in their shapes and dtypes and with finite
+    values.
     """
-    path, expected = Path(path), net.state_dict()
+    path = Path(path)
     who = f"checkpoints.load: {path.name}"
-    tensors = _tensors(_read(path), who)
+    held, unread = _read(path)
+    tensors, extras = _tensors(held, who)
     _refuse_quantised(tensors, who)
+    state: dict[str, Any] = net.state_dict(keep_vars=True)
+    expected = {n: x.detach() for n, x in state.items() if isinstance(x, Tensor)}
     shapes = {n: x.shape for n, x in expected.items() if not n.endswith(COUNTER)}
-    prefix = _prefix(tensors, shapes, prefix, who)
-    found = {n: tensors.get(prefix + n, x) for n, x in expected.items()}
-    for name, x in found.items():
-        if fault := _fault(x, expected[name].dtype):
-            raise CheckpointError(f"{who}: {prefix + name!r:.{SHOWN}} {fault}")
+    places = _places(tensors, _spellings(state))
+    start = _prefix(tensors, shapes, places, prefix, who)
+    named = {n: at[len(start) :] for n, at in places.get(start, {}).items()}
+    theirs = {n[len(start) :]: x for n, x in tensors.items() if n.startswith(start)}
+    own = {*named.values()}
+    theirs = {n: x for n, x in theirs.items() if "/" not in n or n in own}
+    if fault := _misfit(theirs, named, shapes):
+        found = _as_the_class_loads(net, theirs)
+        if not found:
+            reason = f"{who} does not fit the network: {fault}"
+            raise CheckpointError(reason + (f". {_refusal(unread)}" if unread else ""))
+    else:
+        found = {n: theirs[named[n]] if n in named else x for n, x in expected.items()}
+        _refuse_values(found, state, start, who)
+    _refuse_extras(extras, state, start, who)
     theta = {n: x.detach().cpu().clone() for n, x in (dict(net.named_buffers()) | found).items()}
-    outside = [n for n in tensors if not n.startswith(prefix)]
-    return Loaded(theta, prefix, outside, hashlib.sha256(path.read_bytes()).hexdigest())
+    inside = {start + n for n in theirs}
+    outside = [n for n in tensors if n not in inside]
+    return Loaded(theta, start, outside, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def load_pair(
@@ -147,115 +242,271 @@ def save(path: str | Path, theta: Theta, net: nn.Module, **about: Any) -> None:
 
     about: what it is and where it comes from (JSON values), kept as the file's metadata.
     """
-    flat = {n: theta[n].detach().cpu().clone().contiguous() for n in net.state_dict()}
+    state = {n: x for n, x in net.state_dict().items() if isinstance(x, Tensor)}
+    flat = {n: theta[n].detach().cpu().clone().contiguous() for n in state}
     meta = {n: v if isinstance(v, str) else json.dumps(v) for n, v in about.items()}
     cache.write_atomic(Path(path), pack(flat, meta))
 
 
-def _read(path: Path) -> Any:
-    """What a file holds: tensors in dictionaries, and values without code."""
+class _Unread:
+    """Stands for any class or function that a file names. It gives a dictionary, and runs nothing.
+
+    PyTorch fills dictionaries alone: so what is in those of a class of their own can be read.
+    """
+
+    def __new__(cls, *_: Any) -> Any:
+        return Counter()
+
+
+class _Blank:
+    """As `_Unread`, where the state is no dictionary: nothing is read."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+_READING = Lock()  # what stands for the names in a file is the same for all threads
+
+
+def _read(path: Path) -> tuple[Any, list[str]]:
+    """What a file holds, and the classes and functions that it names, which stay unread.
+
+    Each of these names stands for an empty class while the file is read: its own is never imported,
+    let alone called.
+    """
+    unread: list[str] = []
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait without end
+            raise OSError("it is no regular file")
         if path.suffix == ".safetensors":
-            return cache.read_tensors(path)
-        with warnings.catch_warnings():
+            return cache.read_tensors(path), []
+        with warnings.catch_warnings(), _READING:
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            unread = _unknown(path)
+            try:
+                return _unpickled(path, unread, _Unread), unread
+            except Exception:
+                if not unread:
+                    raise
+                return _unpickled(path, unread, _Blank), unread
     except Exception as error:  # damaged files raise whatever their reader meets first
-        cause = f"{path.name} cannot be read ({str(error).split('. ')[0]})"
-        why = "expected tensors in dictionaries, because unpickling anything else can run any code"
-        fix = "if you trust it, torch.load(…, weights_only=False), and save the state_dict()"
-        raise CheckpointError(f"checkpoints.load: {cause}, {why}. Fix: {fix}") from error
+        cause = f"{path.name} cannot be read ({failure(error).split('. ')[0]})"
+        expected = f"expected tensors in dictionaries. {_refusal(unread)}"
+        raise CheckpointError(f"checkpoints.load: {cause}, {expected}") from error
 
 
-def _tensors(held: Any, who: str) -> dict[str, Tensor]:
-    """All tensors, by the names of the dictionaries around them, as "state_dict/fc.weight".
+def _unknown(path: Path) -> list[str]:
+    """The classes and functions that a file names and that PyTorch itself would not read."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":  # before PyTorch 1.6 files were no archives
+            return [*COMMON]
+    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
 
-    Raises CheckpointError for two tensors of one name, and for dictionaries without end, such as
-    one that holds itself.
+
+def _unpickled(path: Path, names: Sequence[str], stand_in: type) -> Any:
+    known: list[Any] = [(_Blank if n.startswith("numpy.") else stand_in, n) for n in names]
+    with torch.serialization.safe_globals(known):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _refusal(unread: Sequence[str]) -> str:
+    """Why objects of these classes are not read, and what to do."""
+    what = "anything else"
+    if unread:
+        what = f"{', '.join(unread):.{2 * SHOWN}} ({len(unread)} names in the file)"
+    fix = "if you trust it, torch.load(…, weights_only=False), and save the state_dict()"
+    return f"Unpickling {what} can run any code. Fix: {fix}"
+
+
+def _tensors(held: Any, who: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors by the names of what is around them, as "state_dict/fc.weight"; extra states.
+
+    Raises CheckpointError for two tensors of one name, and for dictionaries and lists without end,
+    such as one that holds itself.
     """
     tensors: dict[str, Tensor] = {}
+    extras: dict[str, Any] = {}
     waiting, characters = [("", held)], 0
     while waiting:
         name, value = waiting.pop()
         characters += len(name)
         if characters > MOST_CHARACTERS:
-            raise CheckpointError(f"{who} holds dictionaries that are nested without end, expected "
-                                  "a network's. Fix: save the state_dict() alone")  # fmt: skip
+            cause = f"{who} holds dictionaries that are nested without end, expected a network's"
+            raise CheckpointError(f"{cause}. Fix: save the state_dict() alone")
         if isinstance(value, Tensor):
             name = name.removesuffix("/").replace("_orig_mod.", "")
             if name in tensors:
-                raise CheckpointError(f"{who} holds two tensors of the name {name!r:.{SHOWN}}, "
-                                      "expected one. Fix: save the state_dict() alone")  # fmt: skip
+                cause = f"{who} holds two tensors of the name {name!r:.{SHOWN}}, expected one"
+                raise CheckpointError(f"{cause}. Fix: save the state_dict() alone")
             tensors[name] = value
-        elif isinstance(value, Mapping):
-            inner = [(f"{name}{key}/", x) for key, x in value.items()]
+        elif name.endswith(f"{EXTRA}/"):
+            extras[name.removesuffix("/").replace("_orig_mod.", "")] = value
+        else:
+            inner = [(f"{name}{key}/", x) for key, x in _items(value)]
             waiting.extend(reversed(inner))
-    return tensors
+    return tensors, extras
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Keys and values, or places and values of a sequence, that may hold tensors."""
+    pairs: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        pairs = dict.items(value)  # `value.items` may be what a file has put there
+    elif isinstance(value, list | tuple):
+        pairs = enumerate(value)
+    for key, x in pairs:
+        if isinstance(x, Tensor | dict | list | tuple) or str(key).endswith(EXTRA):
+            yield key, x
 
 
 def _refuse_quantised(tensors: Theta, who: str) -> None:
     for name, x in tensors.items():
         if x.is_quantized or name.endswith("zero_point"):
-            raise CheckpointError(f"{who}: {name!r:.{SHOWN}} is quantised, which loses precision "
-                                  "permanently. Fix: take the float32 file")  # fmt: skip
+            cause = f"{who}: {name!r:.{SHOWN}} is quantised, which loses precision permanently"
+            raise CheckpointError(f"{cause}. Fix: take the float32 file")
 
 
-def _prefix(tensors: Theta, shapes: Shapes, wanted: str | None, who: str) -> str:
-    """What stands before the network's names in the file.
-
-    shapes: of the network's tensors. wanted: which, if several fit; dots and slashes at its ends do
-    not matter. Raises CheckpointError if none fits, or several that hold different networks.
-    """
-    hits = _count_prefixes(tensors, shapes)
-    fitting = [start for start in hits if hits[start] == len(shapes)]
-    fitting = [s for s in fitting if all(tensors[s + n].shape == x for n, x in shapes.items())]
-    chosen = [s for s in fitting if wanted is None or s.strip("./") == wanted.strip("./")]
-    if (fitting and not chosen) or not _same_network(tensors, chosen, shapes):
-        raise CheckpointError(f"{who} holds networks that fit at {fitting}. Fix: name one of them "
-                              "as `prefix`")  # fmt: skip
-    nearest = min(hits, key=lambda s: (-hits[s], len(s)), default="")
-    start = chosen[0] if chosen else nearest  # which then is a miss
-    own = {n[len(start) :]: x.shape for n, x in tensors.items() if n.startswith(start)}
-    own = {n: shape for n, shape in own.items() if "/" not in n and not n.endswith(COUNTER)}
-    if fault := _misfit(own, shapes):
-        raise CheckpointError(f"{who} does not fit the network: {fault}")
-    return start
+def _refuse_values(found: Theta, state: Mapping[str, Any], start: str, who: str) -> None:
+    """Raise CheckpointError unless values are sound, and those of tied tensors equal."""
+    tied: dict[int, str] = {}
+    for name, x in found.items():
+        if fault := _fault(x, state[name].dtype):
+            raise CheckpointError(f"{who}: {start + name!r:.{SHOWN}} {fault}")
+        one = tied.setdefault(id(state[name]), name)
+        if not torch.equal(x, found[one]):
+            cause = f"{who}: {one!r} and {name!r} are one tensor of the network, but differ"
+            raise CheckpointError(f"{cause}. Fix: build the architecture it was trained as")
 
 
-def _count_prefixes(tensors: Theta, shapes: Shapes) -> Counter[str]:
-    """How many of the network's names stand behind each prefix, which is "" or ends a word.
+def _refuse_extras(
+    extras: Mapping[str, Any], state: Mapping[str, Any], start: str, who: str
+) -> None:
+    """Raise CheckpointError unless what modules keep beside tensors is the network's own."""
+    theirs = {n.removeprefix(start): x for n, x in extras.items() if n.startswith(start)}
+    for name, value in theirs.items():
+        try:
+            same = name in state and bool(state[name] == value)
+        except (RuntimeError, TypeError, ValueError):  # of values that hold tensors or arrays
+            same = False
+        if not same:
+            cause = f"{who}: {name!r:.{SHOWN}}, which is no tensor, differs from the network's"
+            raise CheckpointError(f"{cause}. Fix: build it with the arguments it was trained with")
+
+
+def _spellings(state: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By each name that a file may use, the network's tensors that it may mean."""
+    names: dict[int, list[str]] = {}
+    for name, x in state.items():
+        if isinstance(x, Tensor):
+            names.setdefault(id(x), []).append(name)
+    meant: dict[str, list[str]] = {}
+    for tied in names.values():
+        for spelling in dict.fromkeys(other for name in tied for other in _others(name)):
+            meant.setdefault(spelling, []).extend(tied)
+    return meant
+
+
+def _others(name: str) -> Iterator[str]:
+    """The name itself, and how other versions of PyTorch spell it."""
+    name = name.replace("_orig_mod.", "")
+    yield name
+    place, parametrized, last = name.rpartition("parametrizations.")
+    tensor, _, part = last.partition(".")
+    if parametrized and part in OLDER:
+        yield f"{place}{tensor}{OLDER[part]}"
+    place, dot, last = name.rpartition(".")
+    for part, ending in OLDER.items():
+        if last.endswith(ending):
+            yield f"{place}{dot}parametrizations.{last.removesuffix(ending)}.{part}"
+
+
+def _places(tensors: Theta, meant: Mapping[str, Sequence[str]]) -> Places:
+    """The network's tensors behind each prefix, which is "" or ends a word.
 
     Only ends of names that are as long as one of the network's are looked at: a name of any length
     costs no more.
     """
-    lengths = sorted({len(name) for name in shapes}, reverse=True)
-    hits: Counter[str] = Counter()
+    lengths = sorted({len(name) for name in meant}, reverse=True)
+    places: Places = {}
     for name in tensors:
         for cut in (len(name) - length for length in lengths if length <= len(name)):
-            if (cut == 0 or name[cut - 1] in "./") and name[cut:] in shapes:
-                hits[name[:cut]] += 1
-    return hits
+            if (cut == 0 or name[cut - 1] in "./") and name[cut:] in meant:
+                there = places.setdefault(name[:cut], {})
+                for own in meant[name[cut:]]:
+                    if own not in there or name[cut:] == own.replace("_orig_mod.", ""):
+                        there[own] = name
+    return places
 
 
-def _same_network(tensors: Theta, prefixes: Sequence[str], shapes: Shapes) -> bool:
-    """Do the same values stand behind all these prefixes?"""
+def _prefix(tensors: Theta, shapes: Shapes, places: Places, wanted: str | None, who: str) -> str:
+    """What stands before the network's names in the file: the nearest miss, where nothing fits.
+
+    shapes: of the network's tensors. wanted: which, if several fit; dots and slashes at its ends do
+    not matter. Raises CheckpointError if several fit that hold different networks.
+    """
+    fitting = [
+        start
+        for start, there in places.items()
+        if all(n in there and tensors[there[n]].shape == x for n, x in shapes.items())
+    ]
+    chosen = [s for s in fitting if wanted is None or s.strip("./") == wanted.strip("./")]
+    if (fitting and not chosen) or not _same_network(tensors, [places[s] for s in chosen], shapes):
+        raise CheckpointError(
+            f"{who} holds networks that fit at {fitting}. Fix: name one of them as `prefix`"
+        )
+    count = {start: len(shapes.keys() & there.keys()) for start, there in places.items()}
+    nearest = min(places, key=lambda s: (-count[s], len(s)), default="")
+    return chosen[0] if chosen else nearest
+
+
+def _same_network(tensors: Theta, places: Sequence[dict[str, str]], shapes: Shapes) -> bool:
+    """Do the same values stand in all these places?"""
     return all(
-        torch.equal(tensors[start + name], tensors[prefixes[0] + name])
-        for start in prefixes[1:]
+        torch.equal(tensors[there[name]], tensors[places[0][name]])
+        for there in places[1:]
         for name in shapes
     )
 
 
-def _misfit(own: Shapes, expected: Shapes) -> str:
-    """How the shapes in a file differ from the network's, and what to do; "" if they do not."""
+def _as_the_class_loads(net: nn.Module, theirs: Theta) -> Theta:
+    """What the class's own load_state_dict makes of the tensors; {} if it does not take them.
+
+    Or does not fill all of the network, or would convert what it takes.
+    """
+    made = duplicate(net)
+    state = {n: x for n, x in made.state_dict().items() if isinstance(x, Tensor)}
+    floats = {n: x for n, x in state.items() if x.is_floating_point()}
+    kinds = {x.dtype for x in floats.values()}
+    if any(_fault(x, x.dtype) or x.dtype not in {*kinds, torch.int64} for x in theirs.values()):
+        return {}
+    for x in floats.values():
+        x.fill_(torch.nan)
+    try:
+        made.load_state_dict(dict(theirs))
+    except (Exception, SystemExit):  # of the user's class
+        return {}
+    state = {n: made.state_dict()[n] for n in state}
+    return {} if any(_fault(x, x.dtype) for x in state.values()) else state
+
+
+def _misfit(theirs: Theta, named: Mapping[str, str], expected: Shapes) -> str:
+    """How the tensors in a file differ from the network's, and what to do; "" if they do not.
+
+    named: what the network's tensors are called in the file. expected: their shapes.
+    """
+    besides = theirs.keys() - {*named.values()}
     faults = []
     for verb, names in (
-        ("lacks", expected.keys() - own.keys()),
-        ("has besides", own.keys() - expected.keys()),
+        ("lacks", expected.keys() - named.keys()),
+        ("has besides", {n for n in besides if not n.endswith(COUNTER)}),
     ):
         if names:
             faults.append(f"it {verb} {len(names)} tensors, as {min(names)!r:.{SHOWN}}")
-    wrong = [n for n in expected if n in own and own[n] != expected[n]]
+    own = {n: theirs[named[n]].shape for n in expected if n in named}
+    wrong = [n for n in own if own[n] != expected[n]]
     heads = {n.rpartition(".")[0] for n in wrong if own[n][1:] == expected[n][1:]}
     fix = "build the architecture it was trained as (factory, factory_arguments)"
     if not faults and len(heads) == 1 and len(wrong) < 3:

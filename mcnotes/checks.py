@@ -86,11 +86,13 @@ def a(kind: type | tuple[type, ...], words: str) -> Rule:
 
 
 def device(value: object) -> str:
-    """A device as PyTorch names it, or "auto"."""
+    """A device of this computer as PyTorch names it, or "auto"."""
     try:
-        torch.device("cpu" if value == "auto" else value)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError):
-        return got(value, "a device, such as auto, cpu or cuda")
+        place = torch.device("cpu" if value == "auto" else value)  # type: ignore[call-overload]
+        torch.empty(0, device=place)
+    except (AssertionError, RuntimeError, TypeError):
+        there = ["auto", "cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+        return got(value, f"a device of this computer: {', '.join(there)}")
     return ""
 
 

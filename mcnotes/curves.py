@@ -71,7 +71,10 @@ class Curve:
         return torch.stack(bernstein, dim=-1)
 
     def __call__(self, t: float) -> Theta:
-        """r(t), exactly the ends at t = 0 and 1; integer buffers are those of the nearer end."""
+        """The point r(t), exactly the ends at t = 0 and 1.
+
+        Integer buffers are those of the nearer end. Raises ValueError for t outside [0, 1].
+        """
         if not 0 <= t <= 1:
             raise ValueError(f"Curve: got t = {t}, expected a number in [0, 1]")
         w = self.weights(torch.tensor(t, dtype=torch.float64)).tolist()
@@ -108,7 +111,7 @@ class Curve:
 
 
 def combine(points: Sequence[Theta], weights: Sequence[float], near: int = 0) -> Theta:
-    """Σᵢ wᵢ pᵢ with Σᵢ wᵢ = 1, for points of one space.
+    """Σᵢ wᵢ pᵢ, for points of one space and as many weights, whose sum is 1.
 
     A tensor in which all agree, such as a mask, stays as it is, to the last bit. Integer buffers
     are those of the point `near`.
@@ -127,18 +130,24 @@ def combine(points: Sequence[Theta], weights: Sequence[float], near: int = 0) ->
 
 
 def line(a: Theta, b: Theta) -> Curve:
-    """The straight line (1 − t) a + t b."""
+    """The straight line (1 − t) a + t b. Raises ValueError unless both are of one space."""
     return Curve((a, b))
 
 
 def bezier(a: Theta, b: Theta, degree: int = 2) -> Curve:
-    """A Bézier curve from a to b; its inner control points start on the line (paper, section 2)."""
+    """A Bézier curve from a to b; its inner control points start on the line (paper, section 2).
+
+    degree: at least 1, which is the line itself. Raises ValueError unless a and b are of one space.
+    """
     require("bezier", {"degree": degree}, {"degree": whole(1)})
     return Curve(_on_line(a, b, degree))
 
 
 def chain(a: Theta, b: Theta, bends: int = 1) -> Curve:
-    """A polygonal chain from a to b whose bends start on the line (Garipov et al. 2018)."""
+    """A polygonal chain from a to b whose bends start on the line (Garipov et al. 2018).
+
+    bends: at least 0, which is the line itself. Raises ValueError unless a and b are of one space.
+    """
     require("chain", {"bends": bends}, {"bends": whole(0)})
     return Curve(_on_line(a, b, bends + 1), "chain")
 

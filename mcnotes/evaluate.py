@@ -94,7 +94,11 @@ def score(
     batch_size: int = 500,
     perturb: Perturb | None = None,
 ) -> Score:
-    """Loss and accuracy of `theta` on `split` (attacked, if there is `perturb`: robust ones)."""
+    """Mean cross-entropy (nats) and accuracy (a share of 1) of `theta` on `split`.
+
+    perturb: an attack on every image; loss and accuracy are then the robust ones (chapter 8).
+    Raises ValueError as `means`.
+    """
     found = means(net, theta, split, CLASSIFICATION, batch_size=batch_size, perturb=perturb)
     return Score(**found)
 
@@ -110,8 +114,10 @@ def means(
 ) -> dict[str, float]:
     """The mean of each quantity over one pass in evaluation mode.
 
-    Raises ValueError for a state that does not fit the network, and where there is no batch, or no
-    target that counts.
+    wanted: the quantities by name, of which `CLASSIFICATION` is the book's choice. batch_size: of
+    a `Split`; a `Loader` keeps its own. perturb: an attack on the inputs, as in `score`. Raises
+    ValueError for a state that does not fit the network, and where there is no batch, or no target
+    that counts.
     """
     given = {"data": data, "wanted": wanted, "batch_size": batch_size, "perturb": perturb}
     require("evaluate", given, RULES)
@@ -212,7 +218,10 @@ def attacked(
 
 
 def probabilities(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500) -> Tensor:
-    """Predicted class probabilities in evaluation mode: [N, classes], float32."""
+    """Predicted class probabilities in evaluation mode: [N, classes], float32.
+
+    Raises ValueError for a state that does not fit the network, and without an image.
+    """
     require("probabilities", {"split": split, "batch_size": batch_size}, RULES)
     theta = stated("probabilities", net, theta, split.device)
     if not len(split):
@@ -385,11 +394,13 @@ def profile(
     perturb: Perturb | None = None,
     perturb_statistics: Perturb | None = None,
 ) -> Profile:
-    """Loss and accuracy on `split` at `points` equidistant t in [0, 1].
+    """Loss and accuracy on `split` at `points` equidistant t in [0, 1], both ends among them.
 
-    statistics: the (training) images on which BatchNorm is recomputed at every point; None leaves
-    the statistics as the curve mixes them, which is rarely what one wants. perturb: the attack on
-    the images of `split` at every point, perturb_statistics: that on the images of `statistics`.
+    statistics: the (training) images on which BatchNorm's running statistics are computed anew at
+    every point; None leaves those that the curve mixes, which is rarely what one wants. perturb:
+    the attack on the images of `split` at every point. perturb_statistics: the attack on the images
+    of `statistics`. The paper measures its curves so (section 5; here chapters 2, 6 and 8). Raises
+    ValueError as `means`, and for buffers that cannot be mixed (`check_mixable`).
     """
     t, arc, loss, accuracy = along(
         net,
@@ -415,7 +426,10 @@ def along(
     perturb: Perturb | None = None,
     perturb_statistics: Perturb | None = None,
 ) -> Array:
-    """t, arc length, and the mean of each quantity: [points, 2 + quantities]; see `profile`."""
+    """What `profile` measures, for any quantities: t, arc length and their means, by columns.
+
+    Returns float64 [points, 2 + quantities]. wanted: as in `means`. Raises ValueError as `profile`.
+    """
     given = {"curve": curve, "data": data, "wanted": wanted, "statistics": statistics}
     given |= {"points": points, "perturb": perturb, "perturb_statistics": perturb_statistics}
     require("profile", given, RULES)
@@ -436,6 +450,21 @@ class Plane(NamedTuple):
     accuracy: Array  # [rows, columns]
     corners: Array  # [3, 2], where the three networks lie
 
+    def __repr__(self) -> str:
+        low, high = self.loss.min(), self.loss.max()
+        return f"Plane({len(self.x)} x {len(self.y)} cells, loss {low:.3g} to {high:.3g})"
+
+    def _repr_html_(self) -> str:
+        finite = self.loss[np.isfinite(self.loss)]
+        if not finite.size:
+            return display.described(self)
+        low, high = finite.min(), finite.max()
+        height = np.where(np.isfinite(self.loss), (self.loss - low) / ((high - low) or 1.0), 1.0)
+        shades = torch.from_numpy((255 * (1 - height[::-1])).astype(np.uint8))  # y points up
+        cells = shades.repeat_interleave(6, 0).repeat_interleave(6, 1)
+        drawn = display.strip(cells[None, None], "loss over the plane, dark where it is high")
+        return display.described(self, drawn)
+
 
 def plane(
     net: nn.Module,
@@ -449,9 +478,9 @@ def plane(
 ) -> Plane:
     """Evaluate a square grid in the plane through three networks (paper, section 5).
 
-    resolution: points along a side. margin: how far it goes beyond the corners, as a share of
-    their extent. `statistics` and `perturb` as in `profile`, in each cell. Raises ValueError when
-    the three lie on one line.
+    resolution: points along a side. margin: how far the square goes beyond the corners, as a share
+    of their extent. statistics, perturb: as in `profile`, in each cell. Raises ValueError as
+    `profile`, and when the three networks lie on one line.
     """
     given = {"split": split, "statistics": statistics, "resolution": resolution}
     require("plane", given | {"margin": margin, "perturb": perturb}, RULES)

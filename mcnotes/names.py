@@ -7,12 +7,15 @@ from typing import Any
 
 
 def resolve(path: str) -> Any:
-    """What "package.module:name" names. Raises ValueError if it cannot be imported."""
+    """What "package.module:name" names. Raises ValueError if it cannot be imported.
+
+    Also if the module itself raises something, or ends the process.
+    """
     module, _, name = path.partition(":")
     try:
         return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        cause = f"cannot import {path!r} ({error})"
+    except (Exception, SystemExit) as error:
+        cause = f"cannot import {path!r:.200} ({type(error).__name__}: {error!s:.200})"
         raise ValueError(f"{cause}, expected module:name on PYTHONPATH") from error
 
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from mcnotes import calls, checkpoints, evaluate, symmetry, train
 from mcnotes.calls import InputError
+from mcnotes.checkpoints import Numbers
 from mcnotes.curves import Theta, check_same_space
 from mcnotes.data import Loader, Sets
 from mcnotes.data.loader import widened
@@ -203,33 +204,34 @@ def _checked(ready: Prepared, what: str, function: Metric) -> Metric:
 def for_inputs(
     net: nn.Module,
     sets: Sets,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
 ) -> nn.Module:
     """The network for batches of `sets`; if these are images in [0, 1], (x − mean) / std first.
 
-    Three numbers also make a grey image one in colours. Raises InputError where they do not fit.
+    Three numbers also make a grey image one in colours. Raises InputError where they do not fit,
+    CheckpointError where they are no mean and deviation of pixels.
     """
-    mean, std = mean or [], std or []
-    if sets.task is None and (mean or std):
-        raise InputError(
-            "mean and std are for pictures, and these data come in batches, which are taken as "
-            "they are: leave mean and std out, and normalise where the batches are made"
-        )
-    if mean and std and len(mean) != len(std):
-        raise InputError(f"got {len(mean)} numbers as mean and {len(std)} as std, expected as many")
+    given = {n: x for n, x in {"mean": mean, "std": std}.items() if x is not None}
     if sets.task is None:
+        if given:
+            raise InputError(
+                "mean and std are for pictures, and these data come in batches, which are taken as "
+                "they are: leave mean and std out, and normalise where the batches are made"
+            )
         return net
-    channels = max(len(mean), len(std))
-    has = sets.task.example.shape[1]
-    if channels > 1 and has not in (1, channels):
+    sizes = {n: len(x) for n, x in given.items() if isinstance(x, list | tuple) and len(x) > 1}
+    if len({*sizes.values()}) > 1:
+        raise InputError(f"got numbers for {sizes} channels, expected as many in mean and std")
+    channels, has = max(sizes.values(), default=0), sets.task.example.shape[1]
+    if has not in (1, channels) and channels:
         raise InputError(f"got mean and std of {channels} channels for pictures of {has}")
-    return checkpoints.normalised(net, mean or [0], std or [1], channels if channels > 1 else 0)
+    return checkpoints.normalised(net, channels=channels, **given)
 
 
 def module(who: str, name: str, model: Any) -> nn.Module:
-    """The module itself, out of the wrapper of `torch.compile`. InputError if it cannot be used."""
-    model = getattr(model, "_orig_mod", model)
+    """The module itself, out of its wrappers. InputError if it cannot be used."""
+    model = checkpoints.unwrapped(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"{who}: {name} is a {type(model).__name__}, expected an nn.Module")
     found: dict[str, Tensor] = dict(model.named_parameters())

@@ -23,6 +23,7 @@ from mcnotes.calls import (
     Training,
     applied,
     arranged,
+    call,
     count,
     duplicate,
     heads,
@@ -270,10 +271,29 @@ def _epoch(step: "Step", curve: Curve, task: Training, seed: int, epoch: int) ->
     drawing = seeded(seed if step.perturb else _apart(seed), device)
     with evaluate.mode(step.net, training=True), drawing:
         for i, (x, y) in enumerate(data):
+            if (n := count(x)) == 1 and not _takes_one(step.net, x, device):
+                continue
             lr = recipe.lr * SCHEDULES[recipe.schedule](epoch + i / batches, recipe.epochs)
-            total += step(x, y, weights[i], lr) * (n := count(x))
+            total += step(x, y, weights[i], lr) * n
             samples += n
+    if not samples:
+        cause = "train: the network cannot train on batches of one image, as none with BatchNorm1d"
+        raise TrainingError(f"{cause}. Fix: use a batch_size of at least 2")
     return float(total) / samples
+
+
+def _takes_one(net: nn.Module, x: Any, device: torch.device) -> bool:
+    """Can the network train on this single sample? BatchNorm1d cannot: one has no variance.
+
+    A last batch of one is then left out; each epoch draws another.
+    """
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    try:
+        with torch.no_grad(), seeded(0, device):
+            call(net, buffers, x)
+    except Exception:  # of the user's network
+        return False
+    return True
 
 
 def _apart(seed: int) -> int:

@@ -26,6 +26,7 @@ from mcnotes import cache, calls, curves, evaluate, prepare, symmetry, train
 from mcnotes.calls import InputError
 from mcnotes.checkpoints import Loaded
 from mcnotes.data import Loader
+from mcnotes.matching import Moments, Pair, pam, stream
 from mcnotes.symmetry import SymmetryError
 from mcnotes.symmetry.execute import tensors_in
 from mcnotes.train import TrainingError
@@ -775,6 +776,25 @@ def test_the_lines_of_the_readme_run_as_they_stand(capsys: pytest.CaptureFixture
     assert isinstance(names["merged"], nn.Module)
 
 
+def inner_values() -> dict[str, object]:
+    """What lies below the front door, by how its line begins."""
+    net, data = normed(), task()
+    thetas = [train.initialise(net, seed) for seed in (1, 2, 3)]
+    sym, recipe = symmetry.find(net, data.example), train.Recipe(1, 32, augment=False)
+    pair, images = Pair(net, sym, *thetas[:2]), data.train
+    settings = pam.Settings((1,), 1, samples=1, images=32, probe=32, nodes=1)
+    problem = pam.Problem(net, sym, data, recipe, settings)
+    axis, corners = np.arange(2.0), np.zeros((3, 2))
+    high = evaluate.Plane(axis, axis, np.array([[1, np.inf], [2, 3]]), np.ones((2, 2)), corners)
+    return {
+        "Pair(two Sequential networks of ": pair,
+        "Moments(6 units, ": stream(pair, images)["0"][0],
+        "Problem(Sequential, Task(stripes": problem,
+        "Result(1 iterations, Q ": pam.fit(problem, curves.bezier(*thetas[:2]), seed=1),
+        "Plane(2 x 2 cells, loss 1 to inf)": high,
+    }
+
+
 def test_values_say_in_one_line_what_they_are() -> None:
     batches = [(randn(64, 1, 12, 12, seed=s), randint(3, 64, seed=s)) for s in range(3)]
     a, b = (trained(normed, batches, F.cross_entropy, seed) for seed in (1, 2))
@@ -798,10 +818,12 @@ def test_values_say_in_one_line_what_they_are() -> None:
         "Loader(3 batches of 64 samples on cpu)": curve.batches,
         "Loaded(": Loaded(fit.theta, "net.", ["optimizer"], ""),
     }
+    values |= inner_values()
     for start, value in values.items():
         assert repr(value).startswith(start), repr(value)
         assert "\n" not in repr(value)
-        if not isinstance(value, Loader):
+        assert len(repr(value)) < 400
+        if not isinstance(value, Loader | Pair | pam.Problem | Moments):
             page = value._repr_html_()  # type: ignore[attr-defined]
             assert all(f"<{tag}" in page for tag in ("div",))
             assert all("aria-label" in svg for svg in re.findall(r"<svg[^>]*>", page))

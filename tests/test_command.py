@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -135,6 +138,7 @@ class TestHelp:
             for kind in (
                 calls.InputError,
                 mcnotes.symmetry.SymmetryError,
+                mcnotes.symmetry.ExampleError,
                 checkpoints.CheckpointError,
                 DataError,
                 mcnotes.matching.AlignmentError,
@@ -157,7 +161,7 @@ class TestHelp:
         (f"report {PAIR} --loss torch.nn:mse", 2, "no attribute 'mse'"),
         (f"align {PAIR} --arguments '[1]'", 2, "no JSON object"),
         (f"align {PAIR} --arguments '{{\"wdth\": 2}}'", 1, "unexpected keyword argument 'wdth'"),
-        (f"align {PAIR} --arguments '{{\"width\": -2}}'", 1, "Fix: see --arguments"),
+        (f"align {PAIR} --arguments '{{\"width\": -2}}'", 1, "Fix: see its arguments"),
         (f"align {PAIR} --arguments '{{\"width\": 9}}'", 1, "a.pt"),
         ("align --model mynets:Net a.pt a.pt --data mynets:loader", 1, "hold the same weights"),
         ("align --model mynets:Net mynets.py b.pt --data mynets:loader", 1, "mynets.py"),
@@ -375,6 +379,53 @@ class TestReport:
         assert "No unit of this network may change places, so none is matched." in page
         assert "lstm" in page
         check_networks(home, checkpoints.build("mynets:Rows"), (torch.randn(5, 8),))
+
+    def test_before_a_curve_is_trained_a_stop_says_that_nothing_is_kept(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def stopped(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(command, "run", stopped)
+        code, _, err = ran(capsys, f"report {PAIR}")
+        assert (code, err.count("\n")) == (130, 1)
+        assert "stopped before a curve was trained" in err
+
+    def test_sigterm_stops_as_ctrl_c_does(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(command, "run", lambda *_: signal.raise_signal(signal.SIGTERM))
+        code, _, err = ran(capsys, f"report {PAIR}")
+        assert (code, err.count("\n")) == (143, 1)
+        assert signal.getsignal(signal.SIGTERM) == before
+
+    @pytest.mark.slow
+    def test_stopped_it_goes_on_and_says_so(
+        self, home: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """SIGTERM once the first curve is in training. (Its numbers: tests of `connect`.)"""
+        line = f"report {PAIR} --loss torch.nn.functional:mse_loss --epochs 60 --points 3"
+        words = [sys.executable, "-m", "mcnotes", *shlex.split(line)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        kept = home / "report" / "as it is.checkpoint"
+        with subprocess.Popen(
+            words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as running:
+            while not kept.exists():
+                assert running.poll() is None, running.communicate()
+                time.sleep(0.02)
+            running.terminate()
+            out, err = running.communicate(timeout=120)
+        assert (running.returncode, out, err.count("\n")) == (143, "", 1), err
+        assert "mcnotes report: stopped. Run the same command again" in err
+        assert str(kept.relative_to(home)) in err
+        assert not (home / "report.html").exists()
+        code, out, err = ran(capsys, line)
+        assert (code, err) == (0, "")
+        assert f"goes on from '{kept.relative_to(home)}'" in out
+        read_report(home)
+        assert not kept.exists(), "of a report that is done nothing is kept"
 
     @pytest.mark.slow
     def test_what_does_not_fit_is_one_line(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 import struct
 import subprocess
@@ -476,6 +477,11 @@ class TestLoadErrors:
         with pytest.raises(DataError, match=r"cifar10.npz is damaged or no .npz file"):
             self.load(tmp_path)
 
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "cifar10.npz")
+        with pytest.raises(DataError, match=r"cifar10.npz is .* \(it is no regular file\)"):
+            self.load(tmp_path)
+
     def test_a_pickle_is_not_opened(self, tmp_path: Path) -> None:
         arrays = toy_arrays() | {"class_names": np.array([object()] * 4)}
         np.savez(tmp_path / "cifar10.npz", **arrays)
@@ -498,6 +504,28 @@ class TestLoadErrors:
             ({"train_labels": np.zeros(59, np.int64)}, r"has train_labels .* not .60."),
             ({"test_labels": np.zeros(20)}, "has test_labels of float64"),
             ({"test_labels": np.full(20, 4)}, r"has test_labels outside of 0\.\.3"),
+            ({"test_labels": np.full(20, -1)}, r"has test_labels outside of 0\.\.3"),
+            (
+                {"test_images": np.zeros((0, 8, 8, 3), np.uint8), "test_labels": np.zeros(0, int)},
+                r"has test_images \(0, 8, 8, 3\), of which none has a pixel",
+            ),
+            (
+                {
+                    "train_images": np.zeros((0, 8, 8, 3), np.uint8),
+                    "train_labels": np.zeros(0, int),
+                },
+                r"has train_images \(0, 8, 8, 3\), of which none has a pixel",
+            ),
+            (
+                {"train_images": np.zeros((60, 8, 0, 3), np.uint8)},
+                "has train_images .* of which none",
+            ),
+            (
+                {"test_images": np.zeros((20, 8, 8), np.uint8)},
+                r"has images of shape \(8, 8, 3\) in",
+            ),
+            ({"test_images": np.zeros((20, 7, 8, 3), np.uint8)}, "has images of shape .* but"),
+            ({"class_names": np.array("one")}, r"has class_names \(\), not .classes."),
         ],
     )
     def test_a_file_of_another_form(

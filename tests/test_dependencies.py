@@ -35,6 +35,7 @@ NOT_IMPORTED = {
     "pytest-xdist": "a plugin of pytest: `-n` in the Makefile",
     "nbval": "a plugin of pytest: `--nbval-lax` in the Makefile",
     "axe-core-python": "tests/test_permuter.py reads the script in it",
+    "expecttest": "PyTorch's list of samples, for tools/programs.py, imports it",
     "mypy": "the Makefile runs the program",
     "ruff": "the Makefile runs the program",
     "mcnotes": "the tests need what the book and full-scale runs need: mcnotes[book,report,batch]",

@@ -50,6 +50,7 @@ ORDER = [
     "data.augment",
     "data.sources",
     "data.tasks",
+    "data.arrays",
     "data.folders",
     "data.loader",
     "data",
@@ -89,6 +90,7 @@ INNER = {
     "symmetry.trace",
     "symmetry.rules",
     "symmetry.activations",
+    "data.arrays",
     "names",
 }
 REPOSITORY_BYTES, NOTEBOOK_BYTES = 25_000_000, 1_000_000

@@ -145,6 +145,19 @@ def test_any_precision(dtype: torch.dtype) -> None:
     assert sym.verify(net, x) < 1e-12
 
 
+class Holder:
+    """A plain object with a tensor."""
+
+    def __init__(self) -> None:
+        self.scale = torch.full((1,), 2.0)
+
+
+def test_tensors_in_objects_are_followed() -> None:
+    net = Case(lambda s, x: s.o(tanh(s.a(x)) * s.holder.scale), BODY, {})()[0]
+    net.holder = Holder()
+    check(net, X, FREE)
+
+
 def test_a_scripted_layer_among_others() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

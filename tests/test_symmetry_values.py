@@ -21,6 +21,7 @@ from torch import Tensor, nn, tanh
 from mcnotes import symmetry
 
 Groups = dict[str, tuple[int, set[str]]]
+CHANCE = np.random.default_rng(0)
 BODY = {"a": layer(6, 8), "o": layer(8, 3)}
 FREE: Groups = {"a": (8, A | O)}
 
@@ -359,6 +360,12 @@ def test_verify_is_not_fooled_by_constants(name: str) -> None:
 def test_verify_refuses_to_compare_constants(run: Callable[..., Any]) -> None:
     net, x, free = claimed(run, (2, 5))
     with pytest.raises(symmetry.SymmetryError, match="do not depend on the inputs"):
+        free.verify(net, x)
+
+
+def test_verify_refuses_to_compare_chance() -> None:
+    net, x, free = claimed(lambda s, x: s.o(tanh(s.a(x))) * CHANCE.random(), (2, 5))
+    with pytest.raises(symmetry.SymmetryError, match="a second run on the same inputs differs"):
         free.verify(net, x)
 
 

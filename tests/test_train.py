@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from shutil import which
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,41 @@ def test_learns_and_repeats(make: object) -> None:
     assert net.training
     assert equal(fit.theta, train.fit(net, data, RECIPE, seed=1).theta)
     assert not equal(fit.theta, train.fit(net, data, RECIPE, seed=2).theta)
+
+
+def flat_normed() -> nn.Module:
+    """BatchNorm over images alone, which has no variance for one; with dropout."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(144, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3)
+    )
+
+
+def test_a_last_batch_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where BatchNorm cannot take it, it is left out; where it can, it is trained on."""
+    recipe = Recipe(epochs=2, batch_size=32, lr=0.05, schedule="linear")
+    one_more = task(65)
+    fit = train.fit(flat_normed(), one_more, recipe, seed=1)
+    assert len(fit.losses) == 2
+    assert all(x.isfinite().all() for x in fit.theta.values())
+    curve = curves.bezier(*(train.initialise(flat_normed(), seed) for seed in (1, 2)))
+    assert len(train.fit_curve(flat_normed(), curve, one_more, recipe, seed=1).losses) == 2
+    shown, step = [0, 0], train.Step.__call__
+    for k, net in enumerate((normed(), flat_normed())):
+
+        def count(self: train.Step, x: Tensor, *rest: Any, k: int = k) -> Tensor:
+            shown[k] += len(x)
+            return step(self, x, *rest)
+
+        monkeypatch.setattr(train.Step, "__call__", count)
+        train.fit(net, one_more, recipe, seed=1)
+    assert shown == [2 * 65, 2 * 64]
+
+
+def test_batches_of_one_image_alone() -> None:
+    with pytest.raises(TrainingError, match=r"cannot train on batches of one image.*at least 2"):
+        train.fit(flat_normed(), task(12), Recipe(1, batch_size=1), seed=1)
+    fit = train.fit(plain(), task(12), Recipe(1, batch_size=1, lr=0.01), seed=1)
+    assert len(fit.losses) == 1
 
 
 def test_agrees_with_a_plain_pytorch_loop() -> None:

@@ -121,7 +121,7 @@ class Page:
         self.mouse("mouseReleased", b)
 
     def touch(self, start: str, target: str) -> None:
-        """The same with a finger."""
+        """As `drag`, with a finger."""
         a, b = self.centre(start), self.centre(target)
 
         def send(kind: str, *points: Point) -> None:

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mcnotes.calls import Batch, InputError, Inputs, count, plain, seeded
+from mcnotes.checks import faults, whole
+from mcnotes.data.arrays import failure
 from mcnotes.data.folders import SPLITS, dataset
 from mcnotes.data.sources import DataError
-from mcnotes.data.tasks import SOURCES, Split, Task
+from mcnotes.data.tasks import OPTIONS, SOURCES, Split, Task
 from mcnotes.names import resolve
 
 MEASURED_SIZE = 500  # images in a batch that is not trained on
@@ -70,13 +72,16 @@ class Loader:
         self.device, self.labels = device, labels
         self.source: Iterable[Any] = _checked(source)
         self.number = 0
-        if once and isinstance(source, Iterator):
-            head = [batch for batch, _ in zip(source, range(1), strict=False)]
-            self.source = chain(head, source)
-        else:
-            self.source = list(source) if isinstance(source, Iterator) else source
-            head = [batch for batch, _ in zip(self.source, range(1), strict=False)]
-            self.number = _length(self.source)
+        try:
+            if once and isinstance(source, Iterator):
+                head = [*islice(source, 1)]
+                self.source = chain(head, source)
+            else:
+                self.source = list(source) if isinstance(source, Iterator) else source
+                head = [*islice(self.source, 1)]
+                self.number = _length(self.source)
+        except (Exception, SystemExit) as error:  # of the user's data
+            raise InputError(f"batches: they cannot be read ({failure(error)})") from error
         if not head:
             raise InputError("batches: got none, expected at least one batch of inputs")
         self.head: Batch = self.read(head[0])
@@ -207,22 +212,25 @@ def sets(
 ) -> Sets:
     """Batches by name: what `dataset` takes, or "package.module:callable" for data of any kind.
 
-    The callable takes no arguments and gives a DataLoader (any iterable of batches that can be read
-    again), or several: (train, val, test), (train, val), or a dictionary of these names. Of a
-    single one, every seventh batch is held out for validation, and every seventh for the test; they
-    are then kept in memory. Where only the test is missing, it is half of val. Pairs of arrays
-    (images, labels), three of them, or a Task are taken as `dataset` takes them.
+    The callable takes no arguments and gives a Dataset, a DataLoader, any iterable of batches that
+    can be read again, or several: (train, val, test), (train, val), or a dictionary of these names.
+    Of a single one, every seventh batch is held out for validation, and every seventh for
+    the test; they are then kept in memory. Where only the test is missing, it is half of val. Pairs
+    of arrays (images, labels), three of them, or a Task are taken as `dataset` takes them.
 
-    image_size, batch_size: of images that do not come in batches. Raises DataError.
+    image_size, batch_size: of what does not come in batches. Raises DataError.
     """
+    given = {"image_size": image_size, "batch_size": batch_size, "device": device}
+    if found := faults(given, OPTIONS | {"batch_size": whole(1)}):
+        raise DataError(f"data.sets: {'; '.join(found)}")
     if source in SOURCES or Path(source).is_dir() or ":" not in source:
         return _cut(dataset(source, image_size, device), batch_size)
     try:
         made = resolve(source)()
     except ValueError as error:
         raise DataError(f"data.sets: {error}") from error
-    except Exception as error:  # of the user's function
-        cause = f"{source} fails ({type(error).__name__}: {error})"
+    except (Exception, SystemExit) as error:  # of the user's function
+        cause = f"{source} fails ({failure(error)})"
         raise DataError(f"data.sets: {cause}, expected a function without arguments") from error
     if isinstance(made, Task):
         return _cut(made, batch_size)
@@ -235,8 +243,8 @@ def sets(
     if _are_arrays(made):
         return _cut(dataset(source, image_size, device), batch_size)
     several = isinstance(made, tuple | list) and not any(map(_is_batch, made))
-    found = [*made] if several else [made]
-    if not 1 <= len(found) <= len(SPLITS) or any(isinstance(x, tuple) for x in found):
+    parts = [*made] if several else [made]
+    if not 1 <= len(parts) <= len(SPLITS) or any(isinstance(x, tuple) for x in parts):
         raise DataError(
             f"data.sets: {source} gave {_named(made)}, expected a DataLoader, or up to three: "
             "(train, val, test)"
@@ -246,7 +254,8 @@ def sets(
             f"data.sets: {source} gave batches, expected pictures for image_size={image_size}. "
             "Fix: leave it out, and cut the inputs where the batches are made"
         )
-    return _with_held_out(source, found)
+    loaders = [_loader(one, batch_size, shuffle=k == 0) for k, one in enumerate(parts)]
+    return _with_held_out(source, loaders)
 
 
 def _cut(task: Task, size: int) -> Sets:
@@ -274,6 +283,13 @@ def _are_arrays(made: Any) -> bool:
 def _named(made: Any) -> str:
     size = f" of {len(made)}" if isinstance(made, tuple | list) else ""
     return f"a {type(made).__name__}{size}"
+
+
+def _loader(one: Any, size: int, *, shuffle: bool) -> Any:
+    """A Dataset in batches, and batches as they are."""
+    if not isinstance(one, Dataset):
+        return one
+    return DataLoader(one, size, shuffle=shuffle and not isinstance(one, IterableDataset))
 
 
 def _with_held_out(source: str, found: list[Any]) -> Sets:

@@ -52,15 +52,17 @@ def read(name: str, root: Path, torchvision_class: str | None, download: bool) -
     fix = "pass download=True" if torchvision_class else "restore it from the repository"
     if name == "tiny-imagenet":
         fix = f"unpack http://cs231n.stanford.edu/{TINY}.zip to {downloads / TINY}"
-    raise DataError(f"data.load: found no {name}.npz in {root} or {downloads}. Fix: {fix}, "
-                    "or name another folder by folder=... or MCNOTES_DATA")  # fmt: skip
+    fix += ", or name another folder by folder=... or MCNOTES_DATA"
+    raise DataError(f"data.load: found no {name}.npz in {root} or {downloads}. Fix: {fix}")
 
 
 def read_npz(path: Path) -> Arrays:
     """All arrays of a `.npz` file. Raises DataError if it is damaged; nothing is unpickled."""
-    sound = _sound(f"{path} is damaged or no .npz file", "delete it and fetch or make it again")
-    with sound, path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
+    with _sound(f"{path} is damaged or no .npz file", "delete it and fetch or make it again"):
+        if not path.is_file():  # opening a pipe would wait without end
+            raise OSError("it is no regular file")
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
 
 
 def check(arrays: Arrays, path: Path) -> Arrays:
@@ -73,15 +75,22 @@ def check(arrays: Arrays, path: Path) -> Arrays:
 def _faults(arrays: Arrays) -> Iterator[str]:
     expected = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
     yield from (f"lacks {key}" for key in [*expected, "class_names"] if key not in arrays)
+    if arrays["class_names"].ndim != 1:
+        yield f"has class_names {arrays['class_names'].shape}, not [classes]"
     classes = len(arrays["class_names"])
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
             yield f"has {split}_images of {images.dtype} {images.shape}, not uint8 [N, H, W(, 3)]"
+        if images.size == 0:
+            yield f"has {split}_images {images.shape}, of which none has a pixel"
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
             yield f"has {split}_labels of {labels.dtype} {labels.shape}, not [{len(images)}]"
-        if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        if not 0 <= labels.min() <= labels.max() < classes:
             yield f"has {split}_labels outside of 0..{classes - 1}, its class_names"
+    train, test = arrays["train_images"].shape[1:], arrays["test_images"].shape[1:]
+    if train != test:
+        yield f"has images of shape {train} in train_images, but {test} in test_images"
 
 
 def _from_torchvision(torchvision_class: str, root: Path, download: bool) -> Arrays:
@@ -91,8 +100,8 @@ def _from_torchvision(torchvision_class: str, root: Path, download: bool) -> Arr
     make = getattr(torchvision.datasets, torchvision_class)
     fix = "check the connection" if download else "pass download=True"
     arrays: Arrays = {}
-    with _sound(f"torchvision finds no intact {torchvision_class} in {root}",
-                f"delete what is there of it and {fix}"):  # fmt: skip
+    fault = f"torchvision finds no intact {torchvision_class} in {root}"
+    with _sound(fault, f"delete what is there of it and {fix}"):
         for split in ("train", "test"):
             files = make(root, train=split == "train", download=download)
             arrays[f"{split}_images"] = np.asarray(files.data)

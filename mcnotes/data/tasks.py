@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mcnotes import cache, display
-from mcnotes.checks import a, require, whole
+from mcnotes.checks import Rule, a, device, optional, require, whole
 from mcnotes.data.augment import Augment
 from mcnotes.data.sources import Arrays, DataError, fair_order, read
 from mcnotes.names import suggest
@@ -39,11 +39,12 @@ class Split:
         tensor = a(Tensor, "a tensor")
         require("Split", vars(self), {"images": tensor, "labels": tensor})
         if x.dtype != torch.uint8 or x.ndim != 4:
-            raise ValueError(f"Split: got images {x.dtype} {tuple(x.shape)}, "
-                             "expected torch.uint8 [N, C, H, W]")  # fmt: skip
+            got = f"images {x.dtype} {tuple(x.shape)}"
+            raise ValueError(f"Split: got {got}, expected torch.uint8 [N, C, H, W]")
         if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-            raise ValueError(f"Split: got labels {y.dtype} {tuple(y.shape)}, "
-                             f"expected torch.int64 [{len(x)}], one for each image")  # fmt: skip
+            got = f"labels {y.dtype} {tuple(y.shape)}"
+            expected = f"torch.int64 [{len(x)}], one for each image"
+            raise ValueError(f"Split: got {got}, expected {expected}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,9 +69,13 @@ class Split:
         return Split(self.images[:n], self.labels[:n])
 
     def batches(
-        self, size: int, *, generator: torch.Generator | None = None,
-        augment: Augment | None = None, drop_last: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+        self,
+        size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: Augment | None = None,
+        drop_last: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield float images [size, C, H, W] in [0, 1] and labels [size], once through the split.
 
         Shuffled if there is a `generator`, which also drives `augment`: its state decides all. The
@@ -164,6 +169,10 @@ SOURCES = {
 }
 
 
+LARGEST = 4096  # pixels of a side: images all lie in memory at once
+OPTIONS: dict[str, Rule] = {"image_size": optional(whole(1, LARGEST)), "device": device}
+"""What the arguments of `load` and `folders.dataset` may be."""
+
 HOME = Path(__file__).resolve().parents[2] / "data"
 """The repository's own data folder, where the paper's table and the results are, too."""
 
@@ -183,22 +192,35 @@ def default_folder() -> Path:
     return Path(named) if named else cache.home()
 
 
+def resolved(device: str | torch.device) -> torch.device:
+    """The device that "auto" stands for, CUDA if it can; any other as it is."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
 def load(
-    name: str, *, device: str | torch.device = "auto", folder: str | Path | None = None,
-    download: bool = False, validation: int | None = None, image_size: int | None = None
-) -> Task:  # fmt: skip
+    name: str,
+    *,
+    device: str | torch.device = "auto",
+    folder: str | Path | None = None,
+    download: bool = False,
+    validation: int | None = None,
+    image_size: int | None = None,
+) -> Task:
     """A data set by its name, one of `SOURCES`, as tensors on the device ("auto": CUDA if it can).
 
     `folder` replaces the data folder, where `<name>.npz` is looked for first; `download` lets
     torchvision fetch what is not there. `validation` images of train are held out as `val`: None
     takes the data set's own number, 0 trains on all, as the paper does. `image_size` resizes once,
     with antialiasing (the paper's GoogLeNet sees Tiny ImageNet at 32). Raises ValueError for an
-    unknown name or an impossible `validation`, DataError for files that are missing or damaged.
+    unknown name, an impossible `validation` or `image_size`, DataError for files that are missing
+    or damaged.
     """
     if name not in SOURCES:
         raise ValueError(f"data.load: got {name!r}, expected a data set{suggest(name, SOURCES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    require("data.load", {"image_size": image_size, "device": device}, OPTIONS)
+    device = resolved(device)
     source = SOURCES[name]
     root = default_folder() if folder is None else Path(folder)
     arrays = read(name, root, source.torchvision, download)
@@ -206,15 +228,15 @@ def load(
     held_out = source.validation if validation is None else validation
     cut = len(train) - held_out
     if not 0 < cut <= len(train):
-        raise ValueError(f"data.load: got validation={held_out}, expected at least 0 and fewer "
-                         f"than the {len(train)} training images of {name}")  # fmt: skip
+        expected = f"at least 0 and fewer than the {len(train)} training images of {name}"
+        raise ValueError(f"data.load: got validation={held_out}, expected {expected}")
     val = Split(train.images[cut:], train.labels[cut:])
     larger = train.images.shape[2] / arrays["train_images"].shape[1]
     augment = replace(source.augment, padding=round(source.augment.padding * larger))
     return Task(name, train.first(cut), val, test, tuple(map(str, arrays["class_names"])), augment)
 
 
-def _split(arrays: Arrays, which: str, image_size: int | None, device: str | torch.device) -> Split:
+def _split(arrays: Arrays, which: str, image_size: int | None, device: torch.device) -> Split:
     images, labels = arrays[f"{which}_images"], arrays[f"{which}_labels"]
     order = fair_order(images, labels)
     pixels = torch.from_numpy(images[order].reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)

@@ -42,6 +42,12 @@ COLORS = {
     "PAM unaligned": "#E69F00",
     "aligned": "#0072B2",
     "PAM aligned": "#56B4E9",
+    # Chapter 9's names of the same, and what else it compares.
+    "identity": "#D55E00",
+    "activations": "#0072B2",
+    "weights": "#009E73",
+    "straight-through": "#CC79A7",
+    "sinkhorn": "#E69F00",
 }
 RANGE = ("pi", 100)  # seaborn's name for a band or a bar from the smallest value to the largest
 # Letters of 11 points on 6 inches are nine pixels high on a telephone of 390 pixels.
@@ -71,7 +77,7 @@ STYLE: dict[str, Any] = {
 
 def set_style() -> None:
     """Set the book's theme for every figure that follows, seaborn's and matplotlib's alike."""
-    sns.set_theme(style="ticks", palette=[*COLORS.values()], rc=STYLE)
+    sns.set_theme(style="ticks", palette=[*dict.fromkeys(COLORS.values())], rc=STYLE)
 
 
 def color(method: str) -> str:
@@ -110,17 +116,22 @@ def lines(
 
 
 def dots(ax: Axes, frame: DataFrame, y: str, *, x: str = "method", units: str = "pair") -> None:
-    """The value `y` of each unit (each pair of networks) at each `x`, a unit's joined by a line.
+    """The value of each unit (each pair of networks) in each category, a unit's joined by a line.
 
-    frame: tidy, a row for each unit and x, as of `frames.summary`.
+    frame: tidy, a row for each unit and category, as of `frames.summary`. y is the value and x the
+    category, or the other way round for categories that run down.
     """
-    sns.lineplot(frame, x=x, y=y, units=units, estimator=None, color="#AAAAAA", lw=1, ax=ax)
-    known = _palette(frame[x]) if set(frame[x]) <= COLORS.keys() else None
-    hue = x if known else None
+    down = frame[x].dtype.kind == "f"
+    category, along = (y, "y") if down else (x, "x")
+    sns.lineplot(
+        frame, x=x, y=y, units=units, estimator=None, orient=along, color="#AAAAAA", lw=1, ax=ax
+    )
+    known = _palette(frame[category]) if set(frame[category]) <= COLORS.keys() else None
+    hue = category if known else None
     sns.stripplot(
         frame, x=x, y=y, hue=hue, palette=known, jitter=False, size=7, legend=False, ax=ax
     )
-    ax.set(xlabel="")
+    ax.set(ylabel="") if down else ax.set(xlabel="")
 
 
 def _palette(methods: Iterable[str]) -> dict[str, str]:

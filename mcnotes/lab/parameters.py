@@ -3,7 +3,7 @@
 `zoo.Experiment` holds its fields against it, and a chapter's or a step's further parameters.
 """
 
-from mcnotes import checks, data, models, train
+from mcnotes import checkpoints, checks, data, models, train
 from mcnotes.matching import pam
 
 ALIGNMENTS = ("unaligned", "aligned", "pam-unaligned", "pam-aligned")
@@ -72,6 +72,6 @@ ALLOWED: dict[str, checks.Rule] = {
     "robust_curve_epochs": checks.whole(1),
     "test_images": checks.whole(1),
     "image_size": checks.optional(checks.whole(1)),
-    "mean": checks.optional(checks.listed(checks.number(0, 1), once=False)),
-    "std": checks.optional(checks.listed(checks.number(0, above=True), once=False)),
+    "mean": checks.optional(checkpoints.NORMALISATION["mean"]),
+    "std": checks.optional(checkpoints.NORMALISATION["std"]),
 }

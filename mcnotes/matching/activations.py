@@ -49,16 +49,23 @@ class Moments:
     squares: Tensor  # [2, U]
     cross: Tensor  # [U, U], entry (i, j) = Σ (aᵢ − origin)(bⱼ − origin)
 
+    def __repr__(self) -> str:
+        return f"Moments({len(self.cross)} units, {self.samples} samples)"
+
     @classmethod
     def about(cls, origin: Tensor) -> "Moments":
-        """Nothing seen yet. origin: [2, U]."""
+        """Moments about `origin` [2, U] that have not seen anything yet."""
         origin, units = origin.double(), origin.shape[1]
         zeros = (origin.new_zeros(rows, units) for rows in (2, 2, units))
         return cls(origin, bool(origin.any()), 0, *zeros)
 
     @classmethod
     def like(cls, *both: Tensor) -> "Moments":
-        """Nothing seen yet of units of A and B that vary like these: [samples, U] each."""
+        """Moments that have not seen anything yet, of units that vary like these.
+
+        both: activations of A and of B, [samples, U] each. The origin of a unit is its first value
+        where its mean is large beside its deviation, else 0.
+        """
         few = (x[:: -(-len(x) // 1000)].double() for x in both)
         still = torch.stack([x.mean(0) ** 2 > 10 * x.var(0, correction=0) for x in few])
         return cls.about(torch.where(still, torch.stack([x[0] for x in both]), 0.0))
@@ -97,7 +104,7 @@ class Moments:
         return torch.where(scale > 0, self.covariance() / scale, 0.0).clamp(-1, 1)
 
     def similarity(self, cost: Cost) -> Tensor:
-        """What the assignment maximises: [U, U]."""
+        """What the assignment maximises, by `cost` as in `match`: [U, U]."""
         if cost != "l2":
             return self.correlation() if cost == "correlation" else self.covariance()
         (va, vb), (ma, mb) = self.variances(), self.origin + self.sums / self.samples

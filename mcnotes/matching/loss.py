@@ -44,7 +44,7 @@ RATES = {"straight-through": 3.0, "sinkhorn": 0.3}
 
 @dataclass(frozen=True)
 class Descent:
-    """How `loss_matching` descends. Raises ValueError for what no descent can be."""
+    """How `loss_matching` descends. Raises ValueError for a field that is out of its range."""
 
     action: str = "straight-through"  # a name in `ACTIONS`
     epochs: int = 10

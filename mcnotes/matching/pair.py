@@ -35,6 +35,11 @@ class Pair:
         except ValueError as error:
             raise AlignmentError(str(error)) from error
 
+    def __repr__(self) -> str:
+        numbers = sum(x.numel() for x in self.theta_a.values())
+        kind, groups = type(self.net).__name__, len(self.sym.groups)
+        return f"Pair(two {kind} networks of {numbers:,} numbers, {groups} groups of units)"
+
     @property
     def names(self) -> list[str]:
         """The names of the parameters; tied ones are named once."""

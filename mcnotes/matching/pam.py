@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mcnotes import evaluate, train
+from mcnotes import display, evaluate, train
 from mcnotes.cache import Checkpoint, State
 from mcnotes.checks import Rule, a, flag, listed, number, one_of, require, whole
 from mcnotes.curves import Curve, Theta, check_same_space, combine
@@ -89,6 +89,13 @@ class Result(NamedTuple):
     perm: Perm
     history: list[Iteration]
 
+    def __repr__(self) -> str:
+        first, last = self.history[0].before, self.history[-1].after
+        return f"Result({len(self.history)} iterations, Q {first:.3g} → {last:.3g}; {self.curve!r})"
+
+    def _repr_html_(self) -> str:
+        return display.described(self, display.table(row._asdict() for row in self.history))
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -107,6 +114,9 @@ class Problem:
     def __post_init__(self) -> None:
         rules = {"sym": a(Symmetry, "a Symmetry"), "settings": a(Settings, "pam.Settings")}
         require("pam", vars(self), train.RULES | rules)
+
+    def __repr__(self) -> str:
+        return f"Problem({type(self.net).__name__}, {self.task!r}, {self.settings!r})"
 
     def value(self, curve: Curve) -> float:
         """Q on the first `settings.probe` training images, in nats."""

@@ -36,14 +36,24 @@ def outputs(net: nn.Module, theta: Mapping[str, Tensor], inputs: Inputs) -> list
 
 
 def tensors_in(value: Any, seen: frozenset[int] = frozenset()) -> Iterator[Tensor]:
-    """The tensors in nested containers, dataclasses and objects; seen: ids of those around it."""
+    """The tensors in nested containers, dataclasses and objects; seen: ids of those around it.
+
+    Not those of a cache of `transformers`: it is a network's own, for the tokens to come, and units
+    may stand in it in any order.
+    """
     if isinstance(value, Tensor):
         yield value
-    elif value is None or isinstance(value, SCALARS) or id(value) in seen:
+    elif value is None or isinstance(value, SCALARS) or id(value) in seen or is_cache(value):
         return
     else:
         for part in parts(value):
             yield from tensors_in(part, seen | {id(value)})
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it holds keys and values of earlier tokens, as `transformers` keep them."""
+    kinds = ((kind.__module__, kind.__name__) for kind in type(value).__mro__)
+    return ("transformers.cache_utils", "Cache") in kinds
 
 
 def parts(value: Any) -> Iterable[Any]:

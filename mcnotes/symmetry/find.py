@@ -226,6 +226,12 @@ class Symmetry:
             visible |= any(scales)
             compared = inputs, before, scales
             if not (total := harm(perm, *compared)) <= tolerance:
+                if (again := harm({}, *compared)) > tolerance:
+                    raise SymmetryError(
+                        f"verify: a second run on the same inputs differs by {again:.1e}, so that "
+                        "nothing can be compared. Fix: let outputs be finite, and chance be drawn "
+                        "by PyTorch."
+                    )
                 alone = {n: harm({n: p}, *compared) for n, p in perm.items()}
                 name = max(alone, key=lambda n: alone[n])
                 raise SymmetryError(
@@ -404,10 +410,13 @@ def float64_outputs(
     values = {n: in_float64(b) for n, b in net.named_buffers()} | theta
     for n, _ in net.named_buffers():
         values[n] = values[n].clone()  # which a forward pass may change
+    copied = inference_copy(
+        net, train
+    )  # PyTorch copies no tensors of another than the default type
     with float64_default, unfused_attention, torch.no_grad(), calls.seeded(seed, device):
         given = tree_map_only(Tensor, lambda x: in_float64(x).to(device), inputs)
         with InFloat64():
-            return outputs(inference_copy(net, train), values, given)
+            return outputs(copied, values, given)
 
 
 class InFloat64(TorchDispatchMode):

@@ -123,8 +123,9 @@ def discover(
     found = groups_of(trace, classes, factors)
     groups = dict(zip(group_names(found), found, strict=True))
     moved = classes.group_of_unit >= 0
-    if twins := same_kind(found):
-        merged = merge_groups(classes, twins)
+    twins, alone = same_kind(found), lone_blocks(trace, classes)
+    if twins or len(alone):
+        merged = merge_groups(classes, twins, alone)
         outer_trace, outer_factors = run_trace(net, inputs, train, merged)
         outer = classify(outer_trace, outer_factors)
         moved |= outer.group_of_unit[units_of(merged).numpy()] >= 0
@@ -384,18 +385,41 @@ def same_kind(groups: Iterable[Group]) -> list[int]:
     return [k for k, kind in enumerate(kinds) if count[kind] > 1]
 
 
-def merge_groups(classes: Classes, twins: Sequence[int]) -> Tensor:
+def lone_blocks(trace: Trace, classes: Classes) -> list[Integers]:
+    """Sets of units that may be interchangeable as a whole, though no unit of them is by itself."""
+    taken, found = classes.group_of_unit >= 0, list[Integers]()
+    for units, places in ((u.numpy(), p.numpy()) for u, p in trace.blocks):
+        if not taken[units].any():  # those that share a unit are one
+            size = (trace.unit_count, int(places.max()) + 1)
+            of = tied_pairs(units, places, size)
+            blocks = [np.unique(units[of == k]) for k in np.unique(of)]
+            if len(blocks) > 1:
+                taken[units] = True
+                found += blocks
+    return found
+
+
+def tied_pairs(a: Integers, b: Integers, size: tuple[int, int]) -> Integers:
+    """[pairs]: the set of each pair `a[k], b[k]` where all that share a number are one set."""
+    shape = (sum(size), sum(size))
+    graph = coo_matrix((np.ones(len(a)), (a, b + size[0])), shape)
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)[a]
+
+
+def merge_groups(classes: Classes, twins: Sequence[int], alone: Sequence[Integers]) -> Tensor:
     """[units]: the code that stands for each unit when these groups are units, 2 and following.
 
-    Units of these groups become their slots. Those of other groups become fixed, and those without
-    a group stay units.
+    Units of these groups become their slots; so do those of blocks that stand `alone`. Those of
+    other groups become fixed, and those without a group stay units.
     """
     group, members = classes.group_of_unit, np.bincount(classes.of)[classes.of]
     number = np.zeros(len(classes.groups) + 1, np.int64)  # the last one, -1: without a group
     number[twins] = np.arange(len(twins)) + 2
-    own = np.arange(len(group)) + len(twins)  # the first two units are none
+    own = np.arange(len(group)) + len(twins) + len(alone)  # the first two units are none
     unit = np.where(group >= 0, number[group], own)
     slot = np.where(group >= 0, classes.number[classes.of] * members + classes.rank, 0)
+    for k, units in enumerate(alone):
+        unit[units], slot[units] = len(twins) + 2 + k, np.arange(len(units))
     return torch.from_numpy(unit << BITS | slot)
 
 

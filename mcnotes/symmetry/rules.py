@@ -142,6 +142,7 @@ def reduce(trace: Trace, x: Labelled, *_: Any) -> Factors:
     dim, keep = trace.arguments.get("dim"), bool(trace.arguments.get("keepdim"))
     dims = {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim or range(x.dim()))}
     for f in x.factors:
+        trace.block(f, dims)
         if axes(f) & dims:
             trace.see(f)
             trace.hold_axes(f, axes(f) - dims)
@@ -157,6 +158,9 @@ def softmax(trace: Trace, x: Tensor, dim: int, *_: Any) -> Tensor:
 def product(trace: Trace, a: Tensor, b: Tensor) -> Tensor:
     """The matrix product: one entry by entry, and a sum."""
     trace.contracted |= {t: None for x in labelled_in((a, b)) for t in x.taps}
+    for x, dim in ((a, a.dim() - 1), (b, b.dim() - 2)):
+        for f in factors_of(x):
+            trace.block(f, {dim})
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
 
 

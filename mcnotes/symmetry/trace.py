@@ -98,6 +98,7 @@ class Trace(Tape):
         self.pins: list[tuple[Tensor, str]] = []  # units, and why they must stay
         self.seen: list[Tensor] = []  # units, see `see`
         self.contracted: dict[Tap, None] = {}  # what contractions read, in order
+        self.blocks: list[tuple[Tensor, Tensor]] = []  # units, and in which block, see `block`
 
     def parameter(self, tensor: Tensor, groups: int) -> Labelled:
         """A parameter, each axis of which gets units; groups: of the convolution it serves."""
@@ -420,6 +421,20 @@ class Trace(Tape):
     def see(self, factor: Tensor) -> None:
         """Units are more than moved: they meet something given, or a sum takes all of them."""
         self.seen.append(units_in(factor).unique())
+
+    def block(self, factor: Tensor, dims: Collection[int]) -> None:
+        """Units are summed along `dims` only: those at one place of the other axes are a block.
+
+        It may move as a whole where its units must keep their order, as in rotary positions.
+        """
+        if (
+            self.merged is None
+            and axes(factor).intersection(dims)
+            and axes(factor).difference(dims)
+        ):
+            rest = positions(factor.shape, axes(factor).difference(dims)).expand_as(factor)
+            held = factor >= UNIT
+            self.blocks.append((units_of(factor[held]), rest[held]))
 
     def apply(
         self, rule: Callable[..., Any] | None, func: Any, args: Any, kwargs: Any

@@ -1,0 +1,168 @@
+"""Batches of a user's own: by name, from whatever can be read, or refused before any work."""
+
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import small
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from mcnotes import data, prepare
+from mcnotes.calls import InputError
+from mcnotes.checkpoints import CheckpointError
+from mcnotes.data import Loader
+from mcnotes.data.sources import DataError
+
+CPU = torch.device("cpu")
+X, Y = torch.arange(60.0)[:, None], torch.arange(60) % 3
+
+
+def taken(monkeypatch: pytest.MonkeyPatch, made: Any, **options: Any) -> data.Sets:
+    monkeypatch.setitem(sys.modules, "their", SimpleNamespace(data=lambda: made))
+    return data.sets("their:data", **options)
+
+
+def inputs(source: Any) -> list[float]:
+    """All of a source, each input one number."""
+    return [float(v) for x, _ in Loader(source, CPU).batches(0) for v in x.flatten()]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from zip(X, Y, strict=True)
+
+
+class Broken(Dataset[Any]):
+    """Its pictures cannot be put into a batch, or are not there."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, k: int) -> Any:
+        if self.error:
+            raise self.error
+        return object(), 1
+
+
+class TestDatasets:
+    def test_three(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each is cut into batches; the images to train on come in another order."""
+        parts = [TensorDataset(X[i:j], Y[i:j]) for i, j in ((0, 40), (40, 50), (50, 60))]
+        found = taken(monkeypatch, parts, batch_size=16)
+        assert [len(s) for s in (found.train, found.val, found.test)] == [3, 1, 1]
+        assert sorted(inputs(found.train)) == X[:40, 0].tolist()
+        assert inputs(found.train) != X[:40, 0].tolist()
+        assert inputs(found.val) == X[40:50, 0].tolist()
+
+    @pytest.mark.parametrize("make", [lambda: TensorDataset(X, Y), Stream])
+    def test_one(self, make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is shuffled, but the same each time; a stream comes as it is."""
+        found, again = (taken(monkeypatch, make(), batch_size=5) for _ in range(2))
+        parts = [inputs(s) for s in (found.train, found.val, found.test)]
+        assert sorted([*parts[0], *parts[1], *parts[2]]) == X[:, 0].tolist()
+        assert all(map(len, parts))
+        assert parts == [inputs(s) for s in (again.train, again.val, again.test)]
+        assert (parts[1] == sorted(parts[1])) == (make is Stream)
+
+    def test_two_by_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = TensorDataset(X, Y)
+        found = taken(monkeypatch, {"train": whole, "val": DataLoader(whole, 6)}, batch_size=10)
+        assert len(found.train) == 6
+        assert inputs(found.val) + inputs(found.test) != []
+
+    @pytest.mark.parametrize(
+        ("made", "text"),
+        [
+            (Broken(), "cannot be read .TypeError: default_collate"),
+            (Broken(OSError("no disk")), "cannot be read .OSError: no disk"),
+            (Broken(SystemExit(3)), "cannot be read .SystemExit: 3"),
+        ],
+    )
+    def test_what_cannot_be_read(self, made: Any, text: str) -> None:
+        with pytest.raises(InputError, match=rf"^batches: they {text}"):
+            Loader(DataLoader(made, 4), CPU)
+
+    def test_functions_that_end_the_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "their", SimpleNamespace(data=lambda: sys.exit(3)))
+        with pytest.raises(DataError, match=r"their:data fails .SystemExit: 3"):
+            data.sets("their:data")
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_an_iterator_loses_no_batch(once: bool) -> None:
+    """Where it is read once, its second batch once went missing."""
+    source = iter([(X[i : i + 10], Y[i : i + 10]) for i in range(0, 60, 10)])
+    loader = Loader(source, CPU, once=once)
+    found = [float(v) for x, _ in loader.batches(0) for v in x.flatten()]
+    assert found == X[:, 0].tolist()
+
+
+class TestForInputs:
+    def sets(self, channels: int = 1) -> data.Sets:
+        task = small.task(6)
+        train = data.Split(task.train.images.expand(-1, channels, -1, -1), task.train.labels)
+        one = data.Task("a", train, train, train, task.class_names)
+        return data.Sets(train, train, train, one)
+
+    def seen(self, channels: int, mean: Any, std: Any) -> Tensor:
+        sets = self.sets(channels)
+        assert sets.task is not None
+        found: Tensor = prepare.for_inputs(nn.Flatten(2), sets, mean, std)(sets.task.example)
+        return found
+
+    @pytest.mark.parametrize(
+        ("mean", "std", "alike"),
+        [
+            (0.5, None, ([0.5], [1.0])),
+            (None, 0.25, ([0.0], [0.25])),
+            (0, 1, (None, None)),
+            (0.5, [0.2, 0.3, 0.4], ([0.5] * 3, [0.2, 0.3, 0.4])),
+            ([0.5], [0.2, 0.2, 0.2], ([0.5] * 3, [0.2] * 3)),
+            ((0.5, 0.5, 0.5), 0.2, ([0.5] * 3, [0.2] * 3)),
+        ],
+    )
+    def test_one_number_is_for_all_channels(self, mean: Any, std: Any, alike: Any) -> None:
+        for channels in (1, 3):
+            assert torch.equal(self.seen(channels, mean, std), self.seen(channels, *alike))
+
+    @pytest.mark.parametrize(
+        ("channels", "mean", "std", "text"),
+        [
+            (3, [0.5] * 5, None, "mean and std of 5 channels for pictures of 3"),
+            (1, [0.5] * 3, [0.1] * 4, "'mean': 3, 'std': 4.* expected as many"),
+            (3, "[0.5]", None, r"mean: got '\[0.5\]', expected a number"),
+            (3, None, 0, "std: got 0, expected a number above 0"),
+            (3, [0.5, 0.5, float("nan")], None, "mean: got nan"),
+        ],
+    )
+    def test_what_does_not_fit(self, channels: int, mean: Any, std: Any, text: str) -> None:
+        with pytest.raises((InputError, CheckpointError), match=text):
+            prepare.for_inputs(nn.Flatten(2), self.sets(channels), mean, std)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_models_come_out_of_their_wrappers(wrap: Callable[[nn.Module], Any]) -> None:
+    net = small.plain()
+    assert prepare.module("align", "model_a", wrap(net)) is net
+
+
+class TestDevices:
+    @pytest.mark.parametrize("device", ["gpu", "GPU:0", "cuda:99", "", 1.5, None])
+    def test_those_that_are_not_there(
+        self, device: Any, user: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = r"device: got .*, expected a device of this computer: auto, cpu"
+        with pytest.raises(ValueError, match=f"^data.load: {text}"):
+            data.load("fashion-mnist-small", device=device)
+        for source in ("fashion-mnist-small", "users_net:task"):
+            with pytest.raises(DataError, match=f"^data.dataset: {text}"):
+                data.dataset(source, device=device)
+            with pytest.raises(DataError, match=f"^data.(sets|dataset): {text}"):
+                data.sets(source, device=device)

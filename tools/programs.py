@@ -1,0 +1,322 @@
+"""Look for unsound symmetries: random programs for as long as wanted, and PyTorch's operators.
+
+    python -m tools.programs --minutes 60
+
+A random program is a network of operations that are known to be followed, in any order. Of each
+operator in PyTorch's own list of samples (`op_db`) networks are made in which its arguments are
+parameters, or hidden units, or both. Whatever symmetry is found must hold. The exit status is 1 if
+any does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mcnotes import symmetry
+
+WIDTH, LENGTH, INPUTS = 6, 4, 3
+
+
+class Program(nn.Module):
+    """Steps on a list of values [N, T, 6]; each takes two of them and adds one.
+
+    A step is the name of an operation, and how far back its operands stand.
+    """
+
+    def __init__(self, steps: list[tuple[str, int, int]]) -> None:
+        super().__init__()
+        self.steps, self.weights, self.next = steps, nn.ParameterList(), 0
+        self.first, self.last = nn.Linear(INPUTS, WIDTH), nn.Linear(WIDTH, 2)
+
+    def take(self, *shape: int) -> Tensor:
+        """The next parameter; made at the first run."""
+        self.next += 1
+        if self.next > len(self.weights):
+            self.weights.append(nn.Parameter(torch.randn(shape) / 2))
+        weight: Tensor = self.weights[self.next - 1]
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.next, values = 0, [self.first(x)]
+        for name, i, j in self.steps:
+            a, b = values[-1 - i % len(values)], values[-1 - j % len(values)]
+            values.append(OPERATIONS[name](self, a, b))
+        last: Tensor = self.last(values[-1])
+        return last
+
+
+Operation = Callable[[Program, Tensor, Tensor], Tensor]
+
+
+def write_half(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    y = torch.zeros_like(a)
+    y[..., :3] = a[..., 3:]
+    y[:, :1, 3:] += b[:, :1, 3:]
+    return y
+
+
+def attention(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    def heads(x: Tensor) -> Tensor:
+        y: Tensor = (x @ p.take(WIDTH, WIDTH)).unflatten(-1, (2, 3))
+        return y.transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(heads(a), heads(b), heads(b), is_causal=True)
+    joined: Tensor = out.transpose(1, 2).flatten(2)
+    return joined
+
+
+def grouped(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    return F.conv1d(a.mT, p.take(WIDTH, 2, 1), p.take(WIDTH), groups=3).mT
+
+
+def complex_product(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    return (torch.complex(a, b) * torch.complex(p.take(WIDTH), p.take(WIDTH))).real
+
+
+def circular(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    return F.conv1d(F.pad(a.mT, (1, 1), mode="circular"), p.take(WIDTH, WIDTH, 3)).mT
+
+
+def strided(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    w = p.take(WIDTH, WIDTH)
+    return a @ w.as_strided((WIDTH, WIDTH), (1, WIDTH)) + b
+
+
+OPERATIONS: dict[str, Operation] = {
+    "layer": lambda p, a, b: F.linear(a, p.take(WIDTH, WIDTH), p.take(WIDTH)),
+    "tanh": lambda p, a, b: a.tanh(),
+    "gate": lambda p, a, b: a * b.sigmoid(),
+    "add": lambda p, a, b: a + b,
+    "shift": lambda p, a, b: a + p.take(WIDTH),
+    "scale by pairs": lambda p, a, b: a * p.take(2, 3).flatten(),
+    "kron": lambda p, a, b: a @ torch.kron(p.take(2, 2), p.take(3, 3)),
+    "three axes": lambda p, a, b: F.linear(a, p.take(WIDTH, 2, 3).flatten(1)),
+    "einsum": lambda p, a, b: torch.einsum(
+        "nthd,hde->nte", a.unflatten(-1, (2, 3)), p.take(2, 3, 6)
+    ),
+    "blocks": lambda p, a, b: torch.einsum(
+        "nthd,hde->nthe", a.unflatten(-1, (2, 3)), p.take(2, 3, 3)
+    ).flatten(2),
+    "position": lambda p, a, b: a + p.take(16, WIDTH)[: a.shape[1]],
+    "causal": lambda p, a, b: p.take(16, 16)[: a.shape[1], : a.shape[1]].tril().softmax(-1) @ a,
+    "norm": lambda p, a, b: F.layer_norm(a, (WIDTH,), p.take(WIDTH), p.take(WIDTH)),
+    "norm of halves": lambda p, a, b: F.group_norm(a.flatten(0, 1), 2, p.take(WIDTH)).view_as(a),
+    "softmax": lambda p, a, b: a.softmax(-1) * b,
+    "reverse": lambda p, a, b: a.flip(-1),
+    "roll": lambda p, a, b: a + b.roll(2, -1),
+    "shuffle": lambda p, a, b: a.unflatten(-1, (2, 3)).mT.flatten(2),
+    "halves": lambda p, a, b: torch.cat([a[..., :3].relu(), b[..., 3:]], -1),
+    "rotate": lambda p, a, b: torch.cat([-a[..., 3:], a[..., :3]], -1),
+    "time": lambda p, a, b: torch.cat([a[:, :1], b[:, 1:]], 1),
+    "back in time": lambda p, a, b: a + b.roll(1, 1),
+    "choose": lambda p, a, b: a[..., [0, 2, 4, 1, 3, 5]],
+    "constant": lambda p, a, b: a * torch.full((WIDTH,), 2.0),
+    "ramp": lambda p, a, b: a * torch.arange(1.0, 1 + WIDTH),
+    "by length": lambda p, a, b: a * (torch.arange(WIDTH) < 2 * a.shape[1]),
+    "where": lambda p, a, b: torch.where(b > 0, a, p.take(WIDTH)),
+    "mean": lambda p, a, b: a - b.mean(-1, keepdim=True),
+    "pool": lambda p, a, b: a + b.mean(1, keepdim=True),
+    "largest": lambda p, a, b: a * b.amax(-1, keepdim=True),
+    "sum so far": lambda p, a, b: a.cumsum(-1),
+    "sort": lambda p, a, b: a.sort(-1).values,
+    "exponents": lambda p, a, b: torch.frexp(a)[1].to(a.dtype),
+    "outer": lambda p, a, b: torch.einsum("nti,ntj->nij", a, b).sum(1)[:, None] + a,
+    "write": write_half,
+    "attention": attention,
+    "grouped": grouped,
+    "complex": complex_product,
+    "circular": circular,
+    "strided": strided,
+}
+
+step = st.tuples(st.sampled_from([*OPERATIONS]), st.integers(0, 3), st.integers(0, 3))
+
+PROGRAMS = st.tuples(st.lists(step, min_size=1, max_size=7), st.booleans())
+"""The steps of a program, and whether it is tried on shorter inputs, too."""
+
+
+def check_program(steps: list[tuple[str, int, int]], shorter: bool) -> None:
+    """Raise an error if what is found in a program does not hold, at other sizes, too."""
+    torch.manual_seed(0)
+    net, x = Program(steps), torch.randn(2, LENGTH, INPUTS)
+    with torch.no_grad():
+        net(x)
+    sym = symmetry.find(net, x)
+    others = [torch.randn(3, 9, INPUTS), torch.randn(1, 1, INPUTS), torch.randn(2, 2, INPUTS)]
+    sym.verify(net, x, others=others if shorter else others[:1])
+
+
+def try_programs(seconds: float) -> int:
+    """Try programs for so long; how many. Raises what `check_program` raises, for the least one."""
+    end, tried, chunk = time.monotonic() + seconds, 0, 0
+    while time.monotonic() < end:
+
+        @seed(chunk)
+        @settings(
+            max_examples=100,
+            deadline=None,
+            database=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        )
+        @given(PROGRAMS)
+        def run(program: tuple[list[tuple[str, int, int]], bool]) -> None:
+            nonlocal tried
+            if time.monotonic() < end:
+                tried += 1
+                check_program(*program)
+
+        run()
+        chunk += 1
+    return tried
+
+
+# PyTorch's operators
+
+INSIDE = 3  # inputs of a network around an operator
+SAMPLES = 4  # of each operator
+SIZES = 4, 1000  # the entries that its arguments have together
+
+
+class Around(nn.Module):
+    """An operator on a sample's arguments, in a network whose outputs depend on all its results.
+
+    hidden: which of the tensors, in their order, are hidden units; other ones are parameters.
+    Tensors of integers and truth values are buffers.
+    """
+
+    def __init__(self, op: Callable[..., Any], sample: Any, hidden: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.op, self.sample = op, sample
+        self.parts, self.outer = nn.ParameterDict(), nn.ParameterList()
+        for k, x in enumerate(self.tensors()):
+            if x.is_floating_point() or x.is_complex():
+                self.parts[f"p{k}"] = nn.Parameter(x.detach().clone())
+                if hidden(k):
+                    self.parts[f"w{k}"] = nn.Parameter(torch.randn(*x.shape, INSIDE) / 10)
+            else:
+                self.register_buffer(f"b{k}", x.clone())
+        self.outer.extend(nn.Parameter(torch.randn(y.shape)) for y in self.results(torch.rand(3)))
+
+    def tensors(self) -> list[Tensor]:
+        given = (self.sample.input, self.sample.args, self.sample.kwargs)
+        return [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+
+    def results(self, x: Tensor) -> list[Tensor]:
+        """The operator's results, as finite real numbers."""
+        tensors = iter(range(len(self.tensors())))
+
+        def part(_: Tensor) -> Tensor:
+            if f"p{(k := next(tensors))}" not in self.parts:
+                return self.get_buffer(f"b{k}").clone()  # for it may be written over
+            y: Tensor = self.parts[f"p{k}"].clone()
+            return y + (self.parts[f"w{k}"] * x).sum(-1).tanh() if f"w{k}" in self.parts else y
+
+        arguments = (self.sample.input, self.sample.args, self.sample.kwargs)
+        first, rest, keywords = tree_map_only(Tensor, part, arguments)
+        found = [y for y in tree_leaves(self.op(first, *rest, **keywords)) if isinstance(y, Tensor)]
+        return [
+            (torch.view_as_real(y.resolve_conj()) if y.is_complex() else y.to(x.dtype)).nan_to_num(
+                0.0, 0.0, 0.0
+            )
+            for y in found
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = [(y * w).sum() for y, w in zip(self.results(x), self.outer, strict=True)]
+        return torch.stack(y) + x.sum()
+
+
+def size_of(sample: Any) -> int:
+    """How many entries the tensors of a sample have together."""
+    given = tree_leaves((sample.input, sample.args, sample.kwargs))
+    return sum(x.numel() for x in given if isinstance(x, Tensor))
+
+
+def around(op: Any) -> Iterator[nn.Module]:
+    """Networks around an operator, as far as it takes such arguments."""
+    samples = op.sample_inputs("cpu", torch.float32, requires_grad=False)
+    fit = [s for s in samples if SIZES[0] <= size_of(s) <= SIZES[1]]
+    for sample in fit[:: -(-len(fit) // SAMPLES) or 1]:
+        for hidden in (lambda k: True, lambda k: k == 0, lambda k: k > 0):
+            torch.manual_seed(0)
+            try:
+                yield Around(op.op, sample, hidden)
+            except Exception:  # it takes no copies of its samples, or no such numbers
+                continue
+
+
+NO_NUMBERS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty"}
+NO_NUMBERS |= {"new_empty_strided"}
+"""Operators whose results are whatever stood in memory."""
+
+
+def outcome(net: nn.Module) -> tuple[str, str]:
+    """What becomes of a network, in a word; and the text of an error."""
+    x = torch.rand(INSIDE)
+    try:
+        sym = symmetry.find(net, x)
+    except symmetry.ExampleError as error:
+        return "fails itself", str(error)
+    except symmetry.SymmetryError as error:
+        return "refused", str(error)
+    except Exception as error:
+        return "crashes", f"{type(error).__name__}: {error}"
+    try:
+        sym.verify(net, x)
+    except symmetry.SymmetryError as error:
+        text = str(error)
+        return "unsound" if "outputs differ" in text else "not verified", text
+    return "with groups" if sym.groups else "without groups", ""
+
+
+def try_operators(show: Callable[[str], None]) -> Counter[str]:
+    """Try all operators of PyTorch's list: how many networks came to what."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    total, handled = Counter[str](), 0
+    for op in (op for op in op_db if op.name not in NO_NUMBERS):
+        found = Counter[str]()
+        for net in around(op):
+            word, text = outcome(net)
+            if word in ("unsound", "crashes") and not found[word]:
+                show(f"{op.name} {op.variant_test_name}: {word}: {text[:400]}")
+            elif word in ("refused", "not verified", "fails itself") and not found[word]:
+                show(f"  {op.name} {op.variant_test_name}: {word}: {text[:200]}")
+            found[word] += 1
+        handled += bool(found["with groups"] + found["without groups"])
+        total += found
+    show(f"{len(op_db)} operators, {handled} of them followed")
+    return total
+
+
+def main() -> int:
+    """Try operators, then programs; 1 if anything was unsound."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
+    parser.add_argument("--minutes", type=float, default=60.0, help="of random programs")
+    parser.add_argument("--no-operators", action="store_true", help="random programs alone")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")  # of operators that are about to go
+    torch.set_num_threads(1)
+    found = Counter[str]() if args.no_operators else try_operators(print)
+    for word, count in found.most_common():
+        print(f"{count} networks around an operator: {word}")
+    print(f"{try_programs(60 * args.minutes)} random programs: all that was found holds")
+    return int(found["unsound"] + found["crashes"] > 0)
+
+
+RAW = argparse.RawDescriptionHelpFormatter
+
+if __name__ == "__main__":
+    raise SystemExit(main())
