@@ -95,6 +95,7 @@ INNER = {
 }
 REPOSITORY_BYTES, NOTEBOOK_BYTES = 25_000_000, 1_000_000
 CELL_LINES, WORDS, EXERCISES = 25, 600, range(3, 7)
+SHOWN_LINES = 2500  # of code, in the whole book
 
 
 def tracked() -> list[Path]:
@@ -205,6 +206,11 @@ class TestRepository:
         assert chapters.chapters() == CHAPTERS
         assert CHAPTERS
 
+    def test_the_book_shows_little_code(self) -> None:
+        """A reader who never opens a folded cell meets at most so much of it."""
+        shown = sum(counts.of(notebooks.read(path)).shown for path in CHAPTERS)
+        assert shown <= SHOWN_LINES
+
     def test_every_work_cited_is_in_the_bibliography(self) -> None:
         known = re.findall(r"^@\w+\{(\w+),", (ROOT / "book/references.bib").read_text("utf8"), re.M)
         assert len(known) == len(set(known))
@@ -280,6 +286,16 @@ class TestChapters:
         cells = [cell.source.splitlines() for cell in code if not counts.is_folded(cell)]
         long = [f"{len(cell)} lines: {cell[0]}" for cell in cells if len(cell) > CELL_LINES]
         assert not long, f"shown cells of more than {CELL_LINES} lines: {long}"
+
+    def test_the_story_outweighs_the_code_and_pictures_the_tables(self, path: Path) -> None:
+        found = counts.of(notebooks.read(path))
+        assert found.words > found.characters / 5
+        assert found.figures >= 2 * found.tables
+
+    def test_headline_numbers_are_compared_with_the_stored_ones(self, path: Path) -> None:
+        """By nbval, in `make test`."""
+        code = [cell.source for cell in notebooks.code_cells(notebooks.read(path))]
+        assert any(source.startswith("# NBVAL_CHECK_OUTPUT") for source in code)
 
     def test_stored_outputs_hold_no_error_no_warning_and_no_address(self, path: Path) -> None:
         for cell in notebooks.code_cells(notebooks.read(path)):
