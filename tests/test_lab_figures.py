@@ -1,15 +1,33 @@
-"""What the book's figures show: the surface that is turned."""
+"""What the book's figures show: dots of each pair, the surface that is turned."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
 from mcnotes.evaluate import Plane
-from mcnotes.lab.figures import Surface
+from mcnotes.lab.figures import Surface, dots
 from tools.browser import browser, program
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_dots_join_what_belongs_to_a_pair_in_the_order_of_the_rows(down: bool) -> None:
+    rows = [("1–2", "weights", 0.5), ("1–2", "activations", 0.1)]
+    rows += [("3–4", "weights", 0.7), ("3–4", "activations", 0.2)]
+    frame = pd.DataFrame(rows, columns=["pair", "method", "barrier"])
+    x, y = ("barrier", "method") if down else ("method", "barrier")
+    figure, ax = plt.subplots()
+    dots(ax, frame, y, x=x)
+    values = [line.get_xdata() if down else line.get_ydata() for line in ax.lines]
+    assert [list(v) for v in values if len(v)] == [[0.5, 0.1], [0.7, 0.2]]
+    axis = ax.yaxis if down else ax.xaxis
+    assert [label.get_text() for label in axis.get_ticklabels()] == ["weights", "activations"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1] or not down, "the first category is on top"
+    plt.close(figure)
 
 
 def surface() -> Surface:
