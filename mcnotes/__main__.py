@@ -651,7 +651,7 @@ def build(factory: str, arguments: dict[str, Any]) -> nn.Module:
         return checkpoints.build(factory, arguments)
     except checkpoints.CheckpointError:
         raise
-    except Exception as error:  # of the user's class
+    except ValueError as error:  # there is no such class
         reason = f"{factory} with {arguments} fails ({type(error).__name__}: {error})"
         raise Refused(f"{reason}. Fix: see --arguments") from error
 

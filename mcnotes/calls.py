@@ -153,12 +153,12 @@ def arranged(net: nn.Module, inputs: Inputs) -> Inputs:
 
 def _runs(net: nn.Module, inputs: Inputs) -> bool:
     """Does a copy of the network run on these inputs? Nothing of it stays."""
-    buffers = {n: b.clone() for n, b in net.named_buffers()}
+    state = {n: x.detach().clone() for n, x in (*net.named_parameters(), *net.named_buffers())}
     device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
     try:
         other = duplicate(net, shared=True)
         with torch.no_grad(), seeded(0, device):
-            within(other, buffers, lambda: applied(other, inputs))
+            within(other, state, lambda: applied(other, inputs))
     except Exception:  # of the user's network
         return False
     return True
@@ -239,7 +239,8 @@ def stated(
 ) -> Theta:
     """`theta`, if it is a state of `net`, with the network's own buffers that no state_dict holds.
 
-    Buffers are copied: a network may write over them. device: where it must lie, if that matters.
+    All are copies: a network may write over its buffers, and over parameters, as an embedding with
+    `max_norm` does. device: where it must lie, if that matters.
     Raises ValueError, which begins with `who`, for names that are missing or unknown, for other
     shapes or kinds of numbers, for tied tensors that differ, and for tensors without values or on
     several devices.
@@ -248,8 +249,8 @@ def stated(
         raise ValueError(f"{who}: got a {type(net).__name__} as network, expected an nn.Module")
     if not isinstance(theta, Mapping) or not all(isinstance(x, Tensor) for x in theta.values()):
         raise ValueError(f"{who}: got a {type(theta).__name__} as state, expected tensors by name")
-    buffers = dict(net.named_buffers(remove_duplicate=False))
-    own: Theta = dict(net.named_parameters(remove_duplicate=False)) | buffers
+    own: Theta = dict(net.named_parameters(remove_duplicate=False))
+    own |= dict(net.named_buffers(remove_duplicate=False))
     if lazy := [name for name, x in own.items() if nn.parameter.is_lazy(x)]:
         raise ValueError(f"{who}: {lazy[0]!r} has no shape. Fix: run the network once")
     one = {id(own[name]): name for name in reversed([*own]) if name in theta}  # of its names
@@ -271,8 +272,8 @@ def stated(
             )
     state = {name: theta[one[id(own[name])]] if name in own else x for name, x in theta.items()}
     state |= {name: own[name].detach() for name in lacking}
-    copies = {id(state[name]): state[name].clone() for name in buffers if name in state}
-    return {name: copies.get(id(x), x) for name, x in state.items()}
+    copies = {id(x): x.detach().clone() for x in state.values()}
+    return {name: copies[id(x)] for name, x in state.items()}
 
 
 def _check_like(who: str, x: Tensor, own: Tensor, device: torch.device) -> None:

@@ -258,20 +258,46 @@ def batchnorm(
     for path, module in net.named_modules(remove_duplicate=False):
         if module in momenta and (counter := f"{path}.num_batches_tracked".lstrip(".")) in fresh:
             fresh[counter].zero_()
+    calls = dict.fromkeys(momenta, 0)
+
+    def average(norm: _NormBase, _: Any) -> None:
+        if norm.training:
+            calls[norm] += 1
+            norm.momentum = 1 / calls[norm]  # plain averages; for None, PyTorch would wait
+
     with mode(net, training=False), torch.no_grad():
+        hooks = [norm.register_forward_pre_hook(average) for norm in momenta]
         try:
             batches = split.batches(batch_size, drop_last=split.count(batch_size) > 1)
-            k = 0
-            for k, (x, _) in enumerate(attacked(net, theta, batches, perturb), 1):
+            empty = True
+            for x, _ in attacked(net, theta, batches, perturb):
+                empty = False
                 for norm in momenta:
-                    norm.train().momentum = 1 / k  # plain averages; for None, PyTorch would wait
-                call(net, fresh, x)
+                    norm.training = True  # also of a class whose `train` does not change it
+                with understood(x):
+                    call(net, fresh, x)
         finally:
+            for hook in hooks:
+                hook.remove()
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
-    if k == 0:
+    if empty:
         raise ValueError("batchnorm: got no batch, expected at least one")
     return fresh
+
+
+@contextlib.contextmanager
+def understood(inputs: Any) -> Iterator[None]:
+    """Say what to do where BatchNorm cannot take the variance of a batch of one."""
+    try:
+        yield
+    except ValueError as error:
+        if count(inputs) > 1:
+            raise
+        raise ValueError(
+            f"batchnorm: got a batch of one, which has no variance ({error}). Fix: take at least 2 "
+            "images, and a batch_size of at least 2"
+        ) from error
 
 
 def _tracks(module: nn.Module) -> TypeGuard[_NormBase]:

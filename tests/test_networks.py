@@ -149,6 +149,53 @@ def instance_normed() -> nn.Module:
 OWN = ["in place", "assigned", "not persistent"]
 
 
+class Frozen(nn.BatchNorm2d):
+    """As in detectors: never in training mode."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode=False)
+        return self
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, Frozen])
+def test_statistics_of_a_norm_that_runs_twice_are_those_of_both_runs(
+    kind: type[nn.BatchNorm2d],
+) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.next, self.norm = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3), kind(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z: Tensor = self.norm(3 * self.next(self.norm(self.conv(x)).relu()) + 1).mean((2, 3))
+            return z
+
+    net = Again()
+    got = evaluate.batchnorm(net, train.initialise(net, 1), DATA.train, batch_size=32)
+    x = DATA.train.images.float().div(255).split(32)
+    means, variances = [], []
+    net.load_state_dict(train.initialise(net, 1))
+    with torch.no_grad():
+        for part in x:
+            h = net.conv(part)
+            k = 3 * net.next(F.batch_norm(h, None, None, training=True).relu()) + 1
+            means += [h.mean((0, 2, 3)), k.mean((0, 2, 3))]
+            variances += [h.var((0, 2, 3)), k.var((0, 2, 3))]
+    n = len(x) * 32 * 100 + 54
+    square = float(torch.stack(variances).max() + torch.stack(means).square().max())
+    agree(got["norm.running_mean"], torch.stack(means).mean(0), n, scale=square**0.5)
+    agree(got["norm.running_var"], torch.stack(variances).mean(0), n, scale=square)
+    assert got["norm.num_batches_tracked"] == 2 * len(x)
+    assert not net.norm._forward_pre_hooks
+    assert net.norm.momentum == 0.1
+
+
+def test_batchnorm_on_one_image_says_what_to_do() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 5), nn.BatchNorm1d(5))
+    with pytest.raises(ValueError, match=r"batchnorm: got a batch of one.*Fix: take at least 2"):
+        evaluate.batchnorm(net, train.initialise(net, 1), DATA.train.first(1))
+
+
 @pytest.mark.parametrize("how", OWN)
 def test_trained_buffers_come_back(how: str) -> None:
     net = Scaled(how)
@@ -417,6 +464,49 @@ def test_each_call_gets_its_own_input(how: str) -> None:
 # What is changed for a while comes back
 
 
+class Renormed(nn.Module):
+    """Writes over rows of its embedding that are too long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.last = nn.Embedding(256, 8, max_norm=0.5), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.last(self.rows((255 * x.flatten(1)).long()).mean(1))
+        return z
+
+
+class Clipped(nn.Module):
+    """Keeps its weights small, as the critics of Wasserstein GANs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 8, 3), nn.Linear(800, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first.weight.data.clamp_(-0.01, 0.01)
+        z: Tensor = self.last(self.first(x.expand(-1, 2, -1, -1)).relu().flatten(1))
+        return z
+
+
+@pytest.mark.parametrize("kind", [Renormed, Clipped])
+def test_weights_that_a_network_writes_over_stay_those_of_the_caller(
+    kind: type[nn.Module],
+) -> None:
+    net = kind()
+    theta, own = ({n: x.detach().clone() for n, x in net.state_dict().items()} for _ in range(2))
+    pair = Pair(net, symmetry.find(net, torch.rand(2, 1, 12, 12)), theta, dict(theta))
+    matching.match(pair, DATA.test)
+    evaluate.profile(net, curves.line(theta, theta), DATA.test, statistics=DATA.train, points=2)
+    got = evaluate.score(net, theta, DATA.test).loss
+    for name, x in net.state_dict().items():
+        assert torch.equal(theta[name], own[name])
+        assert torch.equal(x, own[name])
+    with torch.no_grad():
+        z = net.eval()(DATA.test.images.float() / 255)
+    agree(got, float(cross_entropy(z, DATA.test.labels)), terms(net) + len(z))
+
+
 class Fails(nn.Module):
     """BatchNorm, and an error in the second call."""
 
@@ -595,3 +685,21 @@ def test_images_in_any_layout_are_left_alone() -> None:
     for given in (x, x.contiguous()):
         calls.call(Looks(), {}, given)
         assert seen[-1] == given.stride()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_computed_weights_are_no_activations(new: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        wrap = parametrizations.weight_norm if new else nn.utils.weight_norm
+        torch.manual_seed(0)
+        layers = [wrap(nn.Linear(144, 12)), wrap(nn.Linear(12, 9))]
+        net = nn.Sequential(nn.Flatten(), layers[0], nn.ReLU(), layers[1], nn.ReLU())
+        net.append(nn.Linear(9, 3))
+    sym = symmetry.find(net, torch.rand(2, 1, 12, 12))
+    assert sorted(g.size for g in sym.groups.values()) == [9, 12]
+    assert all(len(g.post) == 1 for g in sym.groups.values())
+    a = {n: x.detach().clone() for n, x in net.state_dict().items()}
+    pair = Pair(net, sym, a, sym.permute(a, sym.random(torch.Generator().manual_seed(1))))
+    for found in matching.match(pair, DATA.train).after.values():
+        assert min(float(r) for r in found if r != 0) > 0.99

@@ -335,11 +335,15 @@ def groups_of(trace: Trace, classes: Classes, factors: Iterable[Factor]) -> list
 def tapped(trace: Trace, classes: Classes, taps: Iterable[Tap]) -> list[tuple[Place, ...]]:
     """The places of each group in activations."""
     found: list[list[tuple[Place, bool]]] = [[] for _ in classes.groups]
-    for tap in taps:
+    # What is made of parameters alone shows a group that nothing else shows, and by itself: in
+    # weights between two groups, the samples of one are units of the other.
+    for tap in sorted(taps, key=lambda t: not t.given):
         if tap.name:
             name = f"{tap.name}/{trace.count[tap.name.split(':')[0]]}"
-            for f in tap.factors:
-                for g, place, alone in places_in(name, f, classes):
+            held = [p for f in tap.factors for p in places_in(name, f, classes)]
+            shown = [g for g, _, _ in held]
+            for g, place, alone in held:
+                if tap.given or (not found[g] and len({*shown}) == 1):
                     found[g].append((place, alone))
     # A group is seen by itself; if nowhere, then at the first place among others.
     return [

@@ -162,7 +162,7 @@ class Trace(Tape):
             x = torch._from_functional_tensor(x.elem)
         for tap in x.taps if isinstance(x, Labelled) else ():
             if not tap.name:
-                tap.name, tap.factors = name, x.factors
+                tap.name, tap.factors, tap.given = name, x.factors, x.given
 
     # What is recorded of units
 

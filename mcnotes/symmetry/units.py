@@ -32,11 +32,15 @@ class ExampleError(SymmetryError):
 
 @dataclass(eq=False)
 class Tap:
-    """A result in the network: its name, its factors, and what entered its nonlinearity."""
+    """A result in the network: its name, its factors, and what entered its nonlinearity.
+
+    given: whether it depends on the inputs; if not, it may be weights, as of `weight_norm`.
+    """
 
     factors: Sequence[Tensor] = ()
     pre: "Tap | None" = None
     name: str = ""
+    given: bool = False
 
 
 class Labelled(Tensor):
