@@ -7,11 +7,13 @@ fix it. Nothing is unpickled that could run code, and no value is changed.
 import hashlib
 import inspect
 import json
+import os
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -195,8 +197,11 @@ def load(path: str | Path, net: nn.Module, prefix: str | None = None) -> Loaded:
     network's tensors, or holds others beside them, in their shapes and dtypes and with finite
     values.
     """
+    if not isinstance(path, str | Path):
+        got = type(path).__name__
+        raise CheckpointError(f"checkpoints.load: got a {got}, expected the path of a file")
     path = Path(path)
-    who = f"checkpoints.load: {path.name}"
+    who = f"checkpoints.load: {path.name:.{SHOWN}}"
     held, unread = _read(path)
     tensors, extras = _tensors(held, who)
     _refuse_quantised(tensors, who)
@@ -293,9 +298,20 @@ def _read(path: Path) -> tuple[Any, list[str]]:
                     raise
                 return _unpickled(path, unread, _Blank), unread
     except Exception as error:  # damaged files raise whatever their reader meets first
-        cause = f"{path.name} cannot be read ({failure(error).split('. ')[0]})"
-        expected = f"expected tensors in dictionaries. {_refusal(unread)}"
+        cause = f"{path.name:.{SHOWN}} cannot be read ({failure(error).split('. ')[0]})"
+        expected = f"expected tensors in dictionaries. {_remedy(path, unread, error)}"
         raise CheckpointError(f"checkpoints.load: {cause}, {expected}") from error
+
+
+def _remedy(path: Path, unread: Sequence[str], error: Exception) -> str:
+    """What to do about a file that cannot be read."""
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        return "Fix: see the path, and whether you may read the file"
+    with path.open("rb") as file:
+        pickled = file.read(4).startswith((b"PK\3\4", b"\x80"))
+    if pickled and isinstance(error, UnpicklingError):
+        return _refusal(unread)
+    return "Fix: see that torch.save or safetensors wrote the file, and that all of it was copied"
 
 
 def _unknown(path: Path) -> list[str]:
@@ -375,6 +391,9 @@ def _refuse_values(found: Theta, state: Mapping[str, Any], start: str, who: str)
     for name, x in found.items():
         if fault := _fault(x, state[name].dtype):
             raise CheckpointError(f"{who}: {start + name!r:.{SHOWN}} {fault}")
+        if name.endswith("running_var") and bool((x < 0).any()):
+            cause = f"{who}: {start + name!r:.{SHOWN}} holds variances below 0"
+            raise CheckpointError(f"{cause}. Fix: take an earlier checkpoint")
         one = tied.setdefault(id(state[name]), name)
         if not torch.equal(x, found[one]):
             cause = f"{who}: {one!r} and {name!r} are one tensor of the network, but differ"

@@ -11,6 +11,8 @@ def resolve(path: str) -> Any:
 
     Also if the module itself raises something, or ends the process.
     """
+    if not isinstance(path, str):
+        raise ValueError(f"got a {type(path).__name__}, expected module:name on PYTHONPATH")
     module, _, name = path.partition(":")
     try:
         return getattr(import_module(module), name)

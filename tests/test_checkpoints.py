@@ -364,11 +364,24 @@ def with_value(value: float) -> Callable[[State], Any]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "nothing there": (lambda p: None, "cannot be read .*No such file"),
-    "a folder": (lambda p: p.mkdir(), "cannot be read"),
+    "nothing there": (lambda p: None, "cannot be read .*No such file.*Fix: see the path"),
+    "a folder": (lambda p: p.mkdir(), "cannot be read .*Fix: see the path"),
     "no checkpoint": (
         lambda p: p.write_text("words") and None,
-        "cannot be read .*expected tensors",
+        "cannot be read .*expected tensors in dictionaries. Fix: see that torch.save",
+    ),
+    "empty": (lambda p: p.touch(), "cannot be read .*Fix: see that torch.save"),
+    "a page of an error": (
+        lambda p: p.write_text("<!doctype html><title>Not found</title>") and None,
+        "cannot be read .*Fix: see that torch.save",
+    ),
+    "a part of a file": (
+        lambda p: (torch.save(states(1)[0], p), p.write_bytes(p.read_bytes()[:-99]))[0],
+        "cannot be read .*Fix: see that .* all of it was copied",
+    ),
+    "negative variances": (
+        broken(lambda s: s | {"1.running_var": s["1.running_var"] - 99}),
+        "'1.running_var' holds variances below 0. Fix",
     ),
     "a whole module": (lambda p: torch.save(small.normed(), p), "weights_only=False.*state_dict"),
     "other names": (
@@ -489,8 +502,14 @@ class TestRefusals:
         path = tmp_path / "a.safetensors"
         save_file(states(1)[0], path)
         path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(CheckpointError, match="cannot be read"):
+        with pytest.raises(CheckpointError, match=r"cannot be read .*all of it was copied"):
             checkpoints.load(path, small.normed())
+
+    def test_what_is_no_path(self) -> None:
+        with pytest.raises(CheckpointError, match="got a NoneType, expected the path of a file"):
+            checkpoints.load(None, small.normed())  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="got a int, expected module:name"):
+            checkpoints.build(3)  # type: ignore[arg-type]
 
     def test_one_network_twice(self, tmp_path: Path) -> None:
         one, two = states()

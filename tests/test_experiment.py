@@ -247,6 +247,11 @@ def test_a_chapters_value_is_computed_once(tmp_path: Path, monkeypatch: pytest.M
         lab.keep(sums, 1, object(), times=3, attack=strong)
 
 
+def test_a_path_over_no_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="images"):
+        TINY.path(1, 2, "unaligned", "line", images=0)
+
+
 def test_paths_as_a_tidy_frame() -> None:
     lab, pairs = Experiment(), [[1, 2], [3, 4]]
     frame = lab.paths(pairs, shapes=["line"])

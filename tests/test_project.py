@@ -95,6 +95,7 @@ INNER = {
 }
 REPOSITORY_BYTES, NOTEBOOK_BYTES = 25_000_000, 1_000_000
 CELL_LINES, WORDS, EXERCISES = 25, 600, range(3, 7)
+FOLDED_LINES = {False: 100, True: 40}  # all helpers of a chapter; what draws a figure
 SHOWN_LINES = 2500  # of code, in the whole book
 
 
@@ -283,9 +284,14 @@ class TestChapters:
         assert len(titles) == 1, titles
         assert sum(len(text.split()) for text in prose) >= WORDS
         code = [c for c in notebooks.code_cells(notebook) if "parameters" not in notebooks.tags(c)]
-        cells = [cell.source.splitlines() for cell in code if not counts.is_folded(cell)]
-        long = [f"{len(cell)} lines: {cell[0]}" for cell in cells if len(cell) > CELL_LINES]
-        assert not long, f"shown cells of more than {CELL_LINES} lines: {long}"
+        for cell in code:
+            lines = cell.source.splitlines()
+            most = FOLDED_LINES[bool(cell.outputs)] if counts.is_folded(cell) else CELL_LINES
+            assert len(lines) <= most, f"a cell of {len(lines)} lines: {lines[0]}"
+            defined = (ast.FunctionDef, ast.ClassDef)
+            parts = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, defined)]
+            long = [n.name for n in parts if (n.end_lineno or 0) - n.lineno >= CELL_LINES]
+            assert not long, f"functions of more than {CELL_LINES} lines: {long}"
 
     def test_the_story_outweighs_the_code_and_pictures_the_tables(self, path: Path) -> None:
         found = counts.of(notebooks.read(path))

@@ -359,17 +359,18 @@ class Experiment:
         split: "train", "val", "held_out" or "test"; of it the first `images` (default all).
         statistics_attack: that on the images for BatchNorm.
         """
+        checks.require("path", {"images": images}, {"images": checks.optional(checks.whole(1))})
         unusual: dict[str, Any] = {"split": split if split != "test" else None, "images": images}
         unusual |= {"attack": attack, "statistics_attack": statistics_attack}
         config = self.path_config(a, b, method, shape)
-        config |= {name: _plain(choice) for name, choice in unusual.items() if choice}
+        config |= {name: _plain(x) for name, x in unusual.items() if x is not None}
 
         def compute() -> Any:
             whole: data.Split = getattr(self.task, split)
             path = evaluate.profile(
                 self.net,
                 self.curve(a, b, method, shape),
-                whole.first(images or len(whole)),
+                whole.first(len(whole) if images is None else images),
                 statistics=self.task.train.first(self.statistics),
                 points=self.points,
                 perturb=attack,
@@ -403,7 +404,8 @@ class Experiment:
 
         compute: a chapter's function of this experiment, by whose name the value is kept (give a
         function that computes something else another name). of, choices: JSON values, and what has
-        a `config`, such as attacks, recipes and experiments. Arrays come back as lists.
+        a `config`, such as attacks, recipes and experiments: all that the value depends on besides
+        this experiment. Arrays come back as lists.
         """
         config = self.config() | {"what": compute.__name__, "of": _plain(of)}
         config |= {"choices": _plain(choices)} if choices else {}

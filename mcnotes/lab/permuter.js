@@ -173,7 +173,7 @@ function permuter(box, data) {
   const wrong = make("div", {}, make("p", { className: "head", textContent: "Wrong at this t (ringed)" }), sheet, errors);
   if (!data.sheet) wrong.hidden = true;
   box.replaceChildren(make("div", { className: "parts" },
-    make("div", {}, make("p", { className: "head", textContent: "Above, a unit of A; below it, the unit of B beside it" }),
+    make("div", {}, make("p", { className: "head", textContent: "Above, a unit of A; below it, its partner in B" }),
       grid, bar, say, ...(strip ? [strip.node] : [])),
     make("div", {}, chart, ...(bounds ? [bounds.node] : []), make("label", {}, "t", knob, place), table,
       make("div", { className: "two" }, matrix, wrong))));

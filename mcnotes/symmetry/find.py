@@ -61,6 +61,7 @@ RULES: dict[str, checks.Rule] = {
     "at": checks.one_of(["post", "pre"]),
     "tolerance": lambda x: "" if x == math.inf else checks.number(0, above=True)(x),
     "seed": checks.whole(-(2**63), 2**64 - 1),
+    "generator": checks.optional(checks.a(torch.Generator, "a torch.Generator, or None")),
 }
 """What the arguments of the functions below may be."""
 TRACED: WeakKeyDictionary[nn.Module, dict[Any, Symmetry]] = WeakKeyDictionary()
@@ -88,6 +89,7 @@ class Symmetry:
 
     def random(self, generator: torch.Generator | None = None) -> Perm:
         """An independent, uniformly random permutation of every group (CPU generator)."""
+        checks.require("random", {"generator": generator}, RULES)
         return {name: permutations.random(g.size, generator) for name, g in self.groups.items()}
 
     def complete(self, perm: Perm) -> Perm:
