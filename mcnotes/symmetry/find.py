@@ -67,7 +67,11 @@ RULES: dict[str, checks.Rule] = {
 TRACED: WeakKeyDictionary[nn.Module, dict[Any, Symmetry]] = WeakKeyDictionary()
 """What `find` found, by network, and by mode and form of the inputs; `tapper` looks it up."""
 SMALL = 2**16  # entries of an example that `verify` also makes longer; larger ones get shorter
-VISIBLE = 1e-9  # relative change of an output that is more than float64's rounding
+VISIBLE = 1e-7
+"""Relative change of an output above which it counts.
+
+The rounding of sums in float64, some 1e-14 of them, then stays below the usual tolerance.
+"""
 
 
 @dataclass(frozen=True, eq=False)
