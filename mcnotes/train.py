@@ -35,6 +35,7 @@ from mcnotes.calls import (
 )
 from mcnotes.checks import Rule, a, flag, function, number, one_of, optional, require, whole
 from mcnotes.curves import Curve, Theta, check_same_space, views
+from mcnotes.data import Split
 
 Loss = Callable[[Any, Any], Tensor]  # outputs and targets of a batch → their mean loss
 
@@ -169,7 +170,7 @@ def fit(
     """Train `net` on `task.train` from `init` (default: `initialise(net, seed)`).
 
     Returns the network as `Fit.theta`, its buffers as training left them, but BatchNorm's
-    statistics recomputed on the training images (`evaluate.batchnorm`).
+    statistics recomputed on the training images (`evaluate.batchnorm`), augmented if training was.
     perturb(model, images, labels) -> images is applied to every batch (adversarial training).
     With a `checkpoint` a stopped run goes on from its last epoch and ends with the same weights.
     """
@@ -180,7 +181,10 @@ def fit(
     curve = Curve((start,))
     step = Step(net, curve, slice(0, 1), recipe, task.device, perturb)
     fitted = run(step, curve, task, seed, checkpoint)
-    theta = evaluate.batchnorm(net, fitted.theta, task.train)
+    known = task.train
+    if recipe.augment and isinstance(known, Split):
+        known = known.augmented(task.augment)
+    theta = evaluate.batchnorm(net, fitted.theta, known)
     return fitted._replace(curve=fitted.curve.with_points([theta]))
 
 

@@ -648,3 +648,16 @@ def test_the_input_pipeline_benchmark_runs() -> None:
     result = json.loads(run.stdout.splitlines()[-1])
     assert (result["images"], result["rounds"]) == (256, 1)  # how fast it is, no test can say
     assert result["ratio"] > 0
+
+
+def test_images_augmented_once() -> None:
+    images = torch.randint(0, 256, (1500, 1, 8, 8), dtype=torch.uint8)
+    split = Split(images, torch.arange(1500) % 3)
+    shown = split.augmented(Augment(padding=2, flip=True))
+    assert shown.images.shape == images.shape
+    assert torch.equal(shown.labels, split.labels)
+    assert torch.equal(shown.images, split.augmented(Augment(padding=2, flip=True)).images)
+    assert not torch.equal(shown.images, images)
+    values = {*images[7].flatten().tolist(), 0}
+    assert {*shown.images[7].flatten().tolist()} <= values, "pixels move, and keep their values"
+    assert split.augmented(None) is split

@@ -247,6 +247,20 @@ def test_a_chapters_value_is_computed_once(tmp_path: Path, monkeypatch: pytest.M
         lab.keep(sums, 1, object(), times=3, attack=strong)
 
 
+def test_paths_of_augmented_networks_have_names_of_their_own() -> None:
+    """BatchNorm is recomputed on images as training showed them."""
+    plain, augmented = TINY, replace(TINY, augment=True)
+    assert "batchnorm" not in plain.config()
+    for config in (
+        augmented.config(),
+        augmented.endpoint_config(1),
+        augmented.path_config(1, 2, "aligned", "line"),
+    ):
+        assert config["batchnorm"] == "augmented images"
+    assert torch.equal(plain.known.images, plain.task.train.first(plain.statistics).images)
+    assert not torch.equal(plain.known.images, augmented.known.images)
+
+
 def test_a_path_over_no_images_is_refused() -> None:
     with pytest.raises(ValueError, match="images"):
         TINY.path(1, 2, "unaligned", "line", images=0)

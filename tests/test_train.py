@@ -419,3 +419,18 @@ def test_gradients_of_narrow_residual_networks_are_sound_on_every_processor() ->
         timeout=300,  # without the guard it may wait for ever
     )
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_batchnorm_sees_what_training_showed() -> None:
+    """Augmented images have other statistics: with those of plain ones accuracy may be lost."""
+    net, images = normed(), task(augment=Augment(padding=4, rotation=15))
+    recipe = train.Recipe(1, 32, lr=0.01, schedule="linear", augment=True)
+    theta = train.fit(net, images, recipe, seed=1).theta
+    shown = images.train.augmented(images.augment)
+    again = evaluate.batchnorm(net, theta, shown)
+    plain = evaluate.batchnorm(net, theta, images.train)
+    name = "1.running_mean"
+    assert torch.equal(theta[name], again[name])
+    assert not torch.allclose(theta[name], plain[name], atol=1e-3)
+    without = train.fit(net, images, replace(recipe, augment=False), seed=1).theta
+    assert torch.equal(without[name], evaluate.batchnorm(net, without, images.train)[name])

@@ -68,6 +68,21 @@ class Split:
         require("Split.first", {"n": n}, {"n": whole(0)})
         return Split(self.images[:n], self.labels[:n])
 
+    def augmented(self, augment: Augment | None, seed: int = 0) -> "Split":
+        """The same images, each augmented once, as training shows them; all as they are for None.
+
+        On such images BatchNorm's statistics have to be computed for a network that was trained
+        with `augment`: borders of zeros and turned pixels are part of what it knows. Values are
+        rounded to 1/255, which changes nothing where pixels are only moved.
+        """
+        if augment is None:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        parts = [
+            (augment(x, generator) * 255).round().to(torch.uint8) for x, _ in self.batches(1000)
+        ]
+        return Split(torch.cat(parts) if parts else self.images, self.labels)
+
     def batches(
         self,
         size: int,

@@ -182,6 +182,12 @@ class Experiment:
         return found
 
     @cached_property
+    def known(self) -> data.Split:
+        """The training images on which BatchNorm is recomputed, augmented if training is."""
+        few = self.task.train.first(self.statistics)
+        return few.augmented(self.task.augment) if self.augment else few
+
+    @cached_property
     def net(self) -> nn.Module:
         """The network, for its structure; its own weights are never used."""
         _, channels, _, size = self.task.example.shape
@@ -371,7 +377,7 @@ class Experiment:
                 self.net,
                 self.curve(a, b, method, shape),
                 whole.first(len(whole) if images is None else images),
-                statistics=self.task.train.first(self.statistics),
+                statistics=self.known,
                 points=self.points,
                 perturb=attack,
                 perturb_statistics=statistics_attack,
@@ -464,11 +470,16 @@ class Experiment:
     def path_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a measured path depends on: its entry's configuration in the store."""
         measured = {"what": "path", "points": self.points, "statistics": self.statistics}
-        return self.curve_config(a, b, method, shape) | measured
+        return self.curve_config(a, b, method, shape) | measured | self._shown()
 
     def _special(self) -> dict[str, Any]:
         """What is not as usual; usually nothing, so that the entries keep their keys."""
-        return ({} if (n := self.validation) is None else {"validation": n}) | self._adversary()
+        held_out = {} if (n := self.validation) is None else {"validation": n}
+        return held_out | self._adversary() | self._shown()
+
+    def _shown(self) -> dict[str, Any]:
+        """On which images BatchNorm is recomputed, if not on plain ones."""
+        return {"batchnorm": "augmented images"} if self.augment else {}
 
     def _adversary(self) -> dict[str, Any]:
         """What adversarial training adds to a configuration: nothing to that of the standard."""
