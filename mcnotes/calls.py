@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.backends import mkldnn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -298,13 +297,16 @@ def sound_gradients(net: nn.Module) -> Iterator[None]:
     """
     limited = torch.backends.cpu.get_cpu_capability() == "AVX2"
     limited |= os.environ.get("ONEDNN_MAX_CPU_ISA", "").startswith("AVX2")
-    before: Any = mkldnn.enabled
-    if limited and any(map(_too_narrow, net.modules())):
-        mkldnn.enabled = False  # type: ignore[assignment]  # `mkldnn.flags` sets more than this
+    if not (limited and any(map(_too_narrow, net.modules()))):
+        yield
+        return
+    before = torch._C._get_mkldnn_enabled()
+    # `mkldnn.enabled` may be frozen, as PyTorch's own test tools do, and `mkldnn.flags` sets more.
+    torch._C._set_mkldnn_enabled(False)
     try:
         yield
     finally:
-        mkldnn.enabled = before
+        torch._C._set_mkldnn_enabled(before)
 
 
 def _too_narrow(module: nn.Module) -> bool:
