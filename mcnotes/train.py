@@ -77,6 +77,21 @@ SCHEDULES: dict[str, Callable[[float, int], float]] = {
 }
 """Learning-rate factor by (epoch, a float; epochs)."""
 PRECISIONS = ("float32", "bfloat16")
+
+
+def native_precision(device: torch.device) -> str:
+    """The faster precision that is safe there: "bfloat16" where it is computed natively.
+
+    On processors that only emulate it, and where that cannot be told, "float32".
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # a user may limit it
+        native = allowed and torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native else "float32"
+
+
 OPTIONS: dict[str, Rule] = {
     "epochs": whole(1),
     "batch_size": whole(1),

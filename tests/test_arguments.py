@@ -232,7 +232,7 @@ PARTS = {
     "evaluate.classes_first", "evaluate.attacked", "evaluate.barrier", "evaluate.check_mixable",
     "evaluate.sums", "evaluate.check_counted", "evaluate.understood",
     "evaluate.with_singular_vectors",
-    "train.trainable", "train.run", "train.cost",
+    "train.trainable", "train.run", "train.cost", "train.native_precision",
     "curves.combine", "curves.check_same_space", "curves.views", "attacks.margin", "attacks.dlr",
     "attacks.length",
 }  # fmt: skip

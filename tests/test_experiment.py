@@ -189,6 +189,20 @@ def test_every_parameter_that_changes_more_than_rounding_is_in_the_configuration
     assert replace(TINY, attack_steps=9).config() == TINY.config(), "no attack, no change"
 
 
+@pytest.mark.parametrize(
+    ("capability", "computes", "precision"),
+    [("AVX512", True, "bfloat16"), ("AVX512", False, "float32"), ("AVX2", True, "float32")],
+)
+def test_automatic_precision_is_the_native_one_and_is_named(
+    capability: str, computes: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: computes)
+    lab = replace(TINY, precision="auto", device="cpu")
+    assert lab.precision == lab.recipe(1).precision == precision
+    assert lab.config() == replace(TINY, precision=precision).config()
+
+
 def test_robust_experiments_have_names_of_their_own() -> None:
     """Standard ones keep theirs, whatever attack they would use."""
     standard, robust = TINY, replace(TINY, epsilon=0.1)

@@ -32,7 +32,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "lr": ([*NO_NUMBER, 0, 0.0], "expected a number above 0"),
     "schedule": ([*NO_TEXT, "Paper", "cosine", ""], "expected one of paper, linear, robust"),
     "augment": (NO_FLAG, "expected True or False"),
-    "precision": ([*NO_TEXT, "float64", "bf16"], "expected one of float32, bfloat16"),
+    "precision": ([*NO_TEXT, "float64", "bf16"], "expected one of float32, bfloat16, auto"),
     "compile": (NO_FLAG, "expected True or False"),
     "validation": (NO_WHOLE[1:], "expected a whole number of at least 0.*, or None"),
     "points": ([*NO_WHOLE, 0, 1], "expected a whole number of at least 2"),

@@ -104,7 +104,7 @@ class Experiment:
     lr: float = 0.1
     schedule: str = "linear"
     augment: bool = False
-    precision: str = "float32"
+    precision: str = "float32"  # or "bfloat16"; "auto" becomes the one that is native to the device
     compile: bool = False  # torch.compile: fewer launches, for small networks on a GPU
     validation: int | None = None  # training images held out; None: the data set's own number
     points: int = 25  # where a path is measured
@@ -126,6 +126,9 @@ class Experiment:
             faults += self._check_between(self.between)
         if faults:
             raise ValueError(f"parameters: {'; '.join(faults)}")
+        if self.precision == "auto":  # settled here, so that keys and provenance name what was used
+            native = train.native_precision(data.tasks.resolved(self.device))
+            object.__setattr__(self, "precision", native)
 
     def _check_between(self, ends: Any) -> Iterator[str]:
         two = isinstance(ends, tuple) and len(ends) == 2

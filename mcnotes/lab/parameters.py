@@ -41,7 +41,7 @@ ALLOWED: dict[str, checks.Rule] = {
     "lr": checks.number(0, above=True),
     "schedule": checks.one_of(train.SCHEDULES),
     "augment": checks.flag,
-    "precision": checks.one_of(train.PRECISIONS),
+    "precision": checks.one_of([*train.PRECISIONS, "auto"]),
     "compile": checks.flag,
     "validation": checks.optional(checks.whole(0)),
     "points": checks.whole(2),  # both ends
