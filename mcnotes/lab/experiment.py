@@ -186,8 +186,12 @@ class Experiment:
 
     @cached_property
     def known(self) -> data.Split:
-        """The training images on which BatchNorm is recomputed, augmented if training is."""
-        few = self.task.train.first(self.statistics)
+        """The training images on which BatchNorm is recomputed."""
+        return self.shown(self.statistics)
+
+    def shown(self, count: int) -> data.Split:
+        """The first training images, as training shows them: augmented if it augments."""
+        few = self.task.train.first(count)
         return few.augmented(self.task.augment) if self.augment else few
 
     @cached_property
