@@ -230,7 +230,7 @@ MODULES = (evaluate, train, curves, attacks, api, matching.methods, matching.man
 PARTS = {
     "evaluate.batched", "evaluate.entropy", "evaluate.hits", "evaluate.averaged",
     "evaluate.classes_first", "evaluate.attacked", "evaluate.barrier", "evaluate.check_mixable",
-    "evaluate.sums", "evaluate.check_counted", "evaluate.understood",
+    "evaluate.sums", "evaluate.check_counted", "evaluate.understood", "evaluate.total_entropy",
     "evaluate.with_singular_vectors",
     "train.trainable", "train.run", "train.cost",
     "curves.combine", "curves.check_same_space", "curves.views", "attacks.margin", "attacks.dlr",
