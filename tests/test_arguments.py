@@ -71,7 +71,7 @@ COUNT = WHOLE | {"zero": 0, "true": True}
 NUMBER = {"text": "1", "nan": float("nan"), "infinite": float("inf"), "below": -0.5, "none": None}
 POSITIVE = NUMBER | {"zero": 0.0}
 FLAG = {"text": "yes", "one": 1, "none": None}
-NAMED = {"another": "corelation", "a number": 3, "none": None}
+NAMED = {"another": "corelation", "a number": 3, "none": None, "a list": ["l2"], "a mapping": {}}
 NETS = {"text": "resnet20", "a class": nn.Linear, "none": None}
 SETS = {"a list": BATCHES, "text": "test", "a number": 3, "none": None}
 FILLED = SETS | {"empty": DATA.test.first(0)}
@@ -125,7 +125,7 @@ wrong: dict[str, Mapping[str, Any]] = {
     "options": {}, "model_a": NETS, "model_b": NETS,
     "models": {"one": [NET], "no networks": ["a", "b"], "none": None},
     "batches": {"one tensor": BATCHES[0][0], "empty": [], "none": None, "a number": 3},
-    "device": {"another": "gpu", "a number": 1.5},
+    "device": {"another": "gpu", "a number": 1.5, "without values": "meta"},
     "metrics": {"no functions": {"accuracy": 3}, "a list": ["accuracy"]},
     "matrices": {
         "another group": {"5": torch.eye(16)}, "not square": {"1": torch.ones(16, 3)},
@@ -167,7 +167,7 @@ own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do no
     "api.compare": {"models": {"nothing": {}, "a list": [NET], "no networks": {"A": 3}}},
     "api.profile": {"curve": CURVES, "points": COUNT | {"one": 1}, "loss": FUNCTION,
                     "statistics": {"empty": [], "a number": 3}},
-    "api.connect": {"checkpoint": {"a number": 3}},
+    "api.connect": {"checkpoint": {"a number": 3, "a folder": "/", "nothing": "", "null": "\0"}},
     "evaluate.batchnorm": {"split": SETS},  # none is needed where there are no statistics
     "matching.methods.match": SIZE,
     "matching.many.match_many": SIZE,
@@ -231,7 +231,7 @@ MODULES = (evaluate, train, curves, attacks, api, matching.methods, matching.man
 PARTS = {
     "evaluate.batched", "evaluate.entropy", "evaluate.hits", "evaluate.averaged",
     "evaluate.classes_first", "evaluate.attacked", "evaluate.barrier", "evaluate.check_mixable",
-    "evaluate.sums", "evaluate.check_counted", "evaluate.understood",
+    "evaluate.sums", "evaluate.check_counted", "evaluate.understood", "evaluate.total_entropy",
     "evaluate.with_singular_vectors",
     "train.trainable", "train.run", "train.cost", "train.native_precision",
     "curves.combine", "curves.check_same_space", "curves.views", "attacks.margin", "attacks.dlr",
