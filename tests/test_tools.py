@@ -13,6 +13,7 @@ from typing import Any
 
 import nbformat
 import numpy as np
+import pydata_sphinx_theme
 import pytest
 import torch
 from docutils import nodes
@@ -398,6 +399,19 @@ class TestExtensions:
         assert entry.astext() == "1\xa0±\xa02"
         assert tree.astext().replace("\xa0", " ") == before
 
+    def test_an_id_stands_once_and_no_header_is_empty(self) -> None:
+        tree = self.page(".. note:: One.\n\n.. note:: Two.")
+        for node in tree.findall(nodes.note):
+            node["ids"] = ["proof"]
+        pages.drop_repeated_ids(None, tree, "a")
+        assert not any(node["ids"] for node in tree.findall(nodes.note))
+        page = '<p id="a">id="b"</p><th class="head"><p>x</p></th><i class="x" id="b"></i>'
+        assert pages.faults(page) == []
+        assert pages.faults(page + '<br id="a"/><th class="head"><p> </p></th>') == [
+            "2 elements have the id 'a'",
+            "1 headers of tables are empty",
+        ]
+
     def test_a_list_of_modules_becomes_sections(self) -> None:
         source = ["Before.\n\n```{modules}\ncurves\nperms\n```\n"]
         pages.list_modules(None, "api", source)
@@ -497,6 +511,15 @@ html[data-set-by="script"] { top: 0 }
             "</head>",
         ]
         assert "searchindex.js" in lighten.lighten_page(page, "search.html", "a.css", "")
+
+    def test_the_theme_does_not_lay_out_the_whole_page(self) -> None:
+        theme = Path(pydata_sphinx_theme.__file__).parent / "theme/pydata_sphinx_theme/static"
+        script = (theme / "scripts" / "pydata-sphinx-theme.js").read_text("utf8")
+        calm = lighten.calm(script)
+        assert '["pre",' in script
+        assert '["pre",' not in calm
+        with pytest.raises(ValueError, match="found 0 times"):
+            lighten.calm(calm)
 
     def test_pictures_load_when_they_come_into_view(self, tmp_path: Path) -> None:
         Image.new("RGB", (30, 20)).save(tmp_path / "a.png")

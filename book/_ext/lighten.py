@@ -27,6 +27,7 @@ PRELOAD = re.compile(r'<link rel="preload"[^>]*>\n?')  # the text comes first
 SCRIPT = re.compile(r'<script(?: defer(?:="\w+")?)?([^>]*) src="([^"]+)"([^>]*)></script>\n?')
 ICONS = "fontawesome"  # in the names of the script and of the fonts, in all versions of the theme
 SEARCH = ("searchtools.js", "language_data.js", "searchindex.js")  # only the search page needs them
+WIDTHS = re.compile(r'document\.querySelectorAll\(\["pre",[^\]]*\]\.join\(", "\)\)')
 STRING = r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\''
 URL = re.compile(rf"url\(({STRING}|[^)\"']*)\)")
 IMAGE = re.compile(r'<img (?=[^>]*src="([^"]+\.png)")(?![^>]* (?:width|style|loading)=)')
@@ -143,6 +144,19 @@ def lighten_page(html: str, name: str, style: str, options: str) -> str:
     return SCRIPT.sub(script, PRELOAD.sub("", before + link + after))
 
 
+def calm(script: str) -> str:
+    """The theme's script without its look at the width of every block of code and output.
+
+    To see which of them scroll it lays out the whole page, when it opens and after every change of
+    a living figure: most of a second on a phone. book.js looks at what comes near the screen.
+    Raises ValueError if the theme's script is another one.
+    """
+    script, count = WIDTHS.subn("[]", script)
+    if count != 1:
+        raise ValueError(f"pydata-sphinx-theme.js: {WIDTHS.pattern} found {count} times, not once")
+    return script
+
+
 def lazy_images(html: str, folder: Path) -> str:
     """Let pictures load when they come into view, in a space of their size that is kept free."""
 
@@ -162,6 +176,8 @@ def lighten(app: Any, exception: Exception | None) -> None:
     pages = {path: path.read_text("utf8") for path in out.rglob("*.html")}
     for path in [path for path in static.rglob("*.js") if ICONS in path.as_posix()]:
         path.unlink()
+    theme = static / "scripts" / "pydata-sphinx-theme.js"
+    theme.write_text(calm(theme.read_text("utf8")), "utf8")
     scripts = [path.read_text("utf8") for path in static.rglob("*.js")]
     words = {word for text in [*pages.values(), *scripts] for word in re.findall(r"[\w-]+", text)}
     links = [sheet for html in pages.values() for _, sheet in LINK.findall(html)]
