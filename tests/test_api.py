@@ -707,7 +707,7 @@ CONNECTS: dict[str, tuple[dict[str, Any], Any, str]] = {
         {"loss": lambda z, y: F.mse_loss(z["x"], y)}, regression(), r"the loss fails on the first"),
     "no slope": (
         {"loss": lambda z, y: (z > y).float().mean()}, regression(), r"has no slope"),
-    "a kind": ({"kind": "spline"}, regression(), r"kind 'spline', expected one of"),
+    "a kind": ({"kind": "spline"}, regression(), r"kind: got 'spline', expected one of"),
     "epochs": ({"epochs": 0}, regression(), r"epochs: got 0, expected a whole number"),
 }  # fmt: skip
 
@@ -738,7 +738,7 @@ def test_metrics_are_checked_before_work() -> None:
 def test_merging_one_or_by_other_means_is_refused() -> None:
     with pytest.raises(InputError, match="got 1 models, expected two or more"):
         mcnotes.merge([table()], ROWS)
-    with pytest.raises(InputError, match="method 'loss', expected one of"):
+    with pytest.raises(InputError, match="method: got 'loss', expected one of"):
         mcnotes.align(table(), table(), ROWS, method="loss")
 
 
