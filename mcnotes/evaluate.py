@@ -164,7 +164,16 @@ def _exact(value: Tensor | float, device: torch.device) -> Tensor:
 def entropy(outputs: Any, y: Tensor, _: int = 0) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the logits in nats, over all targets but those that are `IGNORED`."""
     z = classes_first(logits(outputs), y)
-    return cross_entropy(z, y, reduction="sum"), (y != IGNORED).sum()
+    return total_entropy(z, y), (y != IGNORED).sum()
+
+
+def total_entropy(z: Tensor, y: Tensor) -> Tensor:
+    """The summed cross-entropy of logits [N, C, …]; ValueError for a target that is no class."""
+    try:
+        return cross_entropy(z, y, reduction="sum")
+    except IndexError as error:
+        cause = f"cross-entropy: {str(error).rstrip('.')} for a network of {z.shape[1]} classes"
+        raise ValueError(f"{cause}, expected 0 to {z.shape[1] - 1}, or {IGNORED}") from error
 
 
 def hits(outputs: Any, y: Tensor, _: int = 0) -> tuple[Tensor, Tensor]:
@@ -252,38 +261,54 @@ def batchnorm(
     require("batchnorm", given, RULES)
     theta = batchnorm(net, theta, split, batch_size=batch_size) if perturb else theta
     fresh = with_singular_vectors(net, stated("batchnorm", net, theta, split.device))
-    momenta = {m: m.momentum for m in net.modules() if _tracks(m)}
-    if not momenta:
+    norms = [module for module in net.modules() if _tracks(module)]
+    if not norms:
         return fresh
+    _forget_counts(net, fresh)
+    empty = True
+    with mode(net, training=False), torch.no_grad(), _plain_averages(norms):
+        batches = split.batches(batch_size, drop_last=split.count(batch_size) > 1)
+        for x, _ in attacked(net, theta, batches, perturb):
+            empty = False
+            for norm in norms:
+                norm.training = True  # also of a class whose `train` does not change it
+            with understood(x):
+                call(net, fresh, x)
+    if empty:
+        raise ValueError("batchnorm: got no batch, expected at least one")
+    return fresh
+
+
+def _forget_counts(net: nn.Module, theta: Theta) -> None:
+    """Set the layers' counters of batches in `theta` to 0, in place."""
     for path, module in net.named_modules(remove_duplicate=False):
-        if module in momenta and (counter := f"{path}.num_batches_tracked".lstrip(".")) in fresh:
-            fresh[counter].zero_()
-    calls = dict.fromkeys(momenta, 0)
+        counter = f"{path}.num_batches_tracked".lstrip(".")
+        if _tracks(module) and counter in theta:
+            theta[counter].zero_()
+
+
+@contextlib.contextmanager
+def _plain_averages(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Let running statistics be plain averages over the batches of one pass.
+
+    In call number k of a layer its momentum is 1 / k; at the end it is again what it was.
+    """
+    momenta = [norm.momentum for norm in norms]
+    calls = dict.fromkeys(norms, 0)
 
     def average(norm: _NormBase, _: Any) -> None:
         if norm.training:
             calls[norm] += 1
-            norm.momentum = 1 / calls[norm]  # plain averages; for None, PyTorch would wait
+            norm.momentum = 1 / calls[norm]  # with None, PyTorch would wait for the counter
 
-    with mode(net, training=False), torch.no_grad():
-        hooks = [norm.register_forward_pre_hook(average) for norm in momenta]
-        try:
-            batches = split.batches(batch_size, drop_last=split.count(batch_size) > 1)
-            empty = True
-            for x, _ in attacked(net, theta, batches, perturb):
-                empty = False
-                for norm in momenta:
-                    norm.training = True  # also of a class whose `train` does not change it
-                with understood(x):
-                    call(net, fresh, x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for norm, momentum in momenta.items():
-                norm.momentum = momentum
-    if empty:
-        raise ValueError("batchnorm: got no batch, expected at least one")
-    return fresh
+    hooks = [norm.register_forward_pre_hook(average) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 @contextlib.contextmanager
