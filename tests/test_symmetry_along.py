@@ -279,6 +279,14 @@ IMAGES: dict[str, tuple[Run, bool]] = {
         lambda s, x: F.unfold(tanh(s.a(x)), 2).view(len(x), 8, 4, -1).sum(2)[..., None],
         True,
     ),
+    "windows": (
+        lambda s, x: tanh(s.a(x)).unfold(2, 3, 2).unfold(3, 3, 1).mean((-1, -2)),
+        True,
+    ),
+    "windows of channels": (
+        lambda s, x: F.pad(tanh(s.a(x)), (0, 0, 0, 0, 1, 1)).unfold(1, 3, 1).amax(-1),
+        False,
+    ),
     "patches and back": (lambda s, x: F.fold(F.unfold(tanh(s.a(x)), 2), (6, 6), 2), True),
     "patches shifted": (lambda s, x: F.fold(F.unfold(s.a(x), 2).roll(1, 1), (6, 6), 2), False),
     "sampled by units": (
@@ -315,3 +323,51 @@ def test_experts_that_the_data_choose() -> None:
     sym = symmetry.find(net, ids)
     assert sorted(g.size for g in sym.groups.values()) == [2, 6, 6, 20, 24]
     assert sym.verify(net, ids, others=[torch.randint(20, (3, 9))]) < 1e-9
+
+
+# Branches and experts
+
+
+def selective(s: Any, x: Tensor) -> Any:
+    """Two branches, of which each unit chooses by a softmax, as in SKNet."""
+    mean = x.mean(1)
+    gates = torch.stack([s.c(mean), s.d(mean)], 1).softmax(1)[:, :, None]
+    return s.o((torch.stack([tanh(s.a(x)), tanh(s.b(x))], 1) * gates).sum(1))
+
+
+def split(s: Any, x: Tensor) -> Any:
+    """Both branches from one layer, both gates from another, as in ResNeSt."""
+    branches = tanh(s.c(x)).unflatten(-1, (2, 8))
+    gates = s.d(tanh(s.b(x.mean(1)))).unflatten(-1, (2, 8)).softmax(1)
+    return s.o((branches * gates[:, None]).sum(2))
+
+
+def stacked(s: Any, x: Tensor) -> Any:
+    """Experts in one tensor, all of which are weighed."""
+    gates = (x.mean(1) @ s.g).softmax(-1)[:, :, None, None]
+    hidden = torch.einsum("nti,eih->neth", x, s.w).relu() * gates
+    return torch.einsum("neth,eho->nto", hidden, s.v)
+
+
+BRANCHES: dict[str, tuple[Run, dict[str, Callable[[], Any]], list[int]]] = {
+    "selective": (selective, {n: layer(6, 8) for n in "abcd"} | {"o": layer(8, 3)}, [8]),
+    "split": (
+        split,
+        {"b": layer(6, 4), "c": layer(6, 16), "d": layer(4, 16), "o": layer(8, 3)},
+        [2, 2, 2, 2, 2, 2, 2, 2, 4, 8],  # the branches of each unit; the units
+    ),
+    "stacked": (
+        stacked,
+        {"w": tensor(4, 6, 5), "v": tensor(4, 5, 3), "g": tensor(6, 4)},
+        [4, 5],  # the experts; the units of all of them together
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_and_experts(name: str) -> None:
+    run, parts, sizes = BRANCHES[name]
+    net, x = Case(run, parts, {}, SHAPE)()
+    sym = symmetry.find(net, x)
+    assert sorted(g.size for g in sym.groups.values()) == sizes
+    assert sym.verify(net, x, others=[torch.rand(3, 9, 6)]) < 1e-9

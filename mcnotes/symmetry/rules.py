@@ -423,7 +423,7 @@ MOVES: dict[str, Rule] = {
     "view _unsafe_view": view,
     "slice_scatter select_scatter": write_part,
     "permute transpose t unsqueeze": reorder,
-    "stack repeat slice split split_with_sizes unbind select squeeze roll flip": shift,
+    "stack repeat slice split split_with_sizes unbind select squeeze roll flip unfold": shift,
     "index index_select": choose,
     "constant_pad_nd": pad,
     "cat": cat,
