@@ -236,10 +236,10 @@ def report_arguments(made: Parser) -> None:
         "--epochs", type=positive, default=12, help="epochs of each curve (default: 12)"
     )
     made.add_argument(
-        "--lr", type=float, default=0.02, help="learning rate of the curves (default: 0.02)"
+        "--lr", type=step, default=0.02, help="learning rate of the curves (default: 0.02)"
     )
     made.add_argument(
-        "--points", type=positive, default=25, help="points measured on a curve (default: 25)"
+        "--points", type=several, default=25, help="points measured on a curve (default: 25)"
     )
     made.add_argument(
         "--out",
@@ -359,6 +359,22 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 1")
     return int(text)
+
+
+def several(text: str) -> int:
+    if (found := positive(text)) < 2:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 2")
+    return found
+
+
+def step(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
+    return found
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -560,6 +576,8 @@ def align(args: argparse.Namespace) -> None:
     import mcnotes
     from mcnotes import checkpoints, data, prepare
 
+    if args.out.is_dir():
+        raise Refused(f"got --out {args.out}, expected the name of a file, not of a folder")
     made_folder(args.out.parent)
     net = build(args.model, args.arguments)
     found = checkpoints.load_pair(args.checkpoint_a, args.checkpoint_b, net, args.prefix)
@@ -592,15 +610,19 @@ def show_symmetry(args: argparse.Namespace) -> None:
     import torch
 
     from mcnotes import calls, data, symmetry
+    from mcnotes.data.arrays import failure
 
     net = build(args.model, args.arguments)
     if args.data:
         head, _ = data.Loader(named_sets(args).train, torch.device("cpu"), once=True).head
         example = calls.first(head, 2)
-    elif args.tokens:
-        example = torch.randint(args.tokens, (2, *args.shape))
     else:
-        example = torch.randn(2, *args.shape)
+        try:
+            size = (2, *args.shape)
+            example = torch.randint(args.tokens, size) if args.tokens else torch.randn(size)
+        except (RuntimeError, ValueError) as error:  # too large for the memory, or for 64 bits
+            reason = f"cannot make inputs of shape {args.shape} ({failure(error)})"
+            raise Refused(f"{reason}. Fix: see --shape and --tokens") from error
     try:
         sym = symmetry.find(net, example)
     except symmetry.ExampleError as error:
@@ -637,7 +659,10 @@ def show_data(args: argparse.Namespace) -> None:
         print("\n".join(data.SOURCES))
         return
     if args.data in data.SOURCES:
-        print(repr(data.load(args.data, download=True, image_size=args.image_size)))
+        try:
+            print(repr(data.load(args.data, download=True, image_size=args.image_size)))
+        except ValueError as error:
+            raise Refused(f"{error}. Fix: see --image-size") from error
         return
     sets = named_sets(args)
     if sets.task is not None:

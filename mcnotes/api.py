@@ -14,7 +14,8 @@ starts. Networks of 16-bit floats are computed in float32 and returned in their 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from torch import nn
 
 from mcnotes import cache, curves, display, evaluate, matching, prepare, train
 from mcnotes.calls import Batch, InputError
-from mcnotes.checks import Rule, a, function, mapping_of, optional, require, whole
+from mcnotes.checks import Rule, a, function, got, mapping_of, one_of, optional, require, whole
 from mcnotes.checks import device as placed
 from mcnotes.curves import Theta, combine
 from mcnotes.data import Loader
@@ -85,6 +86,7 @@ class Connection:
         """
         with prepare.untouched(self.batches.source if batches is None else batches, 0):
             data = self.batches if batches is None else Loader(batches, self.batches.device)
+            prepare.first_outputs("Connection.model", "the model", self.net, data)
             theta = evaluate.batchnorm(self.net, self.curve(t), data)
         return prepare.filled("Connection.model", self.template, theta)
 
@@ -115,7 +117,9 @@ class Profile:
     @property
     def best(self) -> float:
         """The t of the smallest loss."""
-        return float(self.t[np.argmin(self.loss)])
+        if np.isnan(self.loss).all():
+            raise ValueError("Profile.best: the loss is NaN everywhere; look for NaN in the inputs")
+        return float(self.t[np.nanargmin(self.loss)])
 
     def frame(self) -> DataFrame:
         """One row for each point: t, arc, loss, and the metrics under their names."""
@@ -160,8 +164,11 @@ class Scores:
         """How much larger the mean of a quantity is for `model` than for `other`.
 
         Returns the difference and its standard error, which is estimated from the batches and is
-        NaN if there is only one.
+        NaN if there is only one. Raises ValueError for a quantity or a model that was not measured.
         """
+        rules = {"quantity": one_of(self.sums), "model": one_of(self.models)}
+        given = {"quantity": quantity, "model": model, "other": other}
+        require("Scores.gain", given, rules | {"other": rules["model"]})
         one, two = (self.sums[quantity][self.models.index(name)] for name in (model, other))
         count = self.counts[quantity]
         mean = (one - two).sum() / count.sum()
@@ -177,6 +184,13 @@ class Scores:
         return display.described(self, self.frame().to_html(float_format="%.3g"))
 
 
+def _file(value: object) -> str:
+    """The path of a file, or of one that may be made."""
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        return got(value, "a path")
+    return got(str(value), "the path of a file") if os.path.isdir(value) else ""
+
+
 RULES: dict[str, Rule] = {
     "models": a(Sequence, "a list of models"),
     "named": mapping_of(a(nn.Module, "a model"), least=1),
@@ -186,7 +200,7 @@ RULES: dict[str, Rule] = {
     "points": whole(2),  # both ends
     "device": placed,
     "seed": whole(-(2**63), 2**64 - 1),
-    "checkpoint": optional(a((str, Path), "a path")),
+    "checkpoint": optional(_file),
 }
 """What the arguments of the functions below may be."""
 
@@ -210,7 +224,7 @@ def align(
     to compute; "auto" is CUDA if available, else the device of model A.
     """
     require("align", {"device": device, "seed": seed}, RULES, InputError)
-    _known("align: method", method, METHODS)
+    _known("align", "method", method, METHODS)
     with prepare.untouched(batches, seed):
         ready = prepare.prepare("align", (model_a, model_b), batches, device, once=True)
         sym, error = ready.symmetry()
@@ -239,7 +253,7 @@ def merge(
     """
     given = {"models": models, "device": device, "seed": seed}
     require("merge", given, RULES, InputError)
-    _known("merge: method", method, METHODS)
+    _known("merge", "method", method, METHODS)
     if len(models := list(models)) < 2:
         raise InputError(f"merge: got {len(models)} models, expected two or more")
     with prepare.untouched(batches, seed):
@@ -279,7 +293,7 @@ def connect(
     """
     given = {"device": device, "seed": seed, "checkpoint": checkpoint, "loss": loss}
     require("connect", given, RULES, InputError)
-    _known("connect: kind", kind, KINDS)
+    _known("connect", "kind", kind, KINDS)
     recipe = train.Recipe(epochs, lr=lr, weight_decay=0.0, schedule="linear", augment=False)
     with prepare.untouched(batches, seed):
         ready = prepare.prepare("connect", (model_a, model_b), batches, device, labels=loss is None)
@@ -290,7 +304,9 @@ def connect(
             used = prepare.choose_loss(ready, loss)
             prepare.check_slope(ready, used)
             what = {"recipe": recipe.config(), "kind": kind, "seed": seed, "batches": data.number}
-            kept = _resumable(Path(checkpoint), ready.thetas, what) if checkpoint else None
+            kept = None
+            if checkpoint is not None:
+                kept = _resumable(Path(checkpoint), ready.thetas, what)
             fit = train.fit_curve(
                 net, fit.curve, data, recipe, seed=seed, loss=used, checkpoint=kept
             )
@@ -353,6 +369,8 @@ def compare(
             prepare.working_copy("compare", name, model, data.device)
             for name, model in models.items()
         ]
+        for name, net in zip(models, nets, strict=True):
+            prepare.first_outputs("compare", str(name), net, data)
         found = [[_sums(net, batch, wanted) for net in nets] for batch in data.batches(0)]
     table = np.array(found)  # [batches, models, quantities, 2]: sums and counts
     by_name = [*enumerate(wanted)]
@@ -391,6 +409,5 @@ def _resumable(path: Path, thetas: list[Theta], what: Mapping[str, Any]) -> cach
     return checkpoint
 
 
-def _known(what: str, name: object, known: Any) -> None:
-    if name not in known:
-        raise InputError(f"{what} {name!r}, expected one of {[*known]}")
+def _known(who: str, parameter: str, name: object, known: Collection[str]) -> None:
+    require(who, {parameter: name}, {parameter: one_of(known)}, InputError)

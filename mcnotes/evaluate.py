@@ -163,7 +163,16 @@ def _exact(value: Tensor | float, device: torch.device) -> Tensor:
 def entropy(outputs: Any, y: Tensor, _: int = 0) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the logits in nats, over all targets except `IGNORED` ones."""
     z = classes_first(logits(outputs), y)
-    return cross_entropy(z, y, reduction="sum"), (y != IGNORED).sum()
+    return total_entropy(z, y), (y != IGNORED).sum()
+
+
+def total_entropy(z: Tensor, y: Tensor) -> Tensor:
+    """The summed cross-entropy of logits [N, C, …]; ValueError for a target that is no class."""
+    try:
+        return cross_entropy(z, y, reduction="sum")
+    except IndexError as error:
+        cause = f"cross-entropy: {str(error).rstrip('.')} for a network of {z.shape[1]} classes"
+        raise ValueError(f"{cause}, expected 0 to {z.shape[1] - 1}, or {IGNORED}") from error
 
 
 def hits(outputs: Any, y: Tensor, _: int = 0) -> tuple[Tensor, Tensor]:

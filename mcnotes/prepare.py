@@ -5,6 +5,7 @@ What does not fit is refused by an InputError of one sentence: what was found, w
 
 import inspect
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from mcnotes.calls import InputError
 from mcnotes.checkpoints import Numbers
 from mcnotes.curves import Theta, check_same_space
 from mcnotes.data import Loader, Sets
+from mcnotes.data.arrays import failure
 from mcnotes.data.loader import widened
 from mcnotes.evaluate import Quantity
 from mcnotes.symmetry import Symmetry
@@ -90,6 +92,7 @@ def prepare(
         device = "cuda" if own.type == "cpu" and torch.cuda.is_available() else own
     net = working_copy(who, names[0], plain[0], torch.device(device))
     data = Loader(batches, torch.device(device), once=once, labels=labels and takes_labels(net))
+    _refuse_more(who, net, data)
     thetas, outputs = [state(net)], [first_outputs(who, names[0], net, data)]
     for name, model in list(zip(names, plain, strict=True))[1:]:
         other = working_copy(who, name, model, data.device)
@@ -112,6 +115,18 @@ def prepare(
         thetas.append(theta)
         outputs.append(found)
     return Prepared(who, net, thetas, data, outputs)
+
+
+def _refuse_more(who: str, net: nn.Module, data: Loader) -> None:
+    """Raise InputError for batches of three values or more, if the second may be an input."""
+    inputs, takes = data.head[0], inspect.signature(net.forward).parameters.values()
+    places = [p for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if data.values > 2 and isinstance(inputs, Tensor) and len(places) > 1:
+        raise InputError(
+            f"{who}: the batches hold {data.values} values, of which the second is the target or "
+            f"the network's {places[1].name!r}; expected (inputs, targets), or several inputs in a "
+            "tuple of their own, ((first, second), targets)"
+        )
 
 
 def choose_loss(ready: Prepared, given: Loss | None) -> Loss:
@@ -186,19 +201,25 @@ def _checked(ready: Prepared, what: str, function: Metric) -> Metric:
     """The function itself, after one call. InputError if it fails or gives no number."""
     outputs, targets = _outputs(ready), ready.data.head[1]
     try:
-        value = torch.as_tensor(function(outputs, targets))
-    except Exception as error:  # of the user's function
+        with warnings.catch_warnings():
+            # PyTorch repeats targets [N] for outputs [N, 1] to [N, N], and only warns.
+            warnings.filterwarnings("error", "Using a target size", UserWarning)
+            value = torch.as_tensor(function(outputs, targets))
+    except (Exception, SystemExit) as error:  # of the user's function
         raise InputError(
-            f"{ready.who}: {what} fails on the first batch ({_line(error)}); it gets "
-            f"outputs, {type(outputs).__name__}, and targets, "
-            f"{type(targets).__name__}"
+            f"{ready.who}: {what} fails on the first batch ({failure(error)}); it gets "
+            f"outputs, {_said(outputs)}, and targets, {_said(targets)}"
         ) from error
-    if value.dim():
+    if value.dim() or value.is_complex():
         raise InputError(
-            f"{ready.who}: {what} gives numbers {[*value.shape]}, expected one: the "
-            "mean over the batch"
+            f"{ready.who}: {what} gives numbers {[*value.shape]} of {value.dtype}, expected a "
+            "real one: the mean over the batch"
         )
     return function
+
+
+def _said(x: Any) -> str:
+    return f"{x.dtype} {[*x.shape]}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def for_inputs(
@@ -234,6 +255,11 @@ def module(who: str, name: str, model: Any) -> nn.Module:
     model = checkpoints.unwrapped(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"{who}: {name} is a {type(model).__name__}, expected an nn.Module")
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        raise InputError(
+            f"{who}: {name} is compiled by torch.jit, and its parameters cannot be replaced; give "
+            "the module that it was made of"
+        )
     found: dict[str, Tensor] = dict(model.named_parameters())
     if not found:
         raise InputError(f"{who}: {name} has no parameters, expected a network with some")
@@ -252,15 +278,11 @@ def module(who: str, name: str, model: Any) -> nn.Module:
 
 def copied(who: str, name: str, model: nn.Module) -> nn.Module:
     """A copy that shares nothing, without gradients. InputError if that cannot be."""
+    original = module(who, name, model)
     try:
-        made = calls.duplicate(module(who, name, model))
-    except InputError:
-        raise
-    except Exception as error:  # of whatever the module holds
-        raise InputError(
-            f"{who}: {name} cannot be copied ({_line(error)}), expected a module that "
-            "copy.deepcopy takes"
-        ) from error
+        made = calls.duplicate(original)
+    except InputError as error:
+        raise InputError(f"{who}: {name}: {error}") from error
     made.zero_grad()
     return made
 
@@ -287,6 +309,11 @@ def filled(who: str, model: nn.Module, theta: Theta) -> nn.Module:
     """A copy of `model` with the values `theta`, in its own types, on its own device."""
     made = copied(who, "the model", model)
     for name, x in state(made).items():
+        if theta[name].isnan().any():
+            raise InputError(
+                f"{who}: {name!r} of the result is NaN, computed from the batches; look for NaN "
+                "and for infinite numbers in their inputs"
+            )
         x.copy_(theta[name])
     with evaluate.mode(made, training=True):  # in which it forgets what it computed from others
         return made
@@ -337,15 +364,11 @@ def first_outputs(
 def _call(who: str, name: str, net: nn.Module, theta: Theta, inputs: Any) -> Any:
     try:
         return calls.call(net, theta, inputs)
-    except Exception as error:  # of the user's network
+    except (Exception, SystemExit) as error:  # of the user's network
         raise InputError(
-            f"{who}: {name} fails on the first batch ({_line(error)}), expected batches "
+            f"{who}: {name} fails on the first batch ({failure(error)}), expected batches "
             "of its inputs, or of (inputs, targets)"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
 
 def alike(xs: list[Tensor], ys: list[Tensor]) -> bool:

@@ -36,6 +36,7 @@ from mcnotes.calls import (
 from mcnotes.checks import Rule, a, flag, function, number, one_of, optional, require, whole
 from mcnotes.curves import Curve, Theta, check_same_space, views
 from mcnotes.data import Split
+from mcnotes.data.arrays import failure
 
 Loss = Callable[[Any, Any], Tensor]  # outputs and targets of a batch → their mean loss
 
@@ -299,7 +300,12 @@ def _epoch(step: "Step", curve: Curve, task: Training, seed: int, epoch: int) ->
             if (n := count(x)) == 1 and not _takes_one(step.net, x, device):
                 continue
             lr = recipe.lr * SCHEDULES[recipe.schedule](epoch + i / batches, recipe.epochs)
-            total += step(x, y, weights[i], lr) * n
+            try:
+                total += step(x, y, weights[i], lr) * n
+            except IndexError as error:
+                cause = f"train: batch {i + 1} cannot be used ({failure(error)})"
+                fix = "look for targets that are no class of the network"
+                raise TrainingError(f"{cause}. Fix: {fix}") from error
             samples += n
     if not samples:
         cause = "train: the network cannot train on batches of one image (BatchNorm1d never can)"

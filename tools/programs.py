@@ -93,6 +93,40 @@ def strided(p: Program, a: Tensor, b: Tensor) -> Tensor:
     return a @ w.as_strided((WIDTH, WIDTH), (1, WIDTH)) + b
 
 
+def recurrent(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    """An LSTM, and its last state."""
+    shapes = [(4 * WIDTH, WIDTH), (4 * WIDTH, WIDTH), (4 * WIDTH,), (4 * WIDTH,)]
+    start = b[:, 0][None], a.new_zeros(1, len(a), WIDTH)
+    weights = [p.take(*shape) for shape in shapes]
+    out, _, cell = torch.lstm(a, start, weights, True, 1, 0.0, False, False, True)
+    return out + cell[0][:, None]
+
+
+def order(b: Tensor, axis: int) -> Tensor:
+    """Indices along an axis that depend on all that stands there, as columns.
+
+    On largest entries: sums may be zero but for rounding, and then decide nothing.
+    """
+    return b.amax(3 - axis, keepdim=True).argsort(axis)
+
+
+def edges(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    """As in graph networks: each time takes from its neighbours."""
+    index = torch.arange(a.shape[1])
+    y = torch.zeros_like(a).index_add(1, index.roll(1), a[:, index // 2])
+    return torch.zeros_like(y).scatter_reduce(1, order(b, 1).expand_as(a), y, "amax") + y
+
+
+def bag(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    index = (a.amax(-1) > 0.1).long() + 1
+    return b + F.embedding_bag(index, p.take(4, WIDTH), mode="max")[:, None]
+
+
+def write_rows(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    first = torch.arange(len(a)), b.amax(-1).argmax(1)
+    return a.index_put(first, b[:, -1], accumulate=True)
+
+
 OPERATIONS: dict[str, Operation] = {
     "layer": lambda p, a, b: F.linear(a, p.take(WIDTH, WIDTH), p.take(WIDTH)),
     "tanh": lambda p, a, b: a.tanh(),
@@ -138,6 +172,26 @@ OPERATIONS: dict[str, Operation] = {
     "complex": complex_product,
     "circular": circular,
     "strided": strided,
+    "largest in time": lambda p, a, b: a - b.max(1, keepdim=True).values,
+    "where largest": lambda p, a, b: b * a.max(1, keepdim=True).indices.to(a.dtype),
+    "largest unit": lambda p, a, b: a * b.max(-1, keepdim=True).values,
+    "which unit": lambda p, a, b: a + b.argmax(-1, keepdim=True).to(a.dtype),
+    "sum until now": lambda p, a, b: a.cumsum(1),
+    "sort in time": lambda p, a, b: a.sort(1).values + b,
+    "top in time": lambda p, a, b: a + b.topk(1, 1).values,
+    "spectrum": lambda p, a, b: torch.fft.fft(a, dim=1).abs() + b,
+    "spectrum of units": lambda p, a, b: torch.fft.fft(a, dim=-1).abs() + b,
+    "gather in time": lambda p, a, b: a.gather(1, order(b, 1).expand_as(a)),
+    "gather by unit": lambda p, a, b: a.gather(1, b.argsort(1)),
+    "gather units": lambda p, a, b: a.gather(2, order(b, 2).expand_as(a)),
+    "one time": lambda p, a, b: a + b[torch.arange(len(a)), b.amax(-1).argmax(1)][:, None],
+    "some times": lambda p, a, b: a[:, b.amax((0, 2)).argsort()],
+    "edges": edges,
+    "bag": bag,
+    "write rows": write_rows,
+    "recurrent": recurrent,
+    "bilinear": lambda p, a, b: F.bilinear(a, b, p.take(WIDTH, WIDTH, WIDTH), p.take(WIDTH)),
+    "distances": lambda p, a, b: torch.cdist(a, p.take(WIDTH, WIDTH)[None]) + b,
 }
 
 step = st.tuples(st.sampled_from([*OPERATIONS]), st.integers(0, 3), st.integers(0, 3))
