@@ -30,6 +30,7 @@ from mcnotes.api import Profile
 from mcnotes.calls import InputError
 from mcnotes.checkpoints import Loaded
 from mcnotes.data import Loader
+from mcnotes.lab.experiment import Record
 from mcnotes.matching import Moments, Pair, pam, stream
 from mcnotes.symmetry import SymmetryError
 from mcnotes.symmetry.execute import tensors_in
@@ -347,7 +348,7 @@ def test_a_network_without_symmetry_passes_through_with_a_note() -> None:
     assert same_state(aligned.model, other)
     assert aligned.model is not other
     assert (
-        repr(aligned) == "Aligned(Linear: no units may change places, so it is model B as it came)"
+        repr(aligned) == "Aligned(Linear: no units may change places, so this is model B unchanged)"
     )
     assert len(aligned.table()) == 0
     mean = prepare.state(mcnotes.merge([model, other], images(2, 5)))
@@ -576,7 +577,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     resumed = connect(checkpoint=str(path))
     assert resumed.losses == whole.losses
     assert same_state(resumed.model(0.5), whole.model(0.5))
-    with pytest.raises(InputError, match=r"of another run; name another"):
+    with pytest.raises(InputError, match=r"belongs to another run\. Fix: name another"):
         connect(checkpoint=path, seed=1)
 
 
@@ -788,13 +789,15 @@ def inner_values() -> dict[str, object]:
     pair, images = Pair(net, sym, *thetas[:2]), data.train
     settings = pam.Settings((1,), 1, samples=1, images=32, probe=32, nodes=1)
     problem = pam.Problem(net, sym, data, recipe, settings)
+    result = pam.fit(problem, curves.bezier(*thetas[:2]), seed=1)
     axis, corners = np.arange(2.0), np.zeros((3, 2))
     high = evaluate.Plane(axis, axis, np.array([[1, np.inf], [2, 3]]), np.ones((2, 2)), corners)
     return {
         "Pair(two Sequential networks of ": pair,
         "Moments(6 units, ": stream(pair, images)["0"][0],
         "Problem(Sequential, Task(stripes": problem,
-        "Result(1 iterations, Q ": pam.fit(problem, curves.bezier(*thetas[:2]), seed=1),
+        "Result(1 iterations, Q ": result,
+        "Record(1 groups, 1 iterations)": Record(result.perm, result.history),
         "Plane(2 x 2 cells, loss 1 to inf)": high,
     }
 
@@ -813,6 +816,7 @@ def test_values_say_in_one_line_what_they_are() -> None:
         "Connection(Sequential, Curve(bezier, 3 control points of ": curve,
         "Curve(bezier, 3 control points of ": curve.curve,
         "Profile(3 points: barrier ": mcnotes.profile(curve, batches, points=3),
+        "Scores(2 models: loss, accuracy)": mcnotes.compare({"A": a, "B": b}, batches),
         "Profile(2 points: barrier ": evaluate.profile(
             normed(), curves.line(fit.theta, fit.theta), data.test, statistics=None, points=2
         ),

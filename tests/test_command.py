@@ -159,7 +159,7 @@ class TestHelp:
         ("align --model mynets:LIMIT a.pt b.pt --data mynets:loader", 2, "cannot be called"),
         (f"report {PAIR} --epochs 0", 2, "whole number of at least 1"),
         (f"report {PAIR} --loss torch.nn:mse", 2, "no attribute 'mse'"),
-        (f"align {PAIR} --arguments '[1]'", 2, "no JSON object"),
+        (f"align {PAIR} --arguments '[1]'", 2, "not a JSON object"),
         (f"align {PAIR} --arguments '{{\"wdth\": 2}}'", 1, "unexpected keyword argument 'wdth'"),
         (f"align {PAIR} --arguments '{{\"width\": -2}}'", 1, "Fix: see its arguments"),
         (f"align {PAIR} --arguments '{{\"width\": 9}}'", 1, "a.pt"),
@@ -432,7 +432,7 @@ class TestReport:
         assert not (home / "report.html").exists()
         code, out, err = ran(capsys, line)
         assert (code, err) == (0, "")
-        assert f"goes on from '{kept.relative_to(home)}'" in out
+        assert f"resumes from '{kept.relative_to(home)}'" in out
         read_report(home)
         assert not kept.exists(), "of a report that is done nothing is kept"
 

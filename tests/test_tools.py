@@ -92,7 +92,7 @@ class TestPresets:
                 presets.load(name)
         for wrong in ("seed: 1\nseed: 2", "seed: [", "seed: !thing 1", "a: {b: 1, b: 2}"):
             (tmp_path / "presets" / "one.yaml").write_text(wrong)
-            with pytest.raises(ValueError, match=r"one\.yaml: no plain YAML: .*"):
+            with pytest.raises(ValueError, match=r"one\.yaml: not plain YAML: .*"):
                 presets.load("one")
         (tmp_path / "presets" / "one.yaml").write_text("a: &x {b: 1}\nc: {<<: *x, b: 2}")
         assert presets.load("one")["c"] == {"b": 2}, "what was merged may be changed"
@@ -170,7 +170,7 @@ class TestOutputs:
         assert made.cells[2].outputs == []
 
     def test_of_other_code_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="other code"):
+        with pytest.raises(ValueError, match="differ in their code"):
             notebooks.take_outputs(notebook("a"), notebook("b"))
 
 
