@@ -1,9 +1,9 @@
 """The command: `mcnotes report`, `align`, `symmetry` and `data`; also as `python -m mcnotes`.
 
-`report` is chapter 10 of the book: papermill runs it, nbconvert makes a page of it. Exit codes are
-0 for success, 1 for what cannot be done, 2 for a command that cannot be understood, 130 and 143 for
-one that was stopped (Ctrl-C, SIGTERM); each error is one line that says what to do. What needs
-PyTorch is imported when it is needed, so that `--help` is quick.
+`report` is chapter 10 of the book: papermill runs it, nbconvert makes a page of it. The exit
+code is 0 for success, 1 if the task cannot be done, 2 for a command that cannot be understood, and
+130 or 143 if it was stopped (Ctrl-C, SIGTERM). Every error is one line that says what to do.
+Modules that need PyTorch are imported only when they are used, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mcnotes.data import Sets
 
 CHAPTER = "10_your_own_models.ipynb"
-BOOK_ONLY = {"book", "remove-cell"}  # cells of the chapter that are no part of a report
+BOOK_ONLY = {"book", "remove-cell"}  # cells of the chapter that do not belong in a report
 REPORT_NEEDS = "papermill and nbconvert. Fix: pip install 'mcnotes[report]'"
 REFUSALS = (
     "InputError",
@@ -59,18 +59,18 @@ MODEL_HELP = """\
 models and data:
   --model is a Python path, module:name, of a class or function that makes the
   network; modules are looked for in this folder, too. --arguments are what it is
-  called with. A and B are files of torch.save or safetensors: where in them the
-  network stands is found. Nothing is unpickled that could run code.
+  called with. A and B are files written by torch.save or safetensors; the network
+  is found inside them. Nothing is unpickled that could run code.
 
   --data is one of
     FOLDER            pictures: FOLDER/CLASS/x.png, or FOLDER/train/CLASS/x.png,
                       val and test
-    MODULE:FUNCTION   a function without arguments that gives a DataLoader, or
+    MODULE:FUNCTION   a function without arguments that returns a DataLoader, or
                       (train, val, test) of them: anything your network takes
     NAME              a data set of the book, such as fashion-mnist-small
 
-  Pictures come in [0, 1]: --mean and --std normalise them as in training. Batches
-  of a DataLoader are taken as they are.
+  Pictures are scaled to [0, 1]; --mean and --std normalise them as in training.
+  The batches of a DataLoader are used unchanged.
 """
 
 REPORT_EXAMPLES = """
@@ -80,7 +80,7 @@ examples:
       --arguments '{"num_classes": 3}' a.pt b.pt --data photos --image-size 224 \\
       --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
 
-  your own class in mynets.py, and a function there that gives a DataLoader
+  your own class in mynets.py, and a function there that returns a DataLoader
     mcnotes report --model mynets:Net a.ckpt b.ckpt --data mynets:loader
 
   a regression: your own loss, and a metric, of (outputs, targets)
@@ -88,7 +88,7 @@ examples:
       --loss torch.nn.functional:mse_loss --metric torch.nn.functional:l1_loss
 
 The page is REPORT.html; the aligned, the averaged and the best network are in the
-folder REPORT beside it. If it is stopped, the same command goes on with the curves.
+folder REPORT beside it. If it is stopped, the same command resumes with the curves.
 """
 
 ALIGN_EXAMPLES = """
@@ -109,28 +109,28 @@ examples:
   mcnotes data                  # the data sets of the book
   mcnotes data cifar10          # fetch it, if it is not there, and look at it
   mcnotes data photos           # a folder of pictures of your own
-  mcnotes data mynets:loader    # a function that gives a DataLoader
+  mcnotes data mynets:loader    # a function that returns a DataLoader
 """
 
 
 class Refused(Exception):
-    """What cannot be done; the text, on one line, says why and what to do."""
+    """The task cannot be done; the message, on one line, says why and what to do."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
+    """Raised for SIGTERM, which stops a command as Ctrl-C does."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line."""
+    """A parser whose errors are a single line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}. For help: {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
-    sys.path.insert(0, os.getcwd())  # where modules of the user's are
+    """Run one command and return its exit code."""
+    sys.path.insert(0, os.getcwd())  # where the user's modules are
     args = parser().parse_args(arguments)
     try:
         with sigterm_interrupts():
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """For a while SIGTERM raises Terminated, so that a notebook's kernel is not left behind."""
+    """Let SIGTERM raise Terminated in a context, so that no notebook kernel is left behind."""
 
     def terminate(*_: object) -> None:
         raise Terminated
@@ -162,16 +162,16 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def what_is_kept(args: argparse.Namespace) -> str:
-    """What a stopped report goes on with, for the line that says so."""
+    """From where a stopped report will resume, for the message about it."""
     if args.command != "report":
         return ""
     if kept := checkpoints_in(args.out.with_suffix("")):
-        return f". Run the same command again to go on from {listed(kept)}"
-    return " before a curve was trained. The same command begins anew"
+        return f". Run the same command again to resume from {listed(kept)}"
+    return " before a curve was trained. The same command starts from the beginning"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The curves that a report began to train and has not finished with."""
+    """The curves that a report began to train and did not finish."""
     return sorted(folder.glob("*.checkpoint"))
 
 
@@ -180,7 +180,7 @@ def listed(paths: Sequence[Path]) -> str:
 
 
 def failed(command: str, reason: str, code: int = 1) -> int:
-    """Print why, on one line; the exit code."""
+    """Print the reason on one line and return the exit code."""
     print(f"mcnotes {command}: {' '.join(reason.split())}", file=sys.stderr)
     return code
 
@@ -214,13 +214,13 @@ def parser() -> Parser:
 
 
 def report_arguments(made: Parser) -> None:
-    """What is measured, how the curves are trained, and the page."""
+    """Options for what is measured, how the curves are trained, and the page."""
     made.add_argument(
         "--loss",
         type=python_path,
         metavar="MODULE:FUNCTION",
-        help="of (outputs, targets); default: the cross-entropy of logits, or what a "
-        "model of transformers computes itself",
+        help="a function of (outputs, targets); default: the cross-entropy of logits, or the "
+        "loss that a model of transformers computes itself",
     )
     made.add_argument(
         "--metric",
@@ -229,13 +229,17 @@ def report_arguments(made: Parser) -> None:
         default=[],
         dest="metrics",
         metavar="MODULE:FUNCTION",
-        help="of (outputs, targets), the mean of a batch; may be repeated; "
-        "default: accuracy, where there are classes",
+        help="a function of (outputs, targets) → the mean over a batch; may be repeated; "
+        "default: the accuracy, where there are classes",
     )
-    made.add_argument("--epochs", type=positive, default=12, help="of a curve (default: 12)")
-    made.add_argument("--lr", type=float, default=0.02, help="of a curve (default: 0.02)")
     made.add_argument(
-        "--points", type=positive, default=25, help="where a curve is measured (default: 25)"
+        "--epochs", type=positive, default=12, help="epochs of each curve (default: 12)"
+    )
+    made.add_argument(
+        "--lr", type=step, default=0.02, help="learning rate of the curves (default: 0.02)"
+    )
+    made.add_argument(
+        "--points", type=several, default=25, help="points measured on a curve (default: 25)"
     )
     made.add_argument(
         "--out",
@@ -247,7 +251,7 @@ def report_arguments(made: Parser) -> None:
 
 
 def align_arguments(made: Parser) -> None:
-    """Where the result goes."""
+    """Options for where the result is written."""
     made.add_argument(
         "--out",
         type=Path,
@@ -257,17 +261,17 @@ def align_arguments(made: Parser) -> None:
 
 
 def symmetry_arguments(made: Parser) -> None:
-    """A network, and what it takes."""
+    """Arguments for a network and its inputs."""
     made.add_argument("model", type=python_path, metavar="MODEL", help="module:name")
     model_arguments(made)
-    made.add_argument("--data", metavar="DATA", help="take inputs from there")
+    made.add_argument("--data", metavar="DATA", help="take the inputs from this data")
     made.add_argument(
         "--shape",
         type=positive,
         nargs="+",
         default=[3, 224, 224],
         metavar="N",
-        help="or inputs of this shape (default: 3 224 224)",
+        help="use random inputs of this shape (default: 3 224 224)",
     )
     made.add_argument(
         "--tokens", type=positive, metavar="N", help="inputs are token ids below N, not floats"
@@ -275,13 +279,13 @@ def symmetry_arguments(made: Parser) -> None:
 
 
 def data_arguments(made: Parser) -> None:
-    """What to look at."""
+    """Arguments for the data to look at."""
     made.add_argument("data", nargs="?", metavar="DATA", help="a name, a folder, module:function")
     made.add_argument("--image-size", type=positive, help="cut pictures to this")
 
 
 def pair_arguments(made: Parser) -> None:
-    """Two checkpoints, the network and the data."""
+    """Arguments for two checkpoints, their network and the data."""
     made.add_argument("checkpoint_a", type=existing, metavar="A", help="a checkpoint")
     made.add_argument("checkpoint_b", type=existing, metavar="B", help="another of this network")
     made.add_argument(
@@ -321,7 +325,7 @@ def pair_arguments(made: Parser) -> None:
 
 
 def model_arguments(made: Parser) -> None:
-    """How the network is made."""
+    """Options for how the network is built."""
     made.add_argument(
         "--arguments",
         type=json_object,
@@ -357,13 +361,31 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def several(text: str) -> int:
+    if (found := positive(text)) < 2:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 2")
+    return found
+
+
+def step(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
+    return found
+
+
 def json_object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no JSON ({error})") from error
+        raise argparse.ArgumentTypeError(f"{text} is not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"""{text} is no JSON object, such as '{{"width": 8}}'""")
+        raise argparse.ArgumentTypeError(
+            f"""{text} is not a JSON object, such as '{{"width": 8}}'"""
+        )
     return found
 
 
@@ -382,7 +404,7 @@ def report(args: argparse.Namespace) -> None:
         raise Refused(f"got --out {args.out}, expected a name that ends in .html")
     folder = made_folder(args.out.with_suffix(""))
     if kept := checkpoints_in(folder):
-        print(f"mcnotes report: goes on from {listed(kept)}", flush=True)
+        print(f"mcnotes report: resumes from {listed(kept)}", flush=True)
     notebook = nbformat.read(chapter(), as_version=4)
     notebook.cells = [c for c in notebook.cells if not BOOK_ONLY.intersection(tags(c))]
     executed = folder / "report.ipynb"
@@ -400,7 +422,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def made_folder(folder: Path) -> Path:
-    """The folder of --out, made if there is none. Raises Refused."""
+    """Create the folder of --out if it does not exist. Raises Refused."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -409,13 +431,13 @@ def made_folder(folder: Path) -> Path:
 
 
 def chapter() -> Path:
-    """Chapter 10: in the package, if it was installed, else in the book of the clone."""
+    """The path of chapter 10: inside an installed package, else in the book of the clone."""
     inside = Path(__file__).parent / "book" / CHAPTER
     return inside if inside.exists() else Path(__file__).parents[1] / "book" / CHAPTER
 
 
 def parameters(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The parameters of the chapter."""
+    """The parameters of the chapter, from the command's arguments."""
     same = [
         "prefix",
         "image_size",
@@ -443,7 +465,7 @@ def parameters(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def run(notebook: Any, out: Path, values: dict[str, Any]) -> None:
-    """Execute the notebook in this folder, with bars on a terminal. Raises Refused if it fails."""
+    """Execute the notebook in the current folder. Raises Refused if it fails."""
     import nbformat
     import papermill
 
@@ -452,7 +474,9 @@ def run(notebook: Any, out: Path, values: dict[str, Any]) -> None:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(TEXT_BARS))
     else:
         os.environ["TQDM_DISABLE"] = "1"
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this Python's kernel, not the user's other one
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = (
+        "1"  # the kernel of this Python, whatever others the user has
+    )
     try:
         papermill.execute_notebook(
             notebook,
@@ -478,10 +502,10 @@ def tags(cell: Any) -> list[str]:
 
 
 def page(ran: Any, args: argparse.Namespace) -> str:
-    """One HTML page that loads nothing: title, figure and verdict, then what led to them."""
+    """A self-contained HTML page: title, figure and verdict, then what led to them."""
     from nbconvert import HTMLExporter
 
-    ran.metadata.pop("widgets", None)  # what progress bars leave
+    ran.metadata.pop("widgets", None)  # left by progress bars
     cells = [c for c in ran.cells if c.cell_type == "markdown" or shown(c)]
     first = [c for c in cells if "summary" in tags(c)]
     rest = [c for c in cells if c not in first]
@@ -503,7 +527,7 @@ def page(ran: Any, args: argparse.Namespace) -> str:
 
 
 def shown(cell: Any) -> bool:
-    """Has it outputs other than progress bars? Those are removed."""
+    """Remove progress bars from the outputs. Are any outputs left?"""
     cell.outputs = [
         output
         for output in cell.outputs
@@ -513,7 +537,7 @@ def shown(cell: Any) -> bool:
 
 
 def title(args: argparse.Namespace) -> Any:
-    """A cell that says what the report is about, and how it was made."""
+    """A cell that says what the report is about and how it was made."""
     import nbformat
     import torch
 
@@ -528,7 +552,7 @@ def title(args: argparse.Namespace) -> Any:
 
 
 def with_caption(cell: Any) -> Iterator[Any]:
-    """The cell with the alternative text of its figure, and its caption in a cell of its own."""
+    """The cell with the alternative text of its figure, then a cell with the caption, if any."""
     import nbformat
 
     settings = cell.metadata.get("mystnb", {})
@@ -539,7 +563,7 @@ def with_caption(cell: Any) -> Iterator[Any]:
 
 
 def plain(text: str) -> str:
-    """The text without what only the book can show: links to its chapters, names of its roles."""
+    """The text without what works only in the book: links to its chapters, and roles."""
     text = re.sub(r"\[([^\]]+)\]\([^)]+\.ipynb\)", r"\1 of the book", text)
     return re.sub(r"\{\w+\}(?=`)", "", text)
 
@@ -548,10 +572,12 @@ def plain(text: str) -> str:
 
 
 def align(args: argparse.Namespace) -> None:
-    """Write network B in A's order of units."""
+    """Write network B with its units in A's order."""
     import mcnotes
     from mcnotes import checkpoints, data, prepare
 
+    if args.out.is_dir():
+        raise Refused(f"got --out {args.out}, expected the name of a file, not of a folder")
     made_folder(args.out.parent)
     net = build(args.model, args.arguments)
     found = checkpoints.load_pair(args.checkpoint_a, args.checkpoint_b, net, args.prefix)
@@ -580,19 +606,23 @@ def align(args: argparse.Namespace) -> None:
 
 
 def show_symmetry(args: argparse.Namespace) -> None:
-    """Show the groups of a network's units, which are verified; or why there are none."""
+    """Show the verified groups of a network's units, or why there are none."""
     import torch
 
     from mcnotes import calls, data, symmetry
+    from mcnotes.data.arrays import failure
 
     net = build(args.model, args.arguments)
     if args.data:
         head, _ = data.Loader(named_sets(args).train, torch.device("cpu"), once=True).head
         example = calls.first(head, 2)
-    elif args.tokens:
-        example = torch.randint(args.tokens, (2, *args.shape))
     else:
-        example = torch.randn(2, *args.shape)
+        try:
+            size = (2, *args.shape)
+            example = torch.randint(args.tokens, size) if args.tokens else torch.randn(size)
+        except (RuntimeError, ValueError) as error:  # too large for the memory, or for 64 bits
+            reason = f"cannot make inputs of shape {args.shape} ({failure(error)})"
+            raise Refused(f"{reason}. Fix: see --shape and --tokens") from error
     try:
         sym = symmetry.find(net, example)
     except symmetry.ExampleError as error:
@@ -612,7 +642,7 @@ def show_symmetry(args: argparse.Namespace) -> None:
 
 
 def print_pinned(sym: Any) -> None:
-    """Why no unit may move."""
+    """Print why no unit may move."""
     print("No unit of this network may change places. Why its axes stay:")
     reasons: dict[str, list[str]] = {}
     for pin in sym.pinned:
@@ -622,14 +652,17 @@ def print_pinned(sym: Any) -> None:
 
 
 def show_data(args: argparse.Namespace) -> None:
-    """List the data sets, or describe one, which is fetched if need be."""
+    """List the data sets, or describe one, after fetching it if necessary."""
     from mcnotes import data
 
     if args.data is None:
         print("\n".join(data.SOURCES))
         return
     if args.data in data.SOURCES:
-        print(repr(data.load(args.data, download=True, image_size=args.image_size)))
+        try:
+            print(repr(data.load(args.data, download=True, image_size=args.image_size)))
+        except ValueError as error:
+            raise Refused(f"{error}. Fix: see --image-size") from error
         return
     sets = named_sets(args)
     if sets.task is not None:
@@ -644,7 +677,7 @@ def show_data(args: argparse.Namespace) -> None:
 
 
 def build(factory: str, arguments: dict[str, Any]) -> nn.Module:
-    """The user's network; Refused, whatever its making raises."""
+    """Build the user's network. Raises Refused, whatever error building it raises."""
     from mcnotes import checkpoints
 
     try:
@@ -657,7 +690,7 @@ def build(factory: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def named_sets(args: argparse.Namespace) -> Sets:
-    """The batches that --data names."""
+    """The data sets that --data names."""
     from mcnotes import data
 
     sizes = {"batch_size": getattr(args, "batch_size", 128)}

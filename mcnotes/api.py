@@ -1,20 +1,21 @@
-"""The front door: two models of your own and their batches in, models out (chapter 10)::
+"""The front door: it takes your own models and batches, and returns models (chapter 10)::
 
     aligned = mcnotes.align(model_a, model_b, batches)
     curve = mcnotes.connect(model_a, aligned.model, batches)
     profile = mcnotes.profile(curve, batches)
     scores = mcnotes.compare({"A": model_a, "best": curve.model(profile.best)}, batches)
 
-Models are any modules of one architecture; batches any iterable that `data.Loader` takes. What
-is given is left as it was: weights, buffers, modes, the state of random generators. What does not
-fit is refused with an InputError, a SymmetryError or an AlignmentError before any long work.
-Networks of 16-bit floats are worked on in float32 and come back in a type of their own.
+Models are any modules of one architecture, batches any iterable that `data.Loader` accepts. The
+arguments are left unchanged: weights, buffers, modes, and the state of random generators. Inputs
+that do not fit raise an InputError, a SymmetryError or an AlignmentError before any long work
+starts. Networks of 16-bit floats are computed in float32 and returned in their own type.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from torch import nn
 
 from mcnotes import cache, curves, display, evaluate, matching, prepare, train
 from mcnotes.calls import Batch, InputError
-from mcnotes.checks import Rule, a, function, mapping_of, optional, require, whole
+from mcnotes.checks import Rule, a, function, got, mapping_of, one_of, optional, require, whole
 from mcnotes.checks import device as placed
 from mcnotes.curves import Theta, combine
 from mcnotes.data import Loader
@@ -43,22 +44,22 @@ KINDS = {"bezier": curves.bezier, "chain": curves.chain, "line": curves.line}
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """Model B in model A's order of units: the same function. What was found on the way."""
+    """Model B with its units in model A's order, and the matching and symmetry that led to it."""
 
     model: nn.Module
     matching: matching.Matching
     symmetry: Symmetry
-    error: float  # of outputs in float64, relative, when every unit that may move does
-    difference: float  # of outputs for the first batch from those of model B, relative
+    error: float  # of the outputs in float64, relative, with every unit moved that may move
+    difference: float  # of the outputs from those of model B on the first batch, relative
 
     def table(self) -> DataFrame:
-        """A row for each group of units, as `Matching.table`; no row where nothing may move."""
+        """One row for each group of units, as in `Matching.table`; empty if no unit may move."""
         return self.matching.table()
 
     def __repr__(self) -> str:
         kind = type(self.model).__name__
         if not self.symmetry.groups:
-            return f"Aligned({kind}: no units may change places, so it is model B as it came)"
+            return f"Aligned({kind}: no units may change places, so this is model B unchanged)"
         return f"Aligned({kind}: {self.matching!r})"
 
     def _repr_html_(self) -> str:
@@ -68,23 +69,24 @@ class Aligned:
 
 @dataclass(frozen=True, eq=False)
 class Connection:
-    """A curve from one model to another. Its end points are the models that came in."""
+    """A curve from one model to another, whose end points are the two models as given."""
 
     curve: curves.Curve
     losses: list[float]  # mean training loss of each epoch
     loss: Loss | None
-    batches: Loader  # those that it was trained with
-    net: nn.Module  # that runs the points
-    template: nn.Module  # of which `model` gives copies
+    batches: Loader  # on which the curve was trained
+    net: nn.Module  # computes the outputs at any point
+    template: nn.Module  # `model` returns copies of it
 
     def model(self, t: float, batches: Any = None) -> nn.Module:
-        """The model at t in [0, 1]; all but its parameters and buffers as in the first end.
+        """The model at t in [0, 1]: a copy of the first model with other parameters and buffers.
 
-        BatchNorm's statistics are computed anew on `batches` (default: those that it was trained
-        with), also at the ends: the means of the batches', so that these should not be small.
+        BatchNorm's statistics are recomputed on `batches` (default: those on which the curve was
+        trained), at the ends, too. They are averages over batches, which should not be small.
         """
         with prepare.untouched(self.batches.source if batches is None else batches, 0):
             data = self.batches if batches is None else Loader(batches, self.batches.device)
+            prepare.first_outputs("Connection.model", "the model", self.net, data)
             theta = evaluate.batchnorm(self.net, self.curve(t), data)
         return prepare.filled("Connection.model", self.template, theta)
 
@@ -100,7 +102,7 @@ class Connection:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What was measured along a curve; all arrays [points]."""
+    """Loss and metrics along a curve. All arrays have the shape [points]."""
 
     t: Array
     arc: Array  # arc length from t = 0, over the parameters
@@ -109,16 +111,18 @@ class Profile:
 
     @property
     def barrier(self) -> float:
-        """How far the loss rises above the straight line between its ends; 0 if nowhere."""
+        """The largest rise of the loss above the straight line between its ends; at least 0."""
         return evaluate.barrier(self.t, self.loss)
 
     @property
     def best(self) -> float:
         """The t of the smallest loss."""
-        return float(self.t[np.argmin(self.loss)])
+        if np.isnan(self.loss).all():
+            raise ValueError("Profile.best: the loss is NaN everywhere; look for NaN in the inputs")
+        return float(self.t[np.nanargmin(self.loss)])
 
     def frame(self) -> DataFrame:
-        """A row for each point: t, arc, loss and the metrics by their names."""
+        """One row for each point: t, arc, loss, and the metrics under their names."""
         import pandas  # takes half a second
 
         return pandas.DataFrame({"t": self.t, "arc": self.arc, "loss": self.loss, **self.metrics})
@@ -143,24 +147,28 @@ class Profile:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What was measured of several models on the same batches."""
+    """Loss and metrics of several models, measured on the same batches."""
 
     models: list[str]
-    sums: dict[str, Array]  # of each quantity over the samples of a batch: [models, batches]
-    counts: dict[str, Array]  # over how many, such as samples or places in a text: [batches]
+    sums: dict[str, Array]  # of each quantity over each batch: [models, batches]
+    counts: dict[str, Array]  # how many samples, or places in a text, were summed: [batches]
 
     def frame(self) -> DataFrame:
-        """A row for each model, with the means of loss and metrics."""
+        """One row for each model, with the means of loss and metrics."""
         import pandas  # takes half a second
 
         means = {name: x.sum(1) / self.counts[name].sum() for name, x in self.sums.items()}
         return pandas.DataFrame(means, index=self.models)
 
     def gain(self, quantity: str, model: str, other: str) -> tuple[float, float]:
-        """By how much the mean of a quantity is larger for `model` than for `other`.
+        """How much larger the mean of a quantity is for `model` than for `other`.
 
-        And the standard error of this difference, from those of the batches; NaN if there is one.
+        Returns the difference and its standard error, which is estimated from the batches and is
+        NaN if there is only one. Raises ValueError for a quantity or a model that was not measured.
         """
+        rules = {"quantity": one_of(self.sums), "model": one_of(self.models)}
+        given = {"quantity": quantity, "model": model, "other": other}
+        require("Scores.gain", given, rules | {"other": rules["model"]})
         one, two = (self.sums[quantity][self.models.index(name)] for name in (model, other))
         count = self.counts[quantity]
         mean = (one - two).sum() / count.sum()
@@ -176,16 +184,23 @@ class Scores:
         return display.described(self, self.frame().to_html(float_format="%.3g"))
 
 
+def _file(value: object) -> str:
+    """The path of a file, or of one that may be made."""
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        return got(value, "a path")
+    return got(str(value), "the path of a file") if os.path.isdir(value) else ""
+
+
 RULES: dict[str, Rule] = {
     "models": a(Sequence, "a list of models"),
     "named": mapping_of(a(nn.Module, "a model"), least=1),
-    "curve": a(Connection, "what connect gave"),
+    "curve": a(Connection, "the result of connect"),
     "loss": optional(function),
     "metrics": optional(mapping_of(function)),
     "points": whole(2),  # both ends
     "device": placed,
     "seed": whole(-(2**63), 2**64 - 1),
-    "checkpoint": optional(a((str, Path), "a path")),
+    "checkpoint": optional(_file),
 }
 """What the arguments of the functions below may be."""
 
@@ -199,17 +214,17 @@ def align(
     device: str | torch.device = "auto",
     seed: int = 0,
 ) -> Aligned:
-    """Model B with its units in the order of model A's: another model of the same function.
+    """Reorder model B's units to match model A's; the result computes the same function as B.
 
-    (What a language model keeps for its next call, its cache, is no part of the function.)
+    (The cache that a language model returns for its next call is not part of the function.)
 
-    batches: some thousands of inputs of the training kind; targets are not read. Sequences should
-    be padded to few lengths: each is a new layout, for which the network is followed again. method:
-    "activations" (chapter 4), or "weights", which looks at the weights alone (chapter 9). device:
-    where to work; "auto": CUDA if there is one, else where model A is.
+    batches: a few thousand inputs like those of training; targets are not read. Sequences should
+    be padded to few different lengths, because the network is traced again for each. method:
+    "activations" (chapter 4), or "weights", which uses the weights alone (chapter 9). device: where
+    to compute; "auto" is CUDA if available, else the device of model A.
     """
     require("align", {"device": device, "seed": seed}, RULES, InputError)
-    _known("align: method", method, METHODS)
+    _known("align", "method", method, METHODS)
     with prepare.untouched(batches, seed):
         ready = prepare.prepare("align", (model_a, model_b), batches, device, once=True)
         sym, error = ready.symmetry()
@@ -233,12 +248,12 @@ def merge(
 ) -> nn.Module:
     """The average of two or more models, all brought into the first one's order of units.
 
-    They are matched to each other all at once (chapter 9); BatchNorm's statistics are computed anew
-    on `batches`. The other arguments as in `align`.
+    All models are matched jointly (chapter 9), and BatchNorm's statistics are recomputed on
+    `batches`. The other arguments are those of `align`.
     """
     given = {"models": models, "device": device, "seed": seed}
     require("merge", given, RULES, InputError)
-    _known("merge: method", method, METHODS)
+    _known("merge", "method", method, METHODS)
     if len(models := list(models)) < 2:
         raise InputError(f"merge: got {len(models)} models, expected two or more")
     with prepare.untouched(batches, seed):
@@ -266,18 +281,19 @@ def connect(
     seed: int = 0,
     checkpoint: str | Path | None = None,
 ) -> Connection:
-    """A curve of small loss between two models, trained on `batches` of (inputs, targets).
+    """Train a curve of low loss between two models on `batches` of (inputs, targets).
 
-    loss: (outputs, targets) → the mean over a batch; default the loss that the model itself gives
-    to a dictionary with "labels", as those of `transformers` do, and else the cross-entropy of its
-    logits. kind: "bezier" (of degree 2), "chain" (with one bend), or "line", which needs no
-    training. SGD with Nesterov's momentum; lr: its largest step, after an epoch of warming up, from
-    where it falls linearly to 0 (chapter 2). Parameters with requires_grad=False stay on the line.
-    checkpoint: a file from which a run that was stopped goes on; from another run it is refused.
+    loss: (outputs, targets) → the mean over a batch. The default is the loss that the model itself
+    returns for a dictionary with "labels", as models of `transformers` do, and the cross-entropy of
+    its logits otherwise. kind: "bezier" (of degree 2), "chain" (with one bend), or "line", which
+    needs no training. lr: the largest learning rate of SGD with Nesterov momentum, which is reached
+    after one epoch of warm-up and then decays linearly to 0 (chapter 2). Parameters with
+    requires_grad=False stay on the line. checkpoint: a file from which an interrupted run resumes;
+    the checkpoint of another run is refused.
     """
     given = {"device": device, "seed": seed, "checkpoint": checkpoint, "loss": loss}
     require("connect", given, RULES, InputError)
-    _known("connect: kind", kind, KINDS)
+    _known("connect", "kind", kind, KINDS)
     recipe = train.Recipe(epochs, lr=lr, weight_decay=0.0, schedule="linear", augment=False)
     with prepare.untouched(batches, seed):
         ready = prepare.prepare("connect", (model_a, model_b), batches, device, labels=loss is None)
@@ -288,7 +304,9 @@ def connect(
             used = prepare.choose_loss(ready, loss)
             prepare.check_slope(ready, used)
             what = {"recipe": recipe.config(), "kind": kind, "seed": seed, "batches": data.number}
-            kept = _resumable(Path(checkpoint), ready.thetas, what) if checkpoint else None
+            kept = None
+            if checkpoint is not None:
+                kept = _resumable(Path(checkpoint), ready.thetas, what)
             fit = train.fit_curve(
                 net, fit.curve, data, recipe, seed=seed, loss=used, checkpoint=kept
             )
@@ -304,12 +322,13 @@ def profile(
     points: int = 25,
     statistics: Any = None,
 ) -> Profile:
-    """Loss and metrics at `points` equidistant places of the curve, the ends among them.
+    """Measure loss and metrics at `points` equidistant t in [0, 1], including both ends.
 
-    batches: what is measured on, such as a test set. loss: default the curve's own, see `connect`.
-    metrics: by name functions (outputs, targets) → the mean over a batch; by default the accuracy,
-    where the loss is the cross-entropy of one class for each input or place. BatchNorm's statistics
-    are computed anew at each place on `statistics` (default: what the curve was trained with).
+    batches: the data to measure on, such as a test set. loss: the default is the curve's own, see
+    `connect`. metrics: functions (outputs, targets) → the mean over a batch, by name. The default
+    is the accuracy, where the loss is the cross-entropy of one class for each input or place.
+    BatchNorm's statistics are recomputed at each point on `statistics` (default: the batches on
+    which the curve was trained).
     """
     given = {"curve": curve, "loss": loss, "metrics": metrics, "points": points}
     require("profile", given, RULES, InputError)
@@ -334,10 +353,10 @@ def compare(
     metrics: Mapping[str, Metric] | None = None,
     device: str | torch.device = "auto",
 ) -> Scores:
-    """Loss and metrics of models as they are, by their names, all of them on the same batches.
+    """Measure loss and metrics of several models, given by name, on the same batches.
 
-    loss, metrics: as in `connect` and `profile`. The models need not be of one architecture, but
-    their outputs must be of one form. device: as in `align`.
+    loss, metrics: as in `connect` and `profile`. The models may differ in architecture, but their
+    outputs must have the same form. device: as in `align`.
     """
     given = {"named": models, "loss": loss, "metrics": metrics, "device": device}
     require("compare", given, RULES, InputError)
@@ -350,6 +369,8 @@ def compare(
             prepare.working_copy("compare", name, model, data.device)
             for name, model in models.items()
         ]
+        for name, net in zip(models, nets, strict=True):
+            prepare.first_outputs("compare", str(name), net, data)
         found = [[_sums(net, batch, wanted) for net in nets] for batch in data.batches(0)]
     table = np.array(found)  # [batches, models, quantities, 2]: sums and counts
     by_name = [*enumerate(wanted)]
@@ -360,13 +381,13 @@ def compare(
 
 
 def _sums(net: nn.Module, batch: Batch, wanted: Mapping[str, Quantity]) -> Array:
-    """`evaluate.sums` of a model as it is."""
+    """`evaluate.sums` of a model with its own parameters and buffers."""
     with evaluate.mode(net, training=False), torch.no_grad():
         return evaluate.sums(net, {}, batch, wanted, torch.device("cpu")).numpy()
 
 
 def _resumable(path: Path, thetas: list[Theta], what: Mapping[str, Any]) -> cache.Checkpoint:
-    """A checkpoint of one run only. Raises InputError if the file is of another, or of none."""
+    """A checkpoint of this run. Raises InputError if the file is anything else."""
     digest = hashlib.sha256()
     for name, x in (item for theta in thetas for item in theta.items()):
         numbers = x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -378,15 +399,15 @@ def _resumable(path: Path, thetas: list[Theta], what: Mapping[str, Any]) -> cach
         found = cache.read_config(path)
     except cache.BrokenFile as error:
         raise InputError(
-            f"connect: the file {error}, expected a checkpoint of this run; name another file"
+            f"connect: the file {error}, expected a checkpoint of this run. Fix: name another file"
         ) from error
     if found != checkpoint.config:
         raise InputError(
-            f"connect: the checkpoint {path} is of another run; name another, or remove it"
+            f"connect: the checkpoint {path} belongs to another run. Fix: name another file, or "
+            "remove this one"
         )
     return checkpoint
 
 
-def _known(what: str, name: object, known: Any) -> None:
-    if name not in known:
-        raise InputError(f"{what} {name!r}, expected one of {[*known]}")
+def _known(who: str, parameter: str, name: object, known: Collection[str]) -> None:
+    require(who, {parameter: name}, {parameter: one_of(known)}, InputError)

@@ -210,14 +210,35 @@ def duplicate(net: nn.Module, *, shared: bool = False) -> nn.Module:
     """A deep copy, also of networks that hold non-leaf tensors, which `copy.deepcopy` refuses.
 
     Old-style `weight_norm`, `spectral_norm` and pruning keep such tensors; the copy has their
-    values. shared: the copy shares all tensors with the network.
+    values. shared: the copy shares all tensors with the network. Raises InputError for a network
+    that holds what cannot be copied, such as a lock or an open file.
     """
     held = [x for m in net.modules() for x in tree_leaves([m._parameters, m._buffers, vars(m)])]
     tensors = [x for x in held if isinstance(x, Tensor) and (shared or not x.is_leaf)]
     memo = {id(x): x if shared else x.detach().clone() for x in tensors}
-    made = copy.deepcopy(net, memo)
+    try:
+        made = copy.deepcopy(net, memo)
+    except Exception as error:  # of whatever the network keeps
+        kept = _not_copied(net, memo) or "what it keeps"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"the network cannot be copied, for {kept} cannot ({reason:.200}); set that to None, "
+            "or give its class a __deepcopy__"
+        ) from error
     LAYOUTS[made] = LAYOUTS.setdefault(net, {})
     return made
+
+
+def _not_copied(net: nn.Module, memo: Mapping[int, Tensor]) -> str:
+    """The first attribute of a module that deepcopy does not take, in words; "" if none."""
+    for path, module in net.named_modules():
+        for name, value in vars(module).items():
+            try:
+                if name not in ("_modules", "_parameters", "_buffers"):
+                    copy.deepcopy(value, dict(memo))
+            except Exception:  # of whatever it is
+                return f"the attribute {f'{path}.{name}'.lstrip('.')!r}"
+    return ""
 
 
 def named_once(net: nn.Module, theta: Mapping[str, Tensor]) -> Theta:

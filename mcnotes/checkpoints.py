@@ -22,7 +22,7 @@ from safetensors.torch import save as pack
 from torch import Tensor, nn
 
 from mcnotes import cache, display, evaluate
-from mcnotes.calls import call, duplicate, logits
+from mcnotes.calls import call, duplicate, logits, stated
 from mcnotes.checks import Rule, listed, number, require
 from mcnotes.curves import Theta
 from mcnotes.data import Task
@@ -35,6 +35,7 @@ Numbers = float | Sequence[float]  # one for all channels, or one for each
 COUNTER = "num_batches_tracked"  # BatchNorm's; nothing here reads it, and some tools leave it out
 EXTRA = "_extra_state"  # what a module keeps beside tensors
 MOST_CHARACTERS = 50_000_000  # of all names in a file together
+ROOM = 2**28  # bytes that a tensor may have without a file holding them
 SHOWN = 100  # characters of a name in a message
 COMMON = (  # in files of which nothing lists the classes
     "argparse.Namespace",
@@ -109,6 +110,10 @@ def build(factory: str, arguments: Mapping[str, Any] | None = None) -> nn.Module
         raise CheckpointError(f"{who} gave a {type(net).__name__}, expected an nn.Module")
     if (kinds := {x.dtype for x in net.parameters()}) != {torch.float32}:
         raise CheckpointError(f"{who} has parameters of {kinds or 'no kind'}, expected float32")
+    for name, x in net.named_parameters():
+        if x.is_meta or nn.parameter.is_lazy(x):
+            fix = "make it on the CPU, and run a lazy network once"
+            raise CheckpointError(f"{who} has no values in {name!r}. Fix: {fix}")
     return net.eval()
 
 
@@ -245,9 +250,11 @@ def load_pair(
 def save(path: str | Path, theta: Theta, net: nn.Module, **about: Any) -> None:
     """Write `theta` as safetensors, under the names that the class of `net` loads.
 
-    about: what it is and where it comes from (JSON values), kept as the file's metadata.
+    about: what it is and where it comes from (JSON values), kept as the file's metadata. Raises
+    ValueError for a theta that is no state of `net`.
     """
     state = {n: x for n, x in net.state_dict().items() if isinstance(x, Tensor)}
+    theta = stated("checkpoints.save", net, theta)
     flat = {n: theta[n].detach().cpu().clone().contiguous() for n in state}
     meta = {n: v if isinstance(v, str) else json.dumps(v) for n, v in about.items()}
     cache.write_atomic(Path(path), pack(flat, meta))
@@ -286,7 +293,7 @@ def _read(path: Path) -> tuple[Any, list[str]]:
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait without end
             raise OSError("it is no regular file")
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return cache.read_tensors(path), []
         with warnings.catch_warnings(), _READING:
             warnings.simplefilter("ignore")
@@ -307,6 +314,8 @@ def _remedy(path: Path, unread: Sequence[str], error: Exception) -> str:
     """What to do about a file that cannot be read."""
     if not (os.path.isfile(path) and os.access(path, os.R_OK)):
         return "Fix: see the path, and whether you may read the file"
+    if "torchscript" in str(error):
+        return "Fix: save torch.jit.load(…).state_dict()"
     with path.open("rb") as file:
         pickled = file.read(4).startswith((b"PK\3\4", b"\x80"))
     if pickled and isinstance(error, UnpicklingError):
@@ -541,4 +550,6 @@ def _fault(x: Tensor, dtype: torch.dtype) -> str:
     if x.dtype != dtype:
         why = ": half precision is too coarse to average or train" if x.itemsize == 2 else ""
         return f"is {x.dtype}, expected {dtype}{why}. Fix: save it converted"
+    if x.numel() * x.itemsize > x.untyped_storage().nbytes() + ROOM:  # as `expand` makes
+        return "repeats its numbers in a large tensor. Fix: save a contiguous copy"
     return "" if x.isfinite().all() else "holds NaN or infinity. Fix: take an earlier checkpoint"

@@ -89,7 +89,7 @@ def device(value: object) -> str:
     """A device of this computer as PyTorch names it, or "auto"."""
     try:
         place = torch.device("cpu" if value == "auto" else value)  # type: ignore[call-overload]
-        torch.empty(0, device=place)
+        torch.empty(1, device=place).tolist()  # fails on "meta", where nothing has a value
     except (AssertionError, RuntimeError, TypeError):
         there = ["auto", "cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
         return got(value, f"a device of this computer: {', '.join(there)}")

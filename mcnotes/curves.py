@@ -75,8 +75,8 @@ class Curve:
 
         Integer buffers are taken from the nearer end. Raises ValueError for t outside [0, 1].
         """
-        if not 0 <= t <= 1:
-            raise ValueError(f"Curve: got t = {t}, expected a number in [0, 1]")
+        if not isinstance(t, int | float) or not 0 <= t <= 1:
+            raise ValueError(f"Curve: got t = {t!r:.200}, expected a number in [0, 1]")
         w = self.weights(torch.tensor(t, dtype=torch.float64)).tolist()
         return combine(self.points, w, 0 if t < 0.5 else -1)
 

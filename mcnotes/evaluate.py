@@ -1,8 +1,8 @@
 """Loss and accuracy of a network, along a curve and over a plane; BatchNorm; curvature (chapter 1).
 
-Everything takes the network's state as a value: `net` is never changed. What is measured is a
-mapping of names to a `Quantity`: `CLASSIFICATION` is the book's, `averaged` makes one of any
-function of outputs and targets.
+All functions take the network's state as an argument and leave `net` unchanged. What they measure
+is a mapping from names to quantities (`Quantity`): `CLASSIFICATION` holds those of the book, and
+`averaged` makes one from any function of outputs and targets.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 Quantity = Callable[[Any, Any, int], tuple[Tensor, Tensor | int]]
-"""(outputs, targets, samples) of a batch → the sum over what is counted, and how many these are."""
+"""(outputs, targets, samples) of a batch → the sum over what is counted, and the count."""
 IGNORED = -100  # a target that `cross_entropy` leaves out
 
 
 def batched(value: object) -> str:
-    """Something that gives batches of inputs and targets."""
+    """The rule of data: anything that provides batches of inputs and targets."""
     if callable(getattr(value, "batches", None)) and hasattr(value, "device"):
         return ""
     return f"got a {type(value).__name__}, expected a data.Split or a data.Loader"
@@ -114,10 +114,9 @@ def means(
 ) -> dict[str, float]:
     """The mean of each quantity over one pass in evaluation mode.
 
-    wanted: the quantities by name, of which `CLASSIFICATION` is the book's choice. batch_size: of
-    a `Split`; a `Loader` keeps its own. perturb: an attack on the inputs, as in `score`. Raises
-    ValueError for a state that does not fit the network, and where there is no batch, or no target
-    that counts.
+    wanted: the quantities by name, such as `CLASSIFICATION`. batch_size: for a `Split`; a `Loader`
+    has its own. perturb: an attack on the inputs, as in `score`. Raises ValueError for a state that
+    does not fit the network, and if there is no batch, or no target that counts.
     """
     given = {"data": data, "wanted": wanted, "batch_size": batch_size, "perturb": perturb}
     require("evaluate", given, RULES)
@@ -140,7 +139,7 @@ def sums(
     wanted: Mapping[str, Quantity],
     device: torch.device,
 ) -> Tensor:
-    """The sum of each quantity over a batch, and how many it counts: float64 [quantities, 2]."""
+    """The sum and the count of each quantity over a batch: float64 [quantities, 2]."""
     inputs, targets = batch
     outputs, n = call(net, theta, inputs), count(inputs)
     pairs = [quantity(outputs, targets, n) for quantity in wanted.values()]
@@ -148,7 +147,7 @@ def sums(
 
 
 def check_counted(counts: Mapping[str, float]) -> None:
-    """Raise ValueError if there is a quantity, by name, for which no target counts."""
+    """Raise ValueError if no target counts for one of the quantities."""
     for name, n in counts.items():
         if n == 0:
             raise ValueError(
@@ -162,19 +161,28 @@ def _exact(value: Tensor | float, device: torch.device) -> Tensor:
 
 
 def entropy(outputs: Any, y: Tensor, _: int = 0) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the logits in nats, over all targets but those that are `IGNORED`."""
+    """Cross-entropy of the logits in nats, over all targets except `IGNORED` ones."""
     z = classes_first(logits(outputs), y)
-    return cross_entropy(z, y, reduction="sum"), (y != IGNORED).sum()
+    return total_entropy(z, y), (y != IGNORED).sum()
+
+
+def total_entropy(z: Tensor, y: Tensor) -> Tensor:
+    """The summed cross-entropy of logits [N, C, …]; ValueError for a target that is no class."""
+    try:
+        return cross_entropy(z, y, reduction="sum")
+    except IndexError as error:
+        cause = f"cross-entropy: {str(error).rstrip('.')} for a network of {z.shape[1]} classes"
+        raise ValueError(f"{cause}, expected 0 to {z.shape[1] - 1}, or {IGNORED}") from error
 
 
 def hits(outputs: Any, y: Tensor, _: int = 0) -> tuple[Tensor, Tensor]:
-    """How often the largest logit is that of the target; of what `entropy` counts."""
+    """How often the largest logit is that of the target, over the same targets as `entropy`."""
     z = classes_first(logits(outputs), y)
     return (z.argmax(1) == y).sum(), (y != IGNORED).sum()
 
 
 def averaged(value: Callable[[Any, Any], Any]) -> Quantity:
-    """The quantity of a function (outputs, targets) → mean over a batch, a number or a tensor."""
+    """A quantity from a function (outputs, targets) → mean over a batch, a number or a tensor."""
     return lambda outputs, y, n: (value(outputs, y) * n, n)
 
 
@@ -183,10 +191,10 @@ CLASSIFICATION: dict[str, Quantity] = {"loss": entropy, "accuracy": hits}
 
 
 def classes_first(z: Tensor, y: Tensor) -> Tensor:
-    """Logits with their classes on axis 1, as `cross_entropy` wants them; y: class numbers.
+    """Logits with their classes on axis 1, as `cross_entropy` expects; y: class numbers.
 
     z: [N, C], [N, C, …] or [N, …, C], for y: [N] or [N, …]. Raises ValueError for other shapes, and
-    for those that may be read both ways.
+    for shapes that are ambiguous.
     """
     if z.dim() == 2 and y.shape == z.shape[:1] and not y.is_floating_point():
         return z
@@ -204,7 +212,7 @@ def classes_first(z: Tensor, y: Tensor) -> Tensor:
 def attacked(
     net: nn.Module, theta: Theta, batches: Iterable[Batch], perturb: Perturb | None
 ) -> Iterator[Batch]:
-    """The batches, the images of each attacked in evaluation mode; repeatable noise (chapter 8)."""
+    """The batches with their images attacked in evaluation mode, from fixed seeds (chapter 8)."""
 
     def model(u: Tensor) -> Tensor:
         return logits(applied(net, arranged(net, u)))
@@ -220,7 +228,7 @@ def attacked(
 def probabilities(net: nn.Module, theta: Theta, split: Split, *, batch_size: int = 500) -> Tensor:
     """Predicted class probabilities in evaluation mode: [N, classes], float32.
 
-    Raises ValueError for a state that does not fit the network, and without an image.
+    Raises ValueError for a state that does not fit the network, and for a split without images.
     """
     require("probabilities", {"split": split, "batch_size": batch_size}, RULES)
     theta = stated("probabilities", net, theta, split.device)
@@ -239,56 +247,73 @@ def batchnorm(
     batch_size: int = 500,
     perturb: Perturb | None = None,
 ) -> Theta:
-    """`theta` with its BatchNorm running statistics computed anew on `split`, in one pass.
+    """`theta` with BatchNorm's running statistics recomputed on `split`, in one pass.
 
-    The mean over equal batches of the batch mean and (unbiased) variance; a last partial batch is
-    left out. The statistics of a mixture of two networks are no mixture of their statistics, which
-    is why every point of a curve needs this (paper, section 4). Running statistics of InstanceNorm
-    are computed alike, and the singular vectors of `spectral_norm` from the weights. Without any of
-    these: a plain copy. perturb: on attacked images; the attack meets the statistics of the images
-    as they are. Raises ValueError for a state that does not fit the network, and without a batch.
+    They become the averages over equal batches of the batch mean and the (unbiased) variance; a
+    last partial batch is left out. The statistics of a mixture of two networks are not the mixture
+    of their statistics, so every point of a curve needs this (paper, section 4). The running
+    statistics of InstanceNorm are recomputed in the same way, and the singular vectors of
+    `spectral_norm` from the weights. A network without any of these is just copied. perturb: an
+    attack on the images, made on the network with the statistics of the clean images. Raises
+    ValueError for a state that does not fit the network, and if there is no batch.
     """
     given = {"split": split, "batch_size": batch_size, "perturb": perturb}
     require("batchnorm", given, RULES)
     theta = batchnorm(net, theta, split, batch_size=batch_size) if perturb else theta
     fresh = with_singular_vectors(net, stated("batchnorm", net, theta, split.device))
-    momenta = {m: m.momentum for m in net.modules() if _tracks(m)}
-    if not momenta:
+    norms = [module for module in net.modules() if _tracks(module)]
+    if not norms:
         return fresh
-    for path, module in net.named_modules(remove_duplicate=False):
-        if module in momenta and (counter := f"{path}.num_batches_tracked".lstrip(".")) in fresh:
-            fresh[counter].zero_()
-    calls = dict.fromkeys(momenta, 0)
-
-    def average(norm: _NormBase, _: Any) -> None:
-        if norm.training:
-            calls[norm] += 1
-            norm.momentum = 1 / calls[norm]  # plain averages; for None, PyTorch would wait
-
-    with mode(net, training=False), torch.no_grad():
-        hooks = [norm.register_forward_pre_hook(average) for norm in momenta]
-        try:
-            batches = split.batches(batch_size, drop_last=split.count(batch_size) > 1)
-            empty = True
-            for x, _ in attacked(net, theta, batches, perturb):
-                empty = False
-                for norm in momenta:
-                    norm.training = True  # also of a class whose `train` does not change it
-                with understood(x):
-                    call(net, fresh, x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for norm, momentum in momenta.items():
-                norm.momentum = momentum
+    _forget_counts(net, fresh)
+    empty = True
+    with mode(net, training=False), torch.no_grad(), _plain_averages(norms):
+        batches = split.batches(batch_size, drop_last=split.count(batch_size) > 1)
+        for x, _ in attacked(net, theta, batches, perturb):
+            empty = False
+            for norm in norms:
+                norm.training = True  # also of a class whose `train` does not change it
+            with understood(x):
+                call(net, fresh, x)
     if empty:
         raise ValueError("batchnorm: got no batch, expected at least one")
     return fresh
 
 
+def _forget_counts(net: nn.Module, theta: Theta) -> None:
+    """Set the layers' counters of batches in `theta` to 0, in place."""
+    for path, module in net.named_modules(remove_duplicate=False):
+        counter = f"{path}.num_batches_tracked".lstrip(".")
+        if _tracks(module) and counter in theta:
+            theta[counter].zero_()
+
+
+@contextlib.contextmanager
+def _plain_averages(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Let running statistics be plain averages over the batches of one pass.
+
+    In call number k of a layer its momentum is 1 / k; at the end it is again what it was.
+    """
+    momenta = [norm.momentum for norm in norms]
+    calls = dict.fromkeys(norms, 0)
+
+    def average(norm: _NormBase, _: Any) -> None:
+        if norm.training:
+            calls[norm] += 1
+            norm.momentum = 1 / calls[norm]  # with None, PyTorch would wait for the counter
+
+    hooks = [norm.register_forward_pre_hook(average) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
 @contextlib.contextmanager
 def understood(inputs: Any) -> Iterator[None]:
-    """Say what to do where BatchNorm cannot take the variance of a batch of one."""
+    """Explain the error that BatchNorm raises for a batch of one, which has no variance."""
     try:
         yield
     except ValueError as error:
@@ -301,14 +326,14 @@ def understood(inputs: Any) -> Iterator[None]:
 
 
 def _tracks(module: nn.Module) -> TypeGuard[_NormBase]:
-    """Does it keep running statistics that can be computed anew?"""
+    """Does it keep running statistics that can be recomputed?"""
     return isinstance(module, _NormBase) and module.track_running_stats
 
 
 def with_singular_vectors(net: nn.Module, theta: Theta) -> Theta:
-    """`theta`, its buffers of `spectral_norm` written over by the first singular vectors.
+    """`theta` with the buffers of `spectral_norm` set to the first singular vectors of the weights.
 
-    Those of a mixture of weights are no mixture of the vectors, which have no common sign.
+    The vectors of a mixture of weights are not a mixture of vectors, whose signs are arbitrary.
     """
 
     def write(matrix: Tensor, u: Tensor, v: Tensor) -> None:
@@ -343,10 +368,10 @@ def _spectral(module: nn.Module) -> bool:
 
 
 def check_mixable(who: str, net: nn.Module, points: Sequence[Theta]) -> None:
-    """Raise ValueError for buffers that differ between networks and cannot be computed anew.
+    """Raise ValueError for buffers that differ between the networks and cannot be recomputed.
 
-    A mixture of masks, or of running statistics of an unknown kind, is neither. What `batchnorm`
-    computes may differ, and so may whole numbers.
+    A mixture of masks is not a mask, and a mixture of unknown running statistics means nothing.
+    Buffers that `batchnorm` recomputes may differ, and so may integers.
     """
     known: set[str] = set()
     for path, module in net.named_modules(remove_duplicate=False):
@@ -361,7 +386,7 @@ def check_mixable(who: str, net: nn.Module, points: Sequence[Theta]) -> None:
             raise ValueError(
                 f"{who}: the buffer {name!r} (of a {kind}) differs between the networks, and a "
                 "mixture of buffers is not understood, except of BatchNorm, InstanceNorm and "
-                "spectral_norm. Fix: make it a parameter, or give all networks the same"
+                "spectral_norm. Fix: make it a parameter, or give it one value in all networks"
             )
 
 
@@ -371,7 +396,7 @@ def barrier(t: Array, loss: Array) -> float:
 
 
 class Profile(NamedTuple):
-    """What was measured along a curve, all arrays [points]. Accuracies are shares of 1."""
+    """Loss and accuracy (a share of 1) along a curve. All arrays have the shape [points]."""
 
     t: Array
     arc: Array  # arc length from r(0), over the parameters
@@ -388,7 +413,7 @@ class Profile(NamedTuple):
         return display.described(self, drawn)
 
     def frame(self) -> DataFrame:
-        """A row for each point: t, arc, loss, accuracy."""
+        """One row for each point: t, arc, loss and accuracy."""
         import pandas  # takes half a second
 
         return pandas.DataFrame(self._asdict())
@@ -420,13 +445,14 @@ def profile(
     perturb: Perturb | None = None,
     perturb_statistics: Perturb | None = None,
 ) -> Profile:
-    """Loss and accuracy on `split` at `points` equidistant t in [0, 1], both ends among them.
+    """Loss and accuracy on `split` at `points` equidistant t in [0, 1], including both ends.
 
-    statistics: the (training) images on which BatchNorm's running statistics are computed anew at
-    every point; None leaves those that the curve mixes, which is rarely what one wants. perturb:
-    the attack on the images of `split` at every point. perturb_statistics: the attack on the images
-    of `statistics`. The paper measures its curves so (section 5; here chapters 2, 6 and 8). Raises
-    ValueError as `means`, and for buffers that cannot be mixed (`check_mixable`).
+    The paper measures its curves in this way (section 5; here chapters 2, 6 and 8). statistics: the
+    (training) images on which BatchNorm's running statistics are recomputed at every point; with
+    None they are those that the curve mixes, which are rarely the right ones. perturb: the attack
+    on the images of `split` at every point. perturb_statistics: the attack on those of
+    `statistics`. Raises ValueError as `means` does, and for buffers that cannot be mixed
+    (`check_mixable`).
     """
     t, arc, loss, accuracy = along(
         net,
@@ -452,9 +478,10 @@ def along(
     perturb: Perturb | None = None,
     perturb_statistics: Perturb | None = None,
 ) -> Array:
-    """What `profile` measures, for any quantities: t, arc length and their means, by columns.
+    """Like `profile`, for any quantities: float64 [points, 2 + quantities].
 
-    Returns float64 [points, 2 + quantities]. wanted: as in `means`. Raises ValueError as `profile`.
+    The columns are t, the arc length, and the mean of each quantity. wanted: as in `means`. Raises
+    ValueError as `profile` does.
     """
     given = {"curve": curve, "data": data, "wanted": wanted, "statistics": statistics}
     given |= {"points": points, "perturb": perturb, "perturb_statistics": perturb_statistics}
@@ -468,7 +495,7 @@ def along(
 
 
 class Plane(NamedTuple):
-    """Loss and accuracy over the plane through three networks, in orthonormal coordinates."""
+    """Loss and accuracy on the plane through three networks, in orthonormal coordinates."""
 
     x: Array  # [columns], distance in parameter space from the first network
     y: Array  # [rows]
@@ -504,9 +531,9 @@ def plane(
 ) -> Plane:
     """Evaluate a square grid in the plane through three networks (paper, section 5).
 
-    resolution: points along a side. margin: how far the square goes beyond the corners, as a share
-    of their extent. statistics, perturb: as in `profile`, in each cell. Raises ValueError as
-    `profile`, and when the three networks lie on one line.
+    resolution: the number of points along a side. margin: how far the square extends beyond the
+    corners, as a share of their extent. statistics, perturb: as in `profile`, in each cell. Raises
+    ValueError as `profile` does, and if the three networks lie on one line.
     """
     given = {"split": split, "statistics": statistics, "resolution": resolution}
     require("plane", given | {"margin": margin, "perturb": perturb}, RULES)
@@ -551,10 +578,10 @@ def curvature(
 ) -> Array:
     """The `top` largest eigenvalues of the loss's Hessian in the parameters on `split`, descending.
 
-    Lanczos (scipy's eigsh) on Hessian–vector products, evaluation mode. Parameters that the loss
-    does not use, or only linearly, count with the zeros that their derivatives are. In float64
-    where a parameter is, else in float32. Returns float64 [top]. Raises ValueError where there is
-    no image, no such number of eigenvalues, or a product that is not finite.
+    Computed by the Lanczos method (scipy's eigsh) from Hessian–vector products in evaluation mode,
+    in float64 if a parameter is, else in float32. Parameters that the loss does not use, or uses
+    only linearly, contribute zeros. Returns float64 [top]. Raises ValueError if there is no image,
+    if there are not so many eigenvalues, and if a product is not finite.
     """
     given = {"split": split, "top": top, "tolerance": tolerance}
     require("curvature", given, RULES | {"top": whole(0)})
@@ -570,7 +597,7 @@ def curvature(
     options = {"which": "LA", "v0": start, "tol": tolerance, "return_eigenvectors": False}
     with mode(net, training=False), sound_gradients(net):
         if not product(start).any():
-            return np.zeros(top)  # H = 0, for which Lanczos has no direction to go on
+            return np.zeros(top)  # H = 0, from which Lanczos cannot continue
         found = eigsh(LinearOperator((n, n), matvec=product, dtype=np.float64), top, **options)
     return np.sort(found)[::-1].copy()
 
@@ -578,7 +605,7 @@ def curvature(
 def _hessian(net: nn.Module, theta: Theta, split: Split) -> Callable[[Array], Array]:
     """v [n] → Hv [n], for the Hessian H of the mean loss on `split` in the n parameters.
 
-    To be called in evaluation mode. Raises ValueError for a product that is not finite.
+    Call it in evaluation mode. It raises ValueError for a product that is not finite.
     """
     state, free = _leaves(net, theta)
     leaves = list(free.values())
@@ -587,7 +614,7 @@ def _hessian(net: nn.Module, theta: Theta, split: Split) -> Callable[[Array], Ar
     def curved(x: Tensor, y: Tensor, direction: list[Tensor]) -> tuple[Tensor, ...]:
         z = applied(net, arranged(net, x))
         loss = cross_entropy(z, y, reduction="sum")
-        # Adds 0 to each product, and lets all derivatives exist, also where the loss has none.
+        # This adds 0 to each product, so that all derivatives exist, even where the loss has none.
         loss = loss + 0 * torch.stack([p.square().sum() for p in leaves]).sum()
         slopes = torch.autograd.grad(loss, leaves, create_graph=True)
         return torch.autograd.grad(slopes, leaves, grad_outputs=direction)
@@ -609,10 +636,10 @@ def _hessian(net: nn.Module, theta: Theta, split: Split) -> Callable[[Array], Ar
 
 
 def _leaves(net: nn.Module, theta: Theta) -> tuple[Theta, Theta]:
-    """The network's state, and copies of its parameters in which to take slopes.
+    """The network's state, and copies of its parameters that require gradients.
 
-    All floating-point tensors in float64 if a parameter is, else in float32. Second names of tied
-    weights are left out: they follow the first.
+    Floating-point tensors become float64 if a parameter is, else float32. The second names of tied
+    weights are left out, because they follow the first.
     """
     names = [name for name, _ in net.named_parameters()]
     dtype = reduce(torch.promote_types, (theta[name].dtype for name in names), torch.float32)
@@ -628,10 +655,11 @@ _ONE = Lock()
 
 @contextlib.contextmanager
 def mode(net: nn.Module, *, training: bool) -> Iterator[None]:
-    """Train or evaluation mode for a while; every module's own flag comes back.
+    """Set training or evaluation mode in a context; the flag of every module is restored.
 
-    By way of training mode, in which modules (LeViT's) forget what they kept of other parameters.
-    One thread at a time: a network has one mode, and one set of parameters in its places.
+    Training mode is set first, as it makes some modules (LeViT's) drop what they cached for other
+    parameters. Only one thread at a time may enter, because a network has one mode and one set of
+    parameters.
     """
     require("mode", {"net": net}, RULES)
     with _ONE:
@@ -656,7 +684,7 @@ def _means(
     perturb: Perturb | None,
     perturb_statistics: Perturb | None = None,
 ) -> Array:
-    """The means [points, quantities], BatchNorm recomputed on `statistics` (if not None)."""
+    """The means [points, quantities], with BatchNorm recomputed on `statistics` unless None."""
     rows = []
     for theta in points:
         if statistics is not None:

@@ -1,10 +1,10 @@
 """The networks of the paper: plain modules that know nothing about curves or permutations.
 
 Every network maps images [N, C, H, W] in [0, 1] to logits [N, num_classes] and normalises its input
-itself, by a fixed `(x - 0.5) / 0.25`. The convolutional ones take 28 x 28 and 32 x 32 images alike.
-No operation is in place and no control flow depends on values, so `torch.export` can follow them.
-Weights are drawn from torch's global generator, in the distributions of the authors' code
-(IBM/NeuronAlignment), which also settles the shortcuts of ResNet and the size of GoogLeNet.
+itself, by a fixed `(x - 0.5) / 0.25`. The convolutional ones take both 28 x 28 and 32 x 32 images.
+No operation is in place and no control flow depends on values, so `torch.export` can trace them.
+Weights are drawn from torch's global generator, with the distributions of the authors' code
+(IBM/NeuronAlignment), from which the shortcuts of ResNet and the size of GoogLeNet are also taken.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ from mcnotes.names import suggest
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Shift and scale images from [0, 1] to [-2, 2]; any shape."""
+    """Shift and scale images of any shape from [0, 1] to [-2, 2]."""
     return (images - 0.5) / 0.25
 
 
 class MLP(nn.Module):
-    """Fully connected, from C * H * W = `in_features`; a ReLU layer per entry of `hidden`."""
+    """Fully connected, with C * H * W = `in_features` and one ReLU layer per entry of `hidden`."""
 
     def __init__(
         self, num_classes: int = 10, in_features: int = 784, hidden: Sequence[int] = (256, 256)
@@ -69,16 +69,16 @@ class ConvBlock(nn.Module):
 
 
 class Network(nn.Module):
-    """A network that draws the weights of its layers of the classes `drawn` by `draw`."""
+    """A network that initialises the weights of its layers of the classes `drawn` with `draw`."""
 
     draw: Callable[[Tensor], Tensor] = staticmethod(nn.init.xavier_normal_)
     drawn: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
 
     def reset_parameters(self) -> None:
-        """Draw them anew; call after the layers' own `reset_parameters`, which do the rest."""
+        """Redraw these weights. Call it after the layers' own `reset_parameters`."""
         for layer in self.modules():
             if isinstance(layer, self.drawn):
-                self.draw(layer.weight)  # type: ignore[arg-type]  # it may be any class of layers
+                self.draw(layer.weight)  # type: ignore[arg-type]  # `drawn` may hold any class
 
 
 class TinyTen(Network):
@@ -115,8 +115,8 @@ class TinyTen(Network):
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions beside a shortcut, added before the last ReLU (He et al. 2016).
 
-    Where the width grows, the shortcut is a 1 x 1 convolution with BatchNorm, or, for "pad", takes
-    every second pixel and adds channels of zeros.
+    Where the width grows, the shortcut is a 1 x 1 convolution with BatchNorm. With "pad", it takes
+    every second pixel and appends channels of zeros.
     """
 
     def __init__(self, before: int, after: int, stride: int, shortcut: str) -> None:
@@ -141,7 +141,7 @@ class ResNet(Network):
 
     ResNet32 has 466,906 parameters for 10 classes and 3 channels (the paper's 0.47 M) with
     `shortcut="conv"`, the 1 x 1 convolution and BatchNorm of the authors' code, and 464,154 with
-    `shortcut="pad"`, the original one. Raises ValueError for other shortcuts and depths not 6n + 2.
+    `shortcut="pad"`, the original. Raises ValueError for other shortcuts and depths not 6n + 2.
     """
 
     draw = staticmethod(partial(nn.init.kaiming_normal_, mode="fan_out"))
@@ -178,9 +178,9 @@ class ResNet(Network):
 
 
 class Inception(nn.Module):
-    """Four branches: 1 x 1; 1 x 1, 3 x 3; 1 x 1, 3 x 3; maximum, 1 x 1 (`sizes` in this order).
+    """Four branches: 1 x 1; 1 x 1, 3 x 3; 1 x 1, 3 x 3; max-pooling, 1 x 1 (`sizes` in this order).
 
-    The third has 3 x 3 kernels, as in torchvision, where Szegedy et al. (2015) have 5 x 5.
+    The third branch has 3 x 3 kernels, as in torchvision; in Szegedy et al. (2015) they are 5 x 5.
     """
 
     def __init__(self, before: int, sizes: Sequence[int]) -> None:
@@ -212,11 +212,11 @@ INCEPTIONS = {  # Szegedy et al. (2015), table 1
 class GoogLeNet(Network):
     """Inception v1 with BatchNorm, for small images as in the authors' code.
 
-    The 7 x 7 stem has stride 1, and only the poolings before 3a and 4a are left. With `auxiliary`
-    there are two more heads, after 4a and 4d, and in train mode the output is the tuple (logits,
-    early, late). For 100 classes and 3 channels it has 5,702,404 parameters, with auxiliary heads
-    10,237,388 (the paper's 10.24 M). `width` is a factor on all channels. Dropout draws from
-    torch's generator.
+    The 7 x 7 stem has stride 1, and only the pooling layers before 3a and 4a remain. `auxiliary`
+    adds two heads, after 4a and 4d; the output in training mode is then the tuple (logits, early,
+    late). For 100 classes and 3 channels there are 5,702,404 parameters, and 10,237,388 with the
+    auxiliary heads (the paper's 10.24 M). `width` scales the number of channels. Dropout draws from
+    torch's global generator.
     """
 
     draw = staticmethod(partial(nn.init.trunc_normal_, std=0.01, a=-0.02, b=0.02))
@@ -278,7 +278,7 @@ SIZES: dict[str, Rule] = {
     "width": optional(number(0, above=True)),
     "image_size": optional(whole(1)),
 }
-"""What the sizes of a network may be."""
+"""The allowed sizes of a network."""
 
 
 def build(
@@ -290,11 +290,12 @@ def build(
     image_size: int | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A network by its name: one of `BUILDERS`. `options` go to its constructor.
+    """Build the network called `name` in `BUILDERS`; `options` go to its constructor.
 
-    `width` is the channels of the first stage (TinyTen, ResNet), a factor (GoogLeNet) or the units
-    of each of two hidden layers (MLP); None takes the network's own. Only the MLP needs
-    `image_size`. Raises ValueError for an unknown name and for an MLP without `image_size`.
+    `width` is the number of channels in the first stage (TinyTen, ResNet), a factor (GoogLeNet), or
+    the number of units in each of two hidden layers (MLP); with None, the network's default is
+    used. Only the MLP needs `image_size`. Raises ValueError for an unknown name, and for an MLP
+    without `image_size`.
     """
     if not isinstance(name, str) or name not in BUILDERS:
         raise ValueError(f"build: got {name!r}, expected a network{suggest(name, BUILDERS)}")
@@ -303,7 +304,7 @@ def build(
     if name == "mlp":
         if image_size is None:
             raise ValueError(
-                "build: an MLP needs to know its inputs. Fix: pass image_size, such as 28"
+                "build: an MLP needs the size of its images. Fix: pass image_size, such as 28"
             )
         if width is not None:
             options["hidden"] = (int(width), int(width))

@@ -5,6 +5,7 @@ What does not fit is refused with an InputError that says what was found and wha
 
 import inspect
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from mcnotes.calls import InputError
 from mcnotes.checkpoints import Numbers
 from mcnotes.curves import Theta, check_same_space
 from mcnotes.data import Loader, Sets
+from mcnotes.data.arrays import failure
 from mcnotes.data.loader import widened
 from mcnotes.evaluate import Quantity
 from mcnotes.symmetry import Symmetry
@@ -116,6 +118,7 @@ def prepare(
     place = _device(device, plain[0])
     net = working_copy(who, names[0], plain[0], place)
     data = Loader(batches, place, once=once, labels=labels and takes_labels(net))
+    _refuse_more(who, net, data)
     ready = Prepared(who, net, [state(net)], data, [first_outputs(who, names[0], net, data)])
     for name, model in [*zip(names, plain, strict=True)][1:]:
         ready.add(name, working_copy(who, name, model, place))
@@ -128,6 +131,18 @@ def _device(wanted: str | torch.device, model: nn.Module) -> torch.device:
         return torch.device(wanted)
     own = next(model.parameters()).device
     return torch.device("cuda") if own.type == "cpu" and torch.cuda.is_available() else own
+
+
+def _refuse_more(who: str, net: nn.Module, data: Loader) -> None:
+    """Raise InputError for batches of three values or more, if the second may be an input."""
+    inputs, takes = data.head[0], inspect.signature(net.forward).parameters.values()
+    places = [p for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if data.values > 2 and isinstance(inputs, Tensor) and len(places) > 1:
+        raise InputError(
+            f"{who}: the batches hold {data.values} values, of which the second is the target or "
+            f"the network's {places[1].name!r}; expected (inputs, targets), or several inputs in a "
+            "tuple of their own, ((first, second), targets)"
+        )
 
 
 def choose_loss(ready: Prepared, given: Loss | None) -> Loss:
@@ -205,19 +220,25 @@ def _checked(ready: Prepared, what: str, function: Metric) -> Metric:
     """The function itself, after a trial call. Raises InputError unless it returns a number."""
     outputs, targets = _outputs(ready), ready.data.head[1]
     try:
-        value = torch.as_tensor(function(outputs, targets))
-    except Exception as error:  # of the user's function
+        with warnings.catch_warnings():
+            # PyTorch repeats targets [N] for outputs [N, 1] to [N, N], and only warns.
+            warnings.filterwarnings("error", "Using a target size", UserWarning)
+            value = torch.as_tensor(function(outputs, targets))
+    except (Exception, SystemExit) as error:  # of the user's function
         raise InputError(
-            f"{ready.who}: {what} fails on the first batch ({_line(error)}); it was called with "
-            f"outputs of type {type(outputs).__name__} and targets of type "
-            f"{type(targets).__name__}"
+            f"{ready.who}: {what} fails on the first batch ({failure(error)}); it was called "
+            f"with outputs, {_said(outputs)}, and targets, {_said(targets)}"
         ) from error
-    if value.dim():
+    if value.dim() or value.is_complex():
         raise InputError(
-            f"{ready.who}: {what} returns numbers of shape {[*value.shape]}, expected a single "
-            "one, the mean over the batch"
+            f"{ready.who}: {what} returns numbers of shape {[*value.shape]} and {value.dtype}, "
+            "expected a single real one, the mean over the batch"
         )
     return function
+
+
+def _said(x: Any) -> str:
+    return f"{x.dtype} {[*x.shape]}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def for_inputs(
@@ -254,6 +275,11 @@ def module(who: str, name: str, model: Any) -> nn.Module:
     model = checkpoints.unwrapped(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"{who}: {name} is a {type(model).__name__}, expected an nn.Module")
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        raise InputError(
+            f"{who}: {name} is compiled by torch.jit, and its parameters cannot be replaced; give "
+            "the module that it was made of"
+        )
     found: dict[str, Tensor] = dict(model.named_parameters())
     if not found:
         raise InputError(f"{who}: {name} has no parameters, expected a network with some")
@@ -272,15 +298,11 @@ def module(who: str, name: str, model: Any) -> nn.Module:
 
 def copied(who: str, name: str, model: nn.Module) -> nn.Module:
     """A copy that shares no memory and has no gradients. Raises InputError if copying fails."""
+    original = module(who, name, model)
     try:
-        made = calls.duplicate(module(who, name, model))
-    except InputError:
-        raise
-    except Exception as error:  # of whatever the module holds
-        raise InputError(
-            f"{who}: {name} cannot be copied ({_line(error)}), expected a module that "
-            "copy.deepcopy takes"
-        ) from error
+        made = calls.duplicate(original)
+    except InputError as error:
+        raise InputError(f"{who}: {name}: {error}") from error
     made.zero_grad()
     return made
 
@@ -306,6 +328,11 @@ def filled(who: str, model: nn.Module, theta: Theta) -> nn.Module:
     """A copy of `model` with the values `theta`, in the dtypes and on the device of `model`."""
     made = copied(who, "the model", model)
     for name, x in state(made).items():
+        if theta[name].isnan().any():
+            raise InputError(
+                f"{who}: {name!r} of the result is NaN, computed from the batches; look for NaN "
+                "and for infinite numbers in their inputs"
+            )
         x.copy_(theta[name])
     with evaluate.mode(made, training=True):  # in training mode, modules drop what they cached
         return made
@@ -359,15 +386,11 @@ def first_outputs(
 def _call(who: str, name: str, net: nn.Module, theta: Theta, inputs: Any) -> Any:
     try:
         return calls.call(net, theta, inputs)
-    except Exception as error:  # of the user's network
+    except (Exception, SystemExit) as error:  # of the user's network
         raise InputError(
-            f"{who}: {name} fails on the first batch ({_line(error)}), expected batches "
+            f"{who}: {name} fails on the first batch ({failure(error)}), expected batches "
             "of its inputs, or of (inputs, targets)"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
 
 def alike(xs: list[Tensor], ys: list[Tensor]) -> bool:

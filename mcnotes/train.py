@@ -36,17 +36,18 @@ from mcnotes.calls import (
 from mcnotes.checks import Rule, a, flag, function, number, one_of, optional, require, whole
 from mcnotes.curves import Curve, Theta, check_same_space, views
 from mcnotes.data import Split
+from mcnotes.data.arrays import failure
 
 Loss = Callable[[Any, Any], Tensor]  # outputs and targets of a batch → their mean loss
 
 
 class TrainingError(RuntimeError):
-    """Training cannot start or go on; the text says why and what to do."""
+    """Training cannot start or continue; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Defaults are the paper's for CIFAR."""
+    """How to train. The defaults are the paper's for CIFAR."""
 
     epochs: int
     batch_size: int = 128
@@ -62,32 +63,32 @@ class Recipe:
         require("Recipe", vars(self), OPTIONS)
 
     def config(self) -> dict[str, Any]:
-        """JSON values that describe the recipe (not `compile`: it changes only rounding)."""
+        """JSON values that describe the recipe, without `compile`, which only changes rounding."""
         return {name: value for name, value in asdict(self).items() if name != "compile"}
 
 
 SCHEDULES: dict[str, Callable[[float, int], float]] = {
     "paper": lambda epoch, epochs: 0.5 ** (epoch // 20) * 0.9996 ** int(epoch),
-    # For short runs: up in one epoch (or a fifth of the run, if less), then linearly to 0.
+    # For short runs: warm-up for one epoch (or a fifth of the run, if less), then linearly to 0.
     "linear": lambda epoch, epochs: (
         min(1.0, (epoch + 0.02) / min(1.0, epochs / 5)) * max(0.0, 1 - epoch / epochs)
     ),
-    # The paper's for adversarial training: constant to half-way, linear to 1 % at 90 %.
+    # The paper's for adversarial training: constant until half-way, then linear to 1 % at 90 %.
     "robust": lambda epoch, epochs: min(1.0, max(0.01, 1 - 0.99 * (epoch / epochs - 0.5) / 0.4)),
 }
-"""Learning-rate factor by (epoch, a float; epochs)."""
+"""The factor of the learning rate, from the epoch (a float) and the number of epochs."""
 PRECISIONS = ("float32", "bfloat16")
 
 
 def native_precision(device: torch.device) -> str:
-    """The faster precision that is safe there: "bfloat16" where it is computed natively.
+    """The precision to use on `device`: "bfloat16" where the hardware computes it natively.
 
-    On processors that only emulate it, and where that cannot be told, "float32".
+    Returns "float32" where it is only emulated, and where this cannot be determined.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # a user may limit it
+        allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # users can limit it
         native = allowed and torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
 
@@ -103,11 +104,11 @@ OPTIONS: dict[str, Rule] = {
     "precision": one_of(PRECISIONS),
     "compile": flag,
 }
-"""What the fields of a recipe may be."""
+"""The allowed values of the fields of a recipe."""
 
 
 def trainable(value: object) -> str:
-    """Something that `Training` describes."""
+    """The rule of `task`: anything that follows the protocol `Training`."""
     fits = not evaluate.batched(getattr(value, "train", None)) and hasattr(value, "augment")
     return "" if fits else f"got a {type(value).__name__}, expected a data.Task or a data.Loader"
 
@@ -127,7 +128,7 @@ RULES: dict[str, Rule] = {
 
 
 class Fit(NamedTuple):
-    """A trained curve and the mean training loss of each epoch (nats, penalty left out)."""
+    """A trained curve, and the mean training loss of each epoch (in nats, without the penalty)."""
 
     curve: Curve
     losses: list[float]
@@ -143,23 +144,24 @@ class Fit(NamedTuple):
 
     @property
     def theta(self) -> Theta:
-        """The first control point: the trained network, when a single network was trained."""
+        """The first control point, which is the trained network if a single one was trained."""
         return self.curve.points[0]
 
 
 def initialise(net: nn.Module, seed: int) -> Theta:
-    """A fresh state for `net` from `seed`: every module's own `reset_parameters`, inner ones first.
+    """A fresh state for `net`, drawn from `seed` by the `reset_parameters` of its modules.
 
-    Raises TrainingError naming the parameters that no module knows how to draw; pass `init` then.
+    Inner modules come first. Raises TrainingError, naming the parameter, if no module draws it;
+    pass `init` to `fit` then.
     """
     require("initialise", {"net": net, "seed": seed}, RULES)
     fresh = duplicate(net).cpu()
     for name, p in fresh.named_parameters():
         if nn.parameter.is_lazy(p):
-            raise TrainingError(f"initialise: {name!r} has no shape. Fix: run the network once")
+            raise TrainingError(f"initialise: {name!r} has no shape yet. Fix: run the network once")
         p.data.fill_(torch.nan)
     with seeded(seed, torch.device("cpu")):
-        for module in reversed(list(fresh.modules())):  # a parent may overrule its children
+        for module in reversed(list(fresh.modules())):  # a parent may overwrite its children
             for name in ("reset_parameters", "_reset_parameters"):
                 getattr(module, name, lambda: None)()
     if odd := [n for n, p in fresh.named_parameters() if p.isnan().any()]:
@@ -168,7 +170,9 @@ def initialise(net: nn.Module, seed: int) -> Theta:
             "the network and pass init=net.state_dict()"
         )
     state = {n: x for n, x in fresh.state_dict().items() if isinstance(x, Tensor)}
-    state |= {n: x for n, x in fresh.named_buffers() if n not in state}  # those not for files
+    state |= {
+        n: x for n, x in fresh.named_buffers() if n not in state
+    }  # those that are not persistent
     return {n: x.detach() for n, x in state.items()}
 
 
@@ -184,10 +188,11 @@ def fit(
 ) -> Fit:
     """Train `net` on `task.train` from `init` (default: `initialise(net, seed)`).
 
-    Returns the network as `Fit.theta`, its buffers as training left them, but BatchNorm's
-    statistics recomputed on the training images (`evaluate.batchnorm`), augmented if training was.
-    perturb(model, images, labels) -> images is applied to every batch (adversarial training).
-    With a `checkpoint` a stopped run goes on from its last epoch and ends with the same weights.
+    `Fit.theta` is the trained network. Its buffers are those that training left, except that
+    BatchNorm's statistics are recomputed on the training images (`evaluate.batchnorm`), which are
+    augmented if they were in training. perturb(model, images, labels) -> images is applied to every
+    batch (adversarial training). With a `checkpoint`, an interrupted run resumes after its last
+    epoch and ends with the same weights.
     """
     given = {"net": net, "task": task, "recipe": recipe, "seed": seed}
     require("fit", given | {"perturb": perturb, "checkpoint": checkpoint}, RULES)
@@ -217,10 +222,10 @@ def fit_curve(
 ) -> Fit:
     """Train the inner control points of `curve`: minimise E_{t~U[0,1]} L(r(t)) (paper, eq. 2).
 
-    The end points stay as they are. Arguments as in `fit`; `pull` adds ½ pull ‖φ − φ_old‖², φ_old
-    being the inner points that come in (`matching.pam`); loss: default `cost`. BatchNorm statistics
-    of inner points are those of the mixture: recompute them wherever the curve is evaluated
-    (`evaluate.profile`).
+    The end points do not change. The arguments are those of `fit`, and two more: `pull` adds
+    ½ pull ‖φ − φ_old‖² to the loss, where φ_old are the inner points of `curve` (`matching.pam`);
+    `loss` is `cost` by default. BatchNorm's statistics at inner points are mixtures: recompute them
+    wherever the curve is evaluated (`evaluate.profile`).
     """
     given = {"net": net, "curve": curve, "task": task, "recipe": recipe, "seed": seed}
     given |= {"pull": pull, "perturb": perturb, "checkpoint": checkpoint, "loss": loss}
@@ -237,7 +242,9 @@ def fit_curve(
 def run(
     step: "Step", curve: Curve, task: Training, seed: int, checkpoint: Checkpoint | None
 ) -> Fit:
-    """All epochs of `step` on `curve`, from where `checkpoint` stands; `fit`, `fit_curve` and PAM.
+    """Run all epochs of `step` on `curve`, or those that `checkpoint` has not seen.
+
+    The loop of `fit`, `fit_curve` and PAM.
 
     Raises TrainingError as soon as an epoch's mean loss is not finite.
     """
@@ -258,7 +265,7 @@ def run(
 
 
 def _resume(step: "Step", checkpoint: Checkpoint) -> list[float]:
-    """Take over the stored state, unless it does not fit; the losses of the epochs so far."""
+    """Restore the stored state, if it fits, and return the losses of the epochs so far."""
     state, epochs = checkpoint.load(), step.recipe.epochs
     if state is None:
         return []
@@ -276,7 +283,7 @@ def _resume(step: "Step", checkpoint: Checkpoint) -> list[float]:
 
 
 def _epoch(step: "Step", curve: Curve, task: Training, seed: int, epoch: int) -> float:
-    """One pass over the training images; everything random in it comes from (seed, epoch)."""
+    """One pass over the training images; all its randomness is determined by (seed, epoch)."""
     recipe, device, seed = step.recipe, task.device, seed * 1_000_003 + epoch
     noise = torch.Generator(device).manual_seed(seed)
     batches, samples = task.train.count(recipe.batch_size), 0
@@ -285,26 +292,31 @@ def _epoch(step: "Step", curve: Curve, task: Training, seed: int, epoch: int) ->
     augment = task.augment if recipe.augment else None
     data = task.train.batches(recipe.batch_size, generator=noise, augment=augment)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    # Dropout has a stream of its own. An attack's noise keeps that of the shuffling, with which the
-    # robust networks of data/zoo were trained.
+    # Dropout has a random stream of its own. Attacks share that of the shuffling, because the
+    # robust networks of data/zoo were trained in this way.
     drawing = seeded(seed if step.perturb else _apart(seed), device)
     with evaluate.mode(step.net, training=True), drawing:
         for i, (x, y) in enumerate(data):
             if (n := count(x)) == 1 and not _takes_one(step.net, x, device):
                 continue
             lr = recipe.lr * SCHEDULES[recipe.schedule](epoch + i / batches, recipe.epochs)
-            total += step(x, y, weights[i], lr) * n
+            try:
+                total += step(x, y, weights[i], lr) * n
+            except IndexError as error:
+                cause = f"train: batch {i + 1} cannot be used ({failure(error)})"
+                fix = "look for targets that are no class of the network"
+                raise TrainingError(f"{cause}. Fix: {fix}") from error
             samples += n
     if not samples:
-        cause = "train: the network cannot train on batches of one image, as none with BatchNorm1d"
+        cause = "train: the network cannot train on batches of one image (BatchNorm1d never can)"
         raise TrainingError(f"{cause}. Fix: use a batch_size of at least 2")
     return float(total) / samples
 
 
 def _takes_one(net: nn.Module, x: Any, device: torch.device) -> bool:
-    """Can the network train on this single sample? BatchNorm1d cannot: one has no variance.
+    """Can the network train on this single sample? BatchNorm1d cannot, for lack of a variance.
 
-    A last batch of one is then left out; each epoch draws another.
+    A last batch of one sample is then skipped. It is another sample in every epoch.
     """
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     try:
@@ -316,20 +328,20 @@ def _takes_one(net: nn.Module, x: Any, device: torch.device) -> bool:
 
 
 def _apart(seed: int) -> int:
-    """Another seed, whose stream is independent of that of `seed` itself."""
+    """A seed whose random stream is independent of that of `seed`."""
     mixed = np.random.SeedSequence(seed % 2**64, spawn_key=(1,))
     return int(mixed.generate_state(1, np.uint64)[0])
 
 
 def cost(outputs: Any, y: Tensor) -> Tensor:
-    """Mean cross-entropy; auxiliary heads (GoogLeNet) count 0.3 each (Szegedy et al. 2015)."""
+    """Mean cross-entropy; auxiliary heads (GoogLeNet) weigh 0.3 each (Szegedy et al. 2015)."""
     first, *others = (evaluate.classes_first(z, y).float() for z in heads(outputs))
     extra = [0.3 * cross_entropy(z, y) for z in others]
     return torch.stack([cross_entropy(first, y), *extra]).sum()
 
 
 def _frozen(net: nn.Module, device: torch.device) -> Tensor | None:
-    """Which numbers ask for no gradient: bool [n], or None where all do."""
+    """Which parameters have requires_grad=False: bool [n], or None if there are none."""
     if all(p.requires_grad for p in net.parameters()):
         return None
     frozen = [torch.full((p.numel(),), not p.requires_grad) for p in net.parameters()]
@@ -376,7 +388,7 @@ class Step:
         self.frozen = _frozen(net, device)
 
     def __call__(self, x: Any, y: Any, weights: Tensor, lr: float) -> Tensor:
-        """Inputs and targets of a batch, weights w(t) [k]: all on the device; gives the loss."""
+        """Step on one batch with the weights w(t) [k], all on the device; returns the loss."""
         loss, g = self.gradient(x, y, weights)
         slope = g[None] if self.single else torch.outer(weights[self.free], g)
         if self.pull:
@@ -389,14 +401,14 @@ class Step:
     def gradient(self, x: Any, y: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The loss at θ = r(t), and the gradient in θ of loss and L2 penalty: [n].
 
-        It is 0 for parameters that ask for none: these stay.
+        It is 0 for parameters with requires_grad=False, which do not change.
         """
         if not self.single:
             torch.mv(self.rows.T, weights, out=self.theta)
         if self.perturb:
             x = self.attacked(x, y, self.perturb)
         with sound_gradients(self.net):
-            if self.compiled:  # what it recomputes for the gradient does not depend on the network
+            if self.compiled:  # it recomputes for the gradient without the network
                 loss, slopes = self.slopes(partial(self.compiled, self.state_dict), x, y)
             else:
                 work = partial(self.slopes, partial(applied, self.net), x, y)
@@ -408,7 +420,7 @@ class Step:
     def slopes(
         self, forward: Callable[[Any], Any], x: Any, y: Any
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The loss, and its slopes in the leaves; forward: from inputs to outputs at θ."""
+        """The loss and its gradients in the leaves. forward: inputs → outputs at θ."""
         low = self.recipe.precision == "bfloat16"
         x = arranged(self.net, x)
         with torch.autocast(self.theta.device.type, torch.bfloat16, enabled=low):
@@ -417,10 +429,10 @@ class Step:
         return loss, slopes
 
     def attacked(self, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
-        """What `perturb` makes of a batch, in evaluation mode; no buffer changes.
+        """The batch as attacked by `perturb`, in evaluation mode; no buffer changes.
 
-        But on a curve BatchNorm takes the batch's own statistics: the running ones mix all t, and
-        what misleads a network with wrong statistics misleads no other (chapter 8).
+        On a curve, however, BatchNorm uses the statistics of the batch: the running statistics mix
+        all t, and an attack on a network with wrong statistics misleads no other (chapter 8).
         """
         frozen = {n: v.detach() for n, v in self.state_dict.items()}
         with evaluate.mode(self.net, training=False):
@@ -434,9 +446,9 @@ class Step:
             return within(self.net, frozen, partial(perturb, forward, x.clone(), y))
 
     def points(self, curve: Curve) -> list[Theta]:
-        """The control points as they stand; the fixed ones are the very values that came in.
+        """The current control points; the fixed ones are the same objects as in `curve`.
 
-        Buffers are those that training left, of a single network: on a curve they mix all t.
+        A single network gets the buffers that training left. On a curve these would mix all t.
         """
         points = list(curve.points)
         names = list(self.net.named_parameters(remove_duplicate=False))  # tied weights have two
@@ -450,11 +462,11 @@ class Step:
         return points
 
     def state(self) -> dict[str, Tensor]:
-        """All that a later process needs to go on; not copied."""
+        """Everything that a later process needs in order to resume. The tensors are not copied."""
         buffers = {f"buffer.{n}": x for n, x in self.buffers.items()}
         return {"phi": self.phi, "momentum": self.velocity, **buffers}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state()` gave."""
+        """Restore the result of an earlier `state()`."""
         for name, x in self.state().items():
             x.copy_(state[name])

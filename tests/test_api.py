@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 import re
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +25,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import mcnotes
-from mcnotes import cache, calls, curves, evaluate, prepare, symmetry, train
+from mcnotes import cache, calls, checkpoints, curves, evaluate, prepare, symmetry, train
+from mcnotes.api import Profile
 from mcnotes.calls import InputError
 from mcnotes.checkpoints import Loaded
 from mcnotes.data import Loader
+from mcnotes.lab.experiment import Record
 from mcnotes.matching import Moments, Pair, pam, stream
 from mcnotes.symmetry import SymmetryError
 from mcnotes.symmetry.execute import tensors_in
@@ -343,7 +348,7 @@ def test_a_network_without_symmetry_passes_through_with_a_note() -> None:
     assert same_state(aligned.model, other)
     assert aligned.model is not other
     assert (
-        repr(aligned) == "Aligned(Linear: no units may change places, so it is model B as it came)"
+        repr(aligned) == "Aligned(Linear: no units may change places, so this is model B unchanged)"
     )
     assert len(aligned.table()) == 0
     mean = prepare.state(mcnotes.merge([model, other], images(2, 5)))
@@ -572,7 +577,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     resumed = connect(checkpoint=str(path))
     assert resumed.losses == whole.losses
     assert same_state(resumed.model(0.5), whole.model(0.5))
-    with pytest.raises(InputError, match=r"of another run; name another"):
+    with pytest.raises(InputError, match=r"belongs to another run\. Fix: name another"):
         connect(checkpoint=path, seed=1)
 
 
@@ -703,7 +708,7 @@ CONNECTS: dict[str, tuple[dict[str, Any], Any, str]] = {
         {"loss": lambda z, y: F.mse_loss(z["x"], y)}, regression(), r"the loss fails on the first"),
     "no slope": (
         {"loss": lambda z, y: (z > y).float().mean()}, regression(), r"has no gradient"),
-    "a kind": ({"kind": "spline"}, regression(), r"kind 'spline', expected one of"),
+    "a kind": ({"kind": "spline"}, regression(), r"kind: got 'spline', expected one of"),
     "epochs": ({"epochs": 0}, regression(), r"epochs: got 0, expected a whole number"),
 }  # fmt: skip
 
@@ -734,7 +739,7 @@ def test_metrics_are_checked_before_work() -> None:
 def test_merging_one_or_by_other_means_is_refused() -> None:
     with pytest.raises(InputError, match="got 1 models, expected two or more"):
         mcnotes.merge([table()], ROWS)
-    with pytest.raises(InputError, match="method 'loss', expected one of"):
+    with pytest.raises(InputError, match="method: got 'loss', expected one of"):
         mcnotes.align(table(), table(), ROWS, method="loss")
 
 
@@ -784,13 +789,15 @@ def inner_values() -> dict[str, object]:
     pair, images = Pair(net, sym, *thetas[:2]), data.train
     settings = pam.Settings((1,), 1, samples=1, images=32, probe=32, nodes=1)
     problem = pam.Problem(net, sym, data, recipe, settings)
+    result = pam.fit(problem, curves.bezier(*thetas[:2]), seed=1)
     axis, corners = np.arange(2.0), np.zeros((3, 2))
     high = evaluate.Plane(axis, axis, np.array([[1, np.inf], [2, 3]]), np.ones((2, 2)), corners)
     return {
         "Pair(two Sequential networks of ": pair,
         "Moments(6 units, ": stream(pair, images)["0"][0],
         "Problem(Sequential, Task(stripes": problem,
-        "Result(1 iterations, Q ": pam.fit(problem, curves.bezier(*thetas[:2]), seed=1),
+        "Result(1 iterations, Q ": result,
+        "Record(1 groups, 1 iterations)": Record(result.perm, result.history),
         "Plane(2 x 2 cells, loss 1 to inf)": high,
     }
 
@@ -809,6 +816,7 @@ def test_values_say_in_one_line_what_they_are() -> None:
         "Connection(Sequential, Curve(bezier, 3 control points of ": curve,
         "Curve(bezier, 3 control points of ": curve.curve,
         "Profile(3 points: barrier ": mcnotes.profile(curve, batches, points=3),
+        "Scores(2 models: loss, accuracy)": mcnotes.compare({"A": a, "B": b}, batches),
         "Profile(2 points: barrier ": evaluate.profile(
             normed(), curves.line(fit.theta, fit.theta), data.test, statistics=None, points=2
         ),
@@ -827,3 +835,185 @@ def test_values_say_in_one_line_what_they_are() -> None:
             page = value._repr_html_()  # type: ignore[attr-defined]
             assert all(f"<{tag}" in page for tag in ("div",))
             assert all("aria-label" in svg for svg in re.findall(r"<svg[^>]*>", page))
+
+
+# What strangers bring
+
+
+class Masked(nn.Module):
+    """A network whose second input may be left out, as those of texts do."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.words, self.hidden = nn.Embedding(9, 6), nn.Linear(6, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.hidden(self.words(ids)).relu()
+        z: Tensor = self.head(x if mask is None else x * mask[..., None])
+        return z
+
+
+def table_net(seed: int, outputs: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, outputs)
+    ).eval()
+
+
+def table_batches(n: int = 3) -> list[tuple[Tensor, Tensor]]:
+    return [(randn(20, 6, seed=k), randint(3, 20, seed=k)) for k in range(n)]
+
+
+def test_three_values_of_which_the_second_may_be_an_input() -> None:
+    """(ids, mask, labels): the mask was learned in place of the labels."""
+    ids, mask = randint(9, 20, 5), torch.ones(20, 5, dtype=torch.long)
+    a, b, labels = Masked(1), Masked(2), ids % 3
+    for work in (mcnotes.align, mcnotes.connect):
+        with pytest.raises(InputError, match=r"the batches hold 3 values, .* network's 'mask'"):
+            work(a, b, [(ids, mask, labels)])
+    curve = mcnotes.connect(a, b, [((ids, mask), labels)], epochs=1)
+    mcnotes.profile(curve, [((ids, mask), labels)], points=2)
+    nets, rows = (table_net(1), table_net(2)), torch.arange(20)
+    mcnotes.connect(*nets, [(x, y, rows) for x, y in table_batches()], kind="line")
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # a session warns, and goes on
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss, nn.HuberLoss()])
+def test_targets_that_would_be_repeated(loss: Callable[..., Tensor]) -> None:
+    """Targets [N] beside outputs [N, 1] were compared with each other, N x N."""
+    a, b = table_net(1, 1), table_net(2, 1)
+    batches = [(x, y.float()) for x, y in table_batches()]
+    for work in (
+        lambda data: mcnotes.connect(a, b, data, loss=loss, epochs=1),
+        lambda data: mcnotes.compare({"A": a}, data, loss=loss),
+    ):
+        with pytest.raises(InputError, match=r"the loss fails .*Using a target size"):
+            work(batches)
+        work([(x, y[:, None]) for x, y in batches])
+
+
+@pytest.mark.parametrize("target", [-1, 3, 7])
+def test_later_targets_that_are_no_class(target: int) -> None:
+    a, b = table_net(1), table_net(2)
+    batches = [*table_batches(), (randn(20, 6), torch.full((20,), target))]
+    with pytest.raises(TrainingError, match=rf"batch \d cannot be used .*Target {target} .*Fix"):
+        mcnotes.connect(a, b, batches, epochs=1)
+    line = mcnotes.connect(a, b, table_batches(), kind="line")
+    for work in (
+        lambda: mcnotes.profile(line, batches, points=2),
+        lambda: mcnotes.compare({"A": a}, batches),
+    ):
+        with pytest.raises(ValueError, match=f"Target {target} is out of .* expected 0 to 2"):
+            work()
+
+
+def test_one_model_of_several_that_does_not_fit_the_batches() -> None:
+    a = table_net(1)
+    narrow = nn.Sequential(nn.Linear(5, 3))
+    with pytest.raises(InputError, match="compare: other fails on the first batch"):
+        mcnotes.compare({"A": a, "other": narrow}, table_batches())
+    with pytest.raises(ValueError, match="network of 2 classes, expected 0 to 1"):
+        mcnotes.compare({"A": a, "other": table_net(2, 2)}, table_batches())
+    line = mcnotes.connect(a, table_net(2), table_batches(), kind="line")
+    with pytest.raises(InputError, match=r"Connection.model: the model fails on the first batch"):
+        line.model(0.5, [randn(20, 5)])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_later_inputs_that_are_not_finite(value: float) -> None:
+    a, b = table_net(1), table_net(2)
+    batches = [*table_batches(), (torch.full((20, 6), value), randint(3, 20))]
+    line = mcnotes.connect(a, b, table_batches(), kind="line")
+    for work in (
+        lambda: mcnotes.merge([a, b], batches, method="weights"),
+        lambda: line.model(0.5, batches),
+    ):
+        with pytest.raises(InputError, match="running_mean' of the result is NaN"):
+            work()
+    with pytest.raises(ValueError, match=r"Profile.best: the loss is NaN everywhere"):
+        _ = mcnotes.profile(line, batches, points=2).best
+
+
+def test_the_best_of_a_curve_is_a_number() -> None:
+    t = np.array([0, 0.5, 1])
+    assert Profile(t, t, np.array([np.nan, 2.0, 1.0]), {}).best == 1
+
+
+def test_gains_of_what_was_not_measured() -> None:
+    scores = mcnotes.compare({"A": table_net(1), "B": table_net(2)}, table_batches())
+    for given in (("f1", "A", "B"), ("loss", "C", "B"), ("loss", "A", "C")):
+        with pytest.raises(ValueError, match=r"Scores.gain: \w+: got '(f1|C)', expected one of"):
+            scores.gain(*given)
+
+
+@pytest.mark.parametrize("answer", ["complex", "exits"])
+def test_losses_that_are_none(answer: str) -> None:
+    def loss(z: Tensor, _: Tensor) -> Tensor:
+        return z.sum() * 1j if answer == "complex" else sys.exit(3)
+
+    text = "complex64, expected a real one" if answer == "complex" else "SystemExit: 3"
+    with pytest.raises(InputError, match=f"connect: the loss .*{text}"):
+        mcnotes.connect(table_net(1), table_net(2), table_batches(), loss=loss)
+
+
+class Keeper(nn.Linear):
+    """Holds something beside its weights."""
+
+    def __init__(self, kept: Any) -> None:
+        super().__init__(6, 3)
+        self.kept = kept
+
+
+@pytest.mark.parametrize(
+    "kept", [threading.Lock(), (k for k in "ab"), io.TextIOWrapper(io.BytesIO())]
+)
+def test_networks_that_cannot_be_copied(kept: Any) -> None:
+    """Raw errors of deepcopy, in all of these."""
+    net = nn.Sequential(Keeper(kept), nn.Linear(3, 3))
+    text = "the network cannot be copied, for the attribute '0.kept' cannot .* set that to None"
+    with pytest.raises(InputError, match=f"align: model_a: {text}"):
+        mcnotes.align(net, net, table_batches())
+    for work in (
+        lambda: train.initialise(net, 1),
+        lambda: checkpoints.normalised(net),
+    ):
+        with pytest.raises(InputError, match=text):
+            work()
+
+
+def test_networks_of_torchscript() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nets = [torch.jit.script(table_net(k)) for k in (1, 2)]
+        for work in (mcnotes.align, mcnotes.connect):
+            with pytest.raises(InputError, match=r"model_a is compiled by torch.jit"):
+                work(*nets, table_batches())
+
+
+class LeNet(nn.Module):
+    """As the first tutorial of PyTorch writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5)
+        self.fc1, self.fc2 = nn.Linear(16 * 4 * 4, 12), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2).view(-1, 16 * 4 * 4)
+        z: Tensor = self.fc2(F.relu(self.fc1(x)))
+        return z
+
+
+def test_a_network_that_counts_its_samples_anew() -> None:
+    """Of images of another height `view(-1, n)` makes other samples: they prove nothing."""
+    net = LeNet()
+    x = randn(6, 1, 28, 28)
+    moved = planted(net, x[:4])
+    aligned = mcnotes.align(net, moved, [x])
+    assert [g.size for g in aligned.symmetry.groups.values()] == [6, 16, 12]
+    expected = net(x)
+    margin = rounding(576, float(expected.detach().abs().max()))
+    torch.testing.assert_close(aligned.model(x), expected, rtol=0, atol=margin)

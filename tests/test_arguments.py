@@ -71,7 +71,7 @@ COUNT = WHOLE | {"zero": 0, "true": True}
 NUMBER = {"text": "1", "nan": float("nan"), "infinite": float("inf"), "below": -0.5, "none": None}
 POSITIVE = NUMBER | {"zero": 0.0}
 FLAG = {"text": "yes", "one": 1, "none": None}
-NAMED = {"another": "corelation", "a number": 3, "none": None}
+NAMED = {"another": "corelation", "a number": 3, "none": None, "a list": ["l2"], "a mapping": {}}
 NETS = {"text": "resnet20", "a class": nn.Linear, "none": None}
 SETS = {"a list": BATCHES, "text": "test", "a number": 3, "none": None}
 FILLED = SETS | {"empty": DATA.test.first(0)}
@@ -125,7 +125,7 @@ wrong: dict[str, Mapping[str, Any]] = {
     "options": {}, "model_a": NETS, "model_b": NETS,
     "models": {"one": [NET], "no networks": ["a", "b"], "none": None},
     "batches": {"one tensor": BATCHES[0][0], "empty": [], "none": None, "a number": 3},
-    "device": {"another": "gpu", "a number": 1.5},
+    "device": {"another": "gpu", "a number": 1.5, "without values": "meta"},
     "metrics": {"no functions": {"accuracy": 3}, "a list": ["accuracy"]},
     "matrices": {
         "another group": {"5": torch.eye(16)}, "not square": {"1": torch.ones(16, 3)},
@@ -145,7 +145,7 @@ FUNCTIONS = cases_of(
     train.initialise, train.fit, train.fit_curve, curves.line, curves.bezier, curves.chain,
     symmetry.find, matching.match, matching.match_many, matching.diagnose, matching.repair,
     matching.channel_moments, matching.stream, matching.weight_matching, matching.loss_matching,
-    Pair, pam.Problem, pam.fit,
+    matching.certify, Pair, pam.Problem, pam.fit,
     SYM.permute, SYM.apply_matrices, SYM.verify, SYM.tapper, SYM.complete, SYM.compose,
     SYM.random,
     SYM.inverse, train.Recipe, Descent, pam.Settings, attacks.PGD, attacks.Square, attacks.fgsm,
@@ -167,7 +167,7 @@ own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do no
     "api.compare": {"models": {"nothing": {}, "a list": [NET], "no networks": {"A": 3}}},
     "api.profile": {"curve": CURVES, "points": COUNT | {"one": 1}, "loss": FUNCTION,
                     "statistics": {"empty": [], "a number": 3}},
-    "api.connect": {"checkpoint": {"a number": 3}},
+    "api.connect": {"checkpoint": {"a number": 3, "a folder": "/", "nothing": "", "null": "\0"}},
     "evaluate.batchnorm": {"split": SETS},  # none is needed where there are no statistics
     "matching.methods.match": SIZE,
     "matching.many.match_many": SIZE,
@@ -182,6 +182,7 @@ own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do no
         "tolerance": {n: x for n, x in POSITIVE.items() if n != "infinite"},
     },
     "matching.diagnose.diagnose": {"images": COUNT},
+    "matching.certificate.certify": {"steps": WHOLE},
     "matching.weights.weight_matching": {"only": {"another": ["7"], "text": "x"}},
     "curves.line": {"a": {}, "b": OTHERS},
     "curves.bezier": {"a": {}, "b": OTHERS},
@@ -230,7 +231,7 @@ MODULES = (evaluate, train, curves, attacks, api, matching.methods, matching.man
 PARTS = {
     "evaluate.batched", "evaluate.entropy", "evaluate.hits", "evaluate.averaged",
     "evaluate.classes_first", "evaluate.attacked", "evaluate.barrier", "evaluate.check_mixable",
-    "evaluate.sums", "evaluate.check_counted", "evaluate.understood",
+    "evaluate.sums", "evaluate.check_counted", "evaluate.understood", "evaluate.total_entropy",
     "evaluate.with_singular_vectors",
     "train.trainable", "train.run", "train.cost", "train.native_precision",
     "curves.combine", "curves.check_same_space", "curves.views", "attacks.margin", "attacks.dlr",

@@ -183,16 +183,16 @@ class TestCommand:
         ("content", "says"),
         [
             (None, "cannot be read: .*No such file"),
-            (b"presets: [smoke", "no plain YAML"),
-            (b"presets: [smoke]\n\tout: x", "no plain YAML"),
+            (b"presets: [smoke", "not plain YAML"),
+            (b"presets: [smoke]\n\tout: x", "not plain YAML"),
             (b"- smoke", "got a list, expected `name: value` lines"),
             (b"smoke", "got a str, expected `name: value` lines"),
-            (b"presets: !!python/object/apply:os.system ['true']", "no plain YAML"),
-            (b"presets: !names [smoke]", "no plain YAML"),
-            (b"runs_per_gpu: !!int four", "no plain YAML"),
-            (b"out: !!timestamp later", "no plain YAML"),
-            (b"presets: [smoke]\npresets: [laptop]", "'presets' is there twice"),
-            (b"\xff\xfe\x00", "cannot be read|no plain YAML"),
+            (b"presets: !!python/object/apply:os.system ['true']", "not plain YAML"),
+            (b"presets: !names [smoke]", "not plain YAML"),
+            (b"runs_per_gpu: !!int four", "not plain YAML"),
+            (b"out: !!timestamp later", "not plain YAML"),
+            (b"presets: [smoke]\npresets: [laptop]", "'presets' appears twice"),
+            (b"\xff\xfe\x00", "cannot be read|not plain YAML"),
             (b"parameters: 3", "parameters: got 3"),
             (b"presets: [1]", "presets: got 1"),
             (b"presets: &a [*a]", "presets: got"),
@@ -217,10 +217,10 @@ class TestCommand:
 
     def test_in_one_line(self, tmp_path: Path) -> None:
         (tmp_path / "broken.yaml").write_text("presets: [smoke\nout: x\n")
-        assert "broken.yaml: no plain YAML" in self.says(
+        assert "broken.yaml: not plain YAML" in self.says(
             "run", "--config", str(tmp_path / "broken.yaml")
         )
-        assert "no plain YAML" in self.says("run", "--set", "presets=[smoke")
+        assert "not plain YAML" in self.says("run", "--set", "presets=[smoke")
         missing = str(tmp_path / "none.ipynb")
         assert "none.ipynb" in self.says("step", missing, str(tmp_path / "out.ipynb"))
 

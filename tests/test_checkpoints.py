@@ -2,6 +2,7 @@
 
 import sys
 import time
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,6 +67,12 @@ class TestBuild:
             ("users_net:words", {}, "gave a str, expected an nn.Module"),
             ("users_net:half", {}, "torch.float16.*expected float32"),
             ("torch.nn:Flatten", {}, "parameters of no kind"),
+            ("torch.nn:LazyLinear", {"out_features": 3}, "has no values in 'weight'. Fix"),
+            (
+                "torch.nn:Linear",
+                {"in_features": 3, "out_features": 3, "device": "meta"},
+                "has no values in 'weight'. Fix",
+            ),
             ("users_net:raises", {}, "raises with {} fails .RuntimeError: no weights.. Fix"),
             ("users_net:leaves", {}, "leaves with {} fails .SystemExit: 3.. Fix"),
             ("left:Net", {}, "cannot import 'left:Net' .SystemExit: 4"),
@@ -473,6 +480,35 @@ class TestRefusals:
             torch.save(held, tmp_path / "a.pt")
             with pytest.raises(CheckpointError, match="nested without end"):
                 checkpoints.load(tmp_path / "a.pt", small.normed())
+
+    def test_a_tensor_that_claims_more_than_the_file_holds(self, tmp_path: Path) -> None:
+        """One number, repeated 10^11 times: to look at them all takes 400 GB."""
+        many = torch.zeros(1).expand(10**11)
+        for held in (states(1)[0] | {"more": many}, {"weight": many}, {"6.weight": many[None]}):
+            torch.save(held, tmp_path / "a.pt")
+            with pytest.raises(CheckpointError, match="does not fit the network"):
+                checkpoints.load(tmp_path / "a.pt", small.normed())
+        theta = states(1)[0] | {"6.bias": torch.ones(1).expand(3)}  # which is the network's own
+        torch.save(theta, tmp_path / "a.pt")
+        assert equal(checkpoints.load(tmp_path / "a.pt", small.normed()).theta, theta)
+
+    def test_a_compiled_network(self, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
+            for name in ("constants.pkl", "version", "data.pkl"):
+                file.writestr(f"a/{name}", "3\n")
+        with pytest.raises(CheckpointError, match=r"torchscript.*Fix: save torch.jit.load"):
+            checkpoints.load(tmp_path / "a.pt", small.normed())
+
+    @pytest.mark.parametrize(
+        "change", [{}, {"6.bias": torch.zeros(4)}, {"6.bias": torch.zeros(3, dtype=torch.int64)}]
+    )
+    def test_what_the_class_would_not_load_is_not_saved(
+        self, change: State, tmp_path: Path
+    ) -> None:
+        theta = states(1)[0] | change if change else {}
+        with pytest.raises(ValueError, match=r"^checkpoints.save: .*(lacks|expected)"):
+            checkpoints.save(tmp_path / "a.safetensors", theta, small.normed())
+        assert not (tmp_path / "a.safetensors").exists()
 
     @pytest.mark.parametrize(
         "twice",

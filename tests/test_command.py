@@ -159,7 +159,7 @@ class TestHelp:
         ("align --model mynets:LIMIT a.pt b.pt --data mynets:loader", 2, "cannot be called"),
         (f"report {PAIR} --epochs 0", 2, "whole number of at least 1"),
         (f"report {PAIR} --loss torch.nn:mse", 2, "no attribute 'mse'"),
-        (f"align {PAIR} --arguments '[1]'", 2, "no JSON object"),
+        (f"align {PAIR} --arguments '[1]'", 2, "not a JSON object"),
         (f"align {PAIR} --arguments '{{\"wdth\": 2}}'", 1, "unexpected keyword argument 'wdth'"),
         (f"align {PAIR} --arguments '{{\"width\": -2}}'", 1, "Fix: see its arguments"),
         (f"align {PAIR} --arguments '{{\"width\": 9}}'", 1, "a.pt"),
@@ -173,7 +173,16 @@ class TestHelp:
         (f"align {PAIR} --out mynets.py/x.safetensors", 1, "Fix: see --out"),
         (f"report {PAIR} --out mynets.py/x.html", 1, "Fix: see --out"),
         (f"report {PAIR} --out x.pdf", 1, "a name that ends in .html"),
+        (f"align {PAIR} --out .", 1, "expected the name of a file"),
+        (f"align {PAIR} --out /", 1, "expected the name of a file"),
+        (f"report {PAIR} --points 1", 2, "whole number of at least 2"),
+        (f"report {PAIR} --lr nan", 2, "got nan, expected a number above 0"),
+        (f"report {PAIR} --lr -1", 2, "got -1, expected a number above 0"),
         ("symmetry mynets:Net --shape 7", 1, "Fix: see --shape"),
+        ("symmetry mynets:Net --shape 99999999999999", 1, "can't allocate memory"),
+        ("symmetry mynets:Net --shape 7 --tokens 99999999999999999999", 1, "see --shape and --tok"),
+        ("data fashion-mnist-small --image-size 5000", 1, "from 1 to 4096"),
+        ("data ''", 1, "expected the name of a data set"),
         ("data none", 1, "expected a folder"),
         ("data mynets:fails", 1, "RuntimeError: no disk"),
     ],
@@ -423,7 +432,7 @@ class TestReport:
         assert not (home / "report.html").exists()
         code, out, err = ran(capsys, line)
         assert (code, err) == (0, "")
-        assert f"goes on from '{kept.relative_to(home)}'" in out
+        assert f"resumes from '{kept.relative_to(home)}'" in out
         read_report(home)
         assert not kept.exists(), "of a report that is done nothing is kept"
 

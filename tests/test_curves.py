@@ -1,6 +1,7 @@
 """Curves: exact ends, partition of unity, degree 1 is the line, arc length."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -128,3 +129,10 @@ def test_bad_arguments() -> None:
         curves.bezier(A, B, degree=0)
     with pytest.raises(ValueError, match="kind 'spline'"):
         Curve((A, B), "spline")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("t", ["0.5", None, [0.5], 1j, float("nan"), -0.1, 1.5])
+def test_places_that_a_curve_does_not_have(t: Any) -> None:
+    point = {"weight": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"Curve: got t = .*, expected a number in .0, 1."):
+        curves.line(point, point)(t)

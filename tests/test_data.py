@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import struct
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -432,6 +435,39 @@ class TestLoadErrors:
             ValueError, match="got 'cifar-10', expected a data set; did you mean 'cifar10'"
         ):
             data.load("cifar-10")
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("validation", 2.5), ("validation", "5"), ("folder", 3), ("device", "meta")],
+    )
+    def test_arguments_that_are_none(self, tmp_path: Path, name: str, value: Any) -> None:
+        np.savez(tmp_path / "cifar10.npz", **toy_arrays())
+        with pytest.raises(ValueError, match=f"^data.load: {name}: got .*, expected"):
+            data.load("cifar10", **{"folder": tmp_path, "device": "cpu"} | {name: value})
+        with pytest.raises(ValueError, match=r"^data.load: got .* expected a data set"):
+            data.load(["cifar10"])  # type: ignore[arg-type]
+
+    def test_arrays_of_any_layout_are_the_same(self, tmp_path: Path) -> None:
+        """As NumPy stores them where axes were moved, or on another computer."""
+        arrays = toy_arrays()
+        np.savez(tmp_path / "cifar10.npz", **arrays)
+        expected = self.load(tmp_path, validation=10)
+        arrays["train_images"] = np.asfortranarray(arrays["train_images"])
+        arrays["train_labels"] = arrays["train_labels"].astype(">i8")
+        np.savez(tmp_path / "cifar10.npz", **arrays)
+        found = self.load(tmp_path, validation=10)
+        assert torch.equal(found.train.images, expected.train.images)
+        assert torch.equal(found.train.labels, expected.train.labels)
+
+    def test_a_file_that_claims_more_than_there_is_memory(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "cifar10.npz", **toy_arrays())
+        head = io.BytesIO()
+        claim = {"descr": "|u1", "fortran_order": False, "shape": (10**15,)}
+        np.lib.format.write_array_header_1_0(head, claim)
+        with zipfile.ZipFile(tmp_path / "cifar10.npz", "a") as file:
+            file.writestr("more.npy", head.getvalue())
+        with pytest.raises(DataError, match=r"too little memory .*Unable to allocate"):
+            self.load(tmp_path)
 
     @pytest.mark.parametrize("validation", [-1, 60, 61])
     def test_an_impossible_validation_set(self, tmp_path: Path, validation: int) -> None:

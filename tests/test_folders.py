@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import small
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from small import picture_folder
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -163,6 +164,12 @@ ACCEPTED: dict[str, Callable[[], Any]] = {
     "float64 of the other byte order": lambda: ((PIXELS / 255).astype(">f8"), LABELS),
     "negative strides": lambda: (PIXELS[:, ::-1].copy()[:, ::-1], LABELS),
     "with a gradient": lambda: (FLOATS.clone().requires_grad_(), LABELS),
+    "a column of pandas": lambda: (PIXELS, pandas.Series(LABELS, index=range(100, 112))),
+    "a table of pandas": lambda: (
+        PIXELS,
+        pandas.DataFrame({"class": LABELS}, index=[*"fedcba"] * 2),
+    ),
+    "nothing masked": lambda: (np.ma.masked_array(PIXELS, False), LABELS),
     "a Dataset": lambda: Items("pairs"),
     "a TensorDataset": lambda: TensorDataset(FLOATS, torch.from_numpy(LABELS)),
     "a loader": lambda: DataLoader(Items("pairs"), 5),
@@ -194,6 +201,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "NaN": (lambda: (FLOATS.index_fill(0, torch.tensor(2), torch.nan), LABELS), "NaN or infinite"),
     "infinity": (lambda: (FLOATS / 0, LABELS), "NaN or infinite"),
     "floats to 255": (lambda: (FLOATS * 255, LABELS), "to 255.00, expected .*Fix: divide"),
+    "divided twice": (
+        lambda: (FLOATS / 255, LABELS),
+        "from 0 to 0.0039, expected up to 1.*once only",
+    ),
+    "bytes of 0 and 1": (
+        lambda: ((PIXELS > 99).astype(np.uint8), LABELS),
+        "uint8 from 0 to 1, expected up to 255. Fix: convert them to floats",
+    ),
+    "masked": (lambda: (np.ma.masked_array(PIXELS, PIXELS > 9), LABELS), "some are masked"),
     "int64": (lambda: (PIXELS.astype(int), LABELS), "pixels of torch.int64, expected torch.uint8"),
     "bool": (lambda: (PIXELS > 9, LABELS), "pixels of torch.bool"),
     "uint16": (lambda: (PIXELS.astype("u2"), LABELS), "pixels of torch.uint16"),
@@ -262,6 +278,25 @@ class TestEntrance:
         """A loader of three batches is no train, val and test."""
         with pytest.raises(DataError, match=text):
             taken(monkeypatch, made)
+
+    def test_classes_are_numbered_from_zero(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From 1, a network of three classes was asked to be built with four."""
+        with pytest.raises(DataError, match=r"labels from 1 to 3, .* Fix: subtract 1"):
+            taken(monkeypatch, [(PIXELS, LABELS + 1)] * 3)
+        later = [(PIXELS, LABELS), (PIXELS, LABELS * 0 + 2), (PIXELS, LABELS)]
+        assert taken(monkeypatch, later).num_classes == 3
+
+    def test_a_source_may_be_a_path(self, tmp_path: Path) -> None:
+        picture_folder(tmp_path, {"": 8})
+        expected = data.dataset(str(tmp_path), device="cpu").train.images
+        for load in (data.dataset, lambda p, device: data.sets(p, device=device).task):
+            assert torch.equal(load(tmp_path, device="cpu").train.images, expected)  # type: ignore[operator]
+
+    @pytest.mark.parametrize("source", [None, 3, "", b"photos", ["photos"], "x" * 5000, "a\0b"])
+    def test_sources_that_are_none(self, source: Any) -> None:
+        for load in (data.dataset, data.sets):
+            with pytest.raises(DataError, match=r"^data.(dataset|sets): .*expected .*a folder"):
+                load(source)
 
     def test_splits_by_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         task = taken(monkeypatch, {"test": (PIXELS[:3], LABELS[:3]), "train": (PIXELS, LABELS)})
@@ -373,7 +408,21 @@ def bomb(side: int) -> Callable[[Path], str]:
     return change
 
 
+def unread(name: str) -> Callable[[Path], str]:
+    """Add a picture of a kind that is not read."""
+
+    def change(root: Path) -> str:
+        (root / "train/top" / name).write_bytes(b"x")
+        return f"cannot read .*{name}, expected .jpg.*Fix: convert it"
+
+    return change
+
+
 FOLDERS: dict[str, Callable[[Path], str]] = {
+    "a GIF": unread("q.gif"),
+    "a photograph of a telephone": unread("Q.HEIC"),
+    "a JPEG of another name": unread("q.jfif"),
+    "an array": unread("q.npy"),
     "a PPM of letters": damaged("q.ppm", b"P6 3 a 255 xx"),
     "a PGM of 10^16 pixels": damaged("q.pgm", b"P5\n99999999 99999999\n255\n"),
     "an empty TIFF": damaged("q.tiff", b"II*\x00\x08\x00\x00\x00"),
@@ -434,6 +483,41 @@ class TestFolders:
         picture_folder(tmp_path, {"test": 8})
         with pytest.raises(DataError, match="has test/ and no train/"):
             data.dataset(str(tmp_path), device="cpu")
+
+    @pytest.mark.parametrize(
+        "places",
+        [
+            ("seg_train/seg_train/top", "seg_test/seg_test/top", "seg_pred/seg_pred"),
+            ("training_set/cats", "test_set/cats"),
+            ("train", "test"),
+            ("Train-Images", "Validation-Images"),
+        ],
+    )
+    def test_parts_are_no_classes(self, places: tuple[str, ...], tmp_path: Path) -> None:
+        """As data sets of competitions are packed: two classes were "train" and "test"."""
+        for place in places:
+            (tmp_path / place).mkdir(parents=True)
+            for k in range(8):
+                Image.new("L", (8, 8), k).save(tmp_path / place / f"{k}.png")
+        with pytest.raises(DataError, match="where classes would be, expected train/CLASS/PICTURE"):
+            data.dataset(str(tmp_path), device="cpu")
+
+    @pytest.mark.parametrize("name", ["__background__", "@home", "_noise_"])
+    def test_no_class_goes_missing(self, name: str, tmp_path: Path) -> None:
+        picture_folder(tmp_path, {"": 8})
+        (tmp_path / "top").rename(tmp_path / name)
+        assert name in data.dataset(str(tmp_path), device="cpu").class_names
+
+    def test_no_picture_is_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PostScript is a program, which Pillow gives to Ghostscript whatever the file's name."""
+        picture_folder(tmp_path, {"": 8})
+        Image.new("RGB", (8, 8)).save(tmp_path / "top/x.eps")
+        (tmp_path / "top/x.eps").rename(tmp_path / "top/x.png")
+        ran: list[Any] = []
+        monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **_: ran.append(args))
+        with pytest.raises(DataError, match=r"cannot read .*x.png .*cannot identify"):
+            data.dataset(str(tmp_path), device="cpu")
+        assert not ran
 
     def test_a_class_may_be_called_train(self, tmp_path: Path) -> None:
         """Of pictures of vehicles."""

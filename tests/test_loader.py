@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import torch
@@ -89,10 +90,47 @@ class TestDatasets:
         with pytest.raises(InputError, match=rf"^batches: they {text}"):
             Loader(DataLoader(made, 4), CPU)
 
+    def test_pictures_that_are_no_tensors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As of a data set of torchvision without ToTensor."""
+        with pytest.raises(DataError, match=r"their:data cannot be read .TypeError: default_coll"):
+            taken(monkeypatch, Broken())
+
     def test_functions_that_end_the_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "their", SimpleNamespace(data=lambda: sys.exit(3)))
         with pytest.raises(DataError, match=r"their:data fails .SystemExit: 3"):
             data.sets("their:data")
+
+
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "reversed": lambda x: x[::-1].copy()[::-1],
+    "of the other byte order": lambda x: x.astype(">f4"),
+    "not to be written to": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    "the last axis first": np.asfortranarray,
+}
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+def test_arrays_of_any_layout_are_the_same(how: str) -> None:
+    assert inputs([LAYOUTS[how](X.numpy())]) == X.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        (np.ma.masked_array(X.numpy(), X.numpy() > 9), "are masked"),
+        (X.numpy().astype(np.longdouble), "longdouble|float128"),
+        (X.to("meta"), "meta"),
+    ],
+)
+def test_batches_that_hold_no_plain_numbers(batch: Any, text: str) -> None:
+    with pytest.raises(InputError, match=f"^batches: .*({text})"):
+        Loader([batch], CPU)
+
+
+@pytest.mark.parametrize("samples", [0, -5, 2.5, "3", None])
+def test_numbers_of_samples_that_are_none(samples: Any) -> None:
+    with pytest.raises(ValueError, match=r"data.take: samples: got .*, expected a whole number"):
+        data.take([(X, Y)], samples)
 
 
 @pytest.mark.parametrize("once", [True, False])

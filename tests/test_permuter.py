@@ -240,7 +240,15 @@ def test_a_figure_in_view_waits_for_its_numbers(page: Page, tmp_path: Path) -> N
     chapter.write_text(f"<!doctype html><main>{figure}</main>", "utf8")
     aside.move(chapter, tmp_path)
     assert "<script defer" in chapter.read_text("utf8")
-    look(page, chapter.as_uri())
+    page.open(chapter.as_uri(), 390, 800)
+    page.wait("document.querySelector('.permuter').style.visibility === ''")
+    assert barrier(page) > 0
+    height = page.run("document.querySelector('.permuter').clientHeight")
+    (numbers,) = (tmp_path / "_static").glob("*.js")
+    numbers.unlink()
+    chapter.write_text(chapter.read_text("utf8").replace("DOMContentLoaded", "never"), "utf8")
+    page.open(chapter.as_uri() + "?", 390, 800)
+    assert page.run("document.querySelector('.permuter').clientHeight") == height, "no shift"
     assert not page.errors
 
 
@@ -319,7 +327,7 @@ def test_pages_load_large_numbers_after_the_text(tmp_path: Path) -> None:
     text = page.read_text("utf8")
     (address,) = re.findall(r'<script defer src="\.\./(_static/permuter-\w+\.js)">', text)
     numbers = (tmp_path / address).read_text("utf8")
-    assert len(text) < 60_000
+    assert len(text) < 80_000 < len(numbers)
     assert numbers in figure
     small = '<script>window["permuter-1"]={};</script>'
     page.write_text(small, "utf8")

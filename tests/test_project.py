@@ -63,6 +63,7 @@ ORDER = [
     "matching.activations",
     "matching.pam",
     "matching.weights",
+    "matching.certificate",
     "matching.loss",
     "matching.methods",
     "matching.many",

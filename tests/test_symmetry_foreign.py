@@ -62,7 +62,7 @@ FOLLOWED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "log-softmax in a type": (lambda s, x: s.o(F.log_softmax(s.a(x), -1, dtype=x.dtype)), FREE),
     "sum in a type": (lambda s, x: s.o(tanh(s.a(x)) * s.a(x).sum(-1, True, dtype=x.dtype)), FREE),
     "quantile": (lambda s, x: s.o(tanh(s.a(x))) * s.a(x).quantile(0.5, -1, keepdim=True), {}),
-    "median": (lambda s, x: s.o(tanh(s.a(x))) * s.a(x).median(-1, keepdim=True).values, {}),
+    "median": (lambda s, x: s.o(tanh(s.a(x))) * s.a(x).median(-1, keepdim=True).values, FREE),
     "own gradient, old": (lambda s, x: s.o(OldSwish.apply(s.a(x))), FREE),
     "own gradient, new": (lambda s, x: s.o(NewSwish.apply(s.a(x))), FREE),
     "checkpoint, reentrant": (

@@ -56,6 +56,19 @@ def test_heads_under_rotary_positions(family: str, heads: int, more: set[str]) -
     assert sym.verify(net, ids, others=[torch.randint(20, (3, 9))]) < 1e-9
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_integer_masks_in_any_precision(family: str, dtype: torch.dtype) -> None:
+    net, ids = made(family, 2).to(dtype), torch.randint(2, 20, (2, 5))
+    mask = torch.ones_like(ids)
+    mask[0, 3:] = 0
+    example = {"input_ids": ids, "attention_mask": mask}
+    sym = symmetry.find(net, example)
+    assert {*sym.groups} == {*symmetry.find(net, ids).groups}
+    longer = {"input_ids": torch.randint(2, 20, (2, 9)), "attention_mask": torch.ones(2, 9).long()}
+    assert sym.verify(net, example, others=[longer]) < 1e-9
+
+
 def test_a_cache_is_no_output() -> None:
     net, ids = made("Llama", 2), torch.randint(20, (2, 5))
     assert net(ids).past_key_values is not None

@@ -13,6 +13,7 @@ from typing import Any
 
 import nbformat
 import numpy as np
+import pydata_sphinx_theme
 import pytest
 import torch
 from docutils import nodes
@@ -91,7 +92,7 @@ class TestPresets:
                 presets.load(name)
         for wrong in ("seed: 1\nseed: 2", "seed: [", "seed: !thing 1", "a: {b: 1, b: 2}"):
             (tmp_path / "presets" / "one.yaml").write_text(wrong)
-            with pytest.raises(ValueError, match=r"one\.yaml: no plain YAML: .*"):
+            with pytest.raises(ValueError, match=r"one\.yaml: not plain YAML: .*"):
                 presets.load("one")
         (tmp_path / "presets" / "one.yaml").write_text("a: &x {b: 1}\nc: {<<: *x, b: 2}")
         assert presets.load("one")["c"] == {"b": 2}, "what was merged may be changed"
@@ -169,7 +170,7 @@ class TestOutputs:
         assert made.cells[2].outputs == []
 
     def test_of_other_code_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="other code"):
+        with pytest.raises(ValueError, match="differ in their code"):
             notebooks.take_outputs(notebook("a"), notebook("b"))
 
 
@@ -398,6 +399,19 @@ class TestExtensions:
         assert entry.astext() == "1\xa0±\xa02"
         assert tree.astext().replace("\xa0", " ") == before
 
+    def test_an_id_stands_once_and_no_header_is_empty(self) -> None:
+        tree = self.page(".. note:: One.\n\n.. note:: Two.")
+        for node in tree.findall(nodes.note):
+            node["ids"] = ["proof"]
+        pages.drop_repeated_ids(None, tree, "a")
+        assert not any(node["ids"] for node in tree.findall(nodes.note))
+        page = '<p id="a">id="b"</p><th class="head"><p>x</p></th><i class="x" id="b"></i>'
+        assert pages.faults(page) == []
+        assert pages.faults(page + '<br id="a"/><th class="head"><p> </p></th>') == [
+            "2 elements have the id 'a'",
+            "1 headers of tables are empty",
+        ]
+
     def test_a_list_of_modules_becomes_sections(self) -> None:
         source = ["Before.\n\n```{modules}\ncurves\nperms\n```\n"]
         pages.list_modules(None, "api", source)
@@ -497,6 +511,17 @@ html[data-set-by="script"] { top: 0 }
             "</head>",
         ]
         assert "searchindex.js" in lighten.lighten_page(page, "search.html", "a.css", "")
+
+    def test_the_theme_looks_at_no_more_than_it_must(self) -> None:
+        """Its script is minified: a new version may have to be read again."""
+        folder = Path(pydata_sphinx_theme.__file__).parent / "theme/pydata_sphinx_theme/static"
+        scripts = [path.read_text("utf8") for path in (folder / "scripts").glob("*.js")]
+        heavy = "".join(scripts)
+        calm = "".join(map(lighten.calm, scripts))
+        for pattern in (lighten.WIDTHS, lighten.MENUS):
+            assert len(pattern.findall(heavy)) == 1, pattern
+            assert not pattern.search(calm), pattern
+        assert re.search(r"for\(let\{target:r\}=s;[^()]*\)if\(r\.matches\?\.\(e\)\)return", calm)
 
     def test_pictures_load_when_they_come_into_view(self, tmp_path: Path) -> None:
         Image.new("RGB", (30, 20)).save(tmp_path / "a.png")

@@ -1,9 +1,9 @@
-"""Full-scale runs: what `experiments/Snakefile` is made of, and one step of it.
+"""Full-scale runs: the functions behind `experiments/Snakefile`, and the command for one step.
 
 python -m tools.batch run [--config FILE] [--set NAME=VALUE ...] [-- SNAKEMAKE OPTIONS]
     check everything, then let Snakemake run what is missing (`make figures` calls it)
 python -m tools.batch step NOTEBOOK OUT NAME=VALUE ...
-    run one notebook through papermill; its executed copy appears at OUT when it is done
+    run one notebook through papermill; its executed copy appears at OUT once it is complete
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = presets.ROOT
 STEPS = ROOT / "experiments"
 DEFAULTS: dict[str, Any] = {
     "presets": ["smoke"],  # files of experiments/presets
-    "parameters": {},  # what differs from the presets
+    "parameters": {},  # changes to the presets
     "methods": ["unaligned", "aligned"],
     "shapes": ["bezier"],
     "runs_per_gpu": 4,  # small networks leave most of a GPU idle
@@ -46,7 +46,7 @@ OWN = {  # the parameters of each step besides those of the experiment
     "results": ["preset", "methods", "shapes", "out"],
 }
 _LATER = {"pairs", "points", "statistics", "pam_options"}  # no network depends on these
-UNUSED = {  # parameters that a step does not depend on: it need not run again when they change
+UNUSED = {  # parameters that a step does not depend on, and need not run again for
     "endpoint": _LATER | {"curve_epochs", "match_images"},
     "alignment": _LATER | {"curve_epochs"},
     "curve": {"pairs"},
@@ -55,11 +55,11 @@ UNUSED = {  # parameters that a step does not depend on: it need not run again w
 
 
 class PlanError(ValueError):
-    """The configuration of a run is wrong; the text says what, and what it could be."""
+    """The configuration of a run is wrong; the message says what is, and what is expected."""
 
 
 def plan(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parameters of each preset that `config` names; raises PlanError before anything runs."""
+    """The parameters of each preset that `config` names. Raises PlanError before anything runs."""
 
     rules = {
         "presets": checks.listed(checks.text),
@@ -90,13 +90,13 @@ def names_and_values(value: object) -> str:
 
 
 def folder(value: object) -> str:
-    """The rule of a folder for outputs: Snakemake reads braces as wildcards."""
+    """The rule of a folder for outputs. Snakemake would read braces as wildcards."""
     plain = isinstance(value, str) and value and not set("{}") & set(value)
     return "" if plain else checks.got(value, "the name of a folder, without braces")
 
 
 def chosen(config: dict[str, Any], preset: str) -> dict[str, Any]:
-    """The parameters that `config` gives by name, the preset's or its own; mappings are merged."""
+    """The parameters of a preset, with the changes that `config` makes; mappings are merged."""
     values = presets.load(preset)
     for name, given in (DEFAULTS | config)["parameters"].items():
         both = isinstance(given, dict) and isinstance(values.get(name), dict)
@@ -105,7 +105,7 @@ def chosen(config: dict[str, Any], preset: str) -> dict[str, Any]:
 
 
 def words(step: str, values: dict[str, Any]) -> str:
-    """The parameters that `step` depends on, out of `values`, as words for a shell."""
+    """Those of the parameters `values` that `step` depends on, as words for a shell."""
     used = {name: value for name, value in values.items() if name not in UNUSED[step]}
     return shlex.join(f"{name}={_dump(value)}" for name, value in used.items())
 
@@ -129,7 +129,7 @@ _Line.add_representer(
 
 
 def check_machine(runs: dict[str, dict[str, Any]], *, gpu_here: bool = True) -> None:
-    """Raise PlanError unless the data is there, and a GPU for runs on this machine."""
+    """Raise PlanError unless the data is present, and a GPU where a run here needs one."""
     import torch
 
     from mcnotes.data import SOURCES, default_folder, sources
@@ -137,7 +137,7 @@ def check_machine(runs: dict[str, dict[str, Any]], *, gpu_here: bool = True) -> 
     for preset, values in runs.items():
         if gpu_here and values["device"] == "cuda" and not torch.cuda.is_available():
             raise PlanError(
-                f"preset {preset!r} needs a GPU and this machine has none that PyTorch sees. Fix: "
+                f"preset {preset!r} needs a GPU, and PyTorch finds none on this machine. Fix: "
                 "run it elsewhere, or set device=cpu (slow)"
             )
         name = values["dataset"]
@@ -149,7 +149,7 @@ def check_machine(runs: dict[str, dict[str, Any]], *, gpu_here: bool = True) -> 
 
 
 def step(notebook: Path, out: Path, values: dict[str, Any]) -> None:
-    """Run `notebook` to `out`, which appears when all of it has run. RuntimeError as `execute`."""
+    """Run `notebook`; `out` appears once all of it has run. Raises RuntimeError as `execute`."""
     faults = presets.check(values, notebooks.parameters(notebooks.read(notebook)))
     if faults:
         raise PlanError(f"{notebook.name}: {'; '.join(faults)}")
@@ -161,9 +161,9 @@ def step(notebook: Path, out: Path, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def gpu(device: str) -> Iterator[None]:
-    """Of several GPUs, make the one with a free slot the only one that this process sees.
+    """Make a GPU with a free slot the only one that this process sees, if there are several.
 
-    `$MCNOTES_RUNS_PER_GPU` says how many runs share one. A cluster has chosen already.
+    `$MCNOTES_RUNS_PER_GPU` says how many runs share a GPU. On a cluster the choice is made already.
     """
     if device == "cpu" or "SLURM_JOB_ID" in os.environ:
         yield
@@ -183,11 +183,11 @@ def gpu(device: str) -> Iterator[None]:
                 os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
                 yield
                 return
-    yield  # more runs than slots: PyTorch's first
+    yield  # more runs than slots: PyTorch takes the first GPU
 
 
 def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
-    """Check, then call Snakemake; the exit status."""
+    """Check the configuration, then call Snakemake and return its exit status."""
     import torch
 
     config = presets.read(config_file) | changes
@@ -198,7 +198,7 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
     command += ["--rerun-incomplete", "--nolock", "--resources", f"gpu={slots}"]
     if not any(option.startswith(("-c", "--cores", "-j", "--jobs")) for option in options):
         command += ["--cores", str(os.cpu_count() or 1)]
-    # Snakemake would read `--config` in its own way: give it the result.
+    # Snakemake would parse `--config` in its own way, so it gets the merged file.
     text = yaml.safe_dump(config)
     merged = ROOT / "_build" / f"batch-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
     merged.parent.mkdir(exist_ok=True)
@@ -208,7 +208,7 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
 
 
 def assignments(words: list[str]) -> dict[str, Any]:
-    """`name=value` words as a dict; values are read as YAML."""
+    """Parse `name=value` words into a dict; values are read as YAML."""
     for word in words:
         if "=" not in word:
             raise PlanError(f"got {word!r}, expected NAME=VALUE")

@@ -4,7 +4,7 @@ book       run the chapters (what is cached is not run), then build the HTML
 html       build the HTML from the outputs stored in the notebooks
 notebooks  run the chapters, write normalised outputs back into the notebooks
 run        only run the chapters, at any preset
-katex      fetch the style sheet and fonts of the mathematics (once; part of `make setup`)
+katex      fetch the style sheet and fonts for formulas (once; part of `make setup`)
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SITE = ["_config.yml", "_toc.yml", "index.md", "pyproject.toml"]
 
 
 def stage(ran: list[Path], preset: str) -> None:
-    """Copy the book's sources to a folder of their own, with the outputs of what `ran`."""
+    """Copy the book's sources to a separate folder, with the outputs of the chapters in `ran`."""
     shutil.rmtree(STAGE, ignore_errors=True)
     shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("__pycache__"))
     for name in SITE:
@@ -58,7 +58,7 @@ def stage(ran: list[Path], preset: str) -> None:
 
 
 def landing_page() -> None:
-    """Put beside the staged sources what the landing page shows of the chapters' outputs."""
+    """Extract what the landing page shows of the chapters' outputs, for the staged sources."""
     static = STAGE / "book" / "_static"
     (static / "cards").mkdir()
     for path in sorted((STAGE / "book").glob("*.ipynb")):
@@ -70,7 +70,7 @@ def landing_page() -> None:
 
 
 def html(ran: list[Path], preset: str) -> int:
-    """Build the pages unless they are up to date, warnings as errors; the exit status."""
+    """Build the pages unless they are up to date. Warnings are errors. Returns the exit status."""
     fetch()
     stage(ran, preset)
     sources = [path for path in STAGE.rglob("*") if path.is_file()]
@@ -84,7 +84,7 @@ def html(ran: list[Path], preset: str) -> int:
 
 
 def build() -> int:
-    """Build the pages from the staged sources, from scratch; the exit status."""
+    """Build the pages from scratch, from the staged sources, and return the exit status."""
     shutil.rmtree(NEW, ignore_errors=True)
     flags = ["--path-output", str(NEW), "-W", "-n", "--keep-going", "--quiet"]
     program = Path(sys.executable).with_name("jupyter-book")
@@ -97,7 +97,7 @@ def build() -> int:
     )
     if done.returncode:
         print("\n".join(line for line in done.stdout.splitlines() if line.strip()))
-    if (NEW / "_build" / "html").exists():  # until here the old pages can be read
+    if (NEW / "_build" / "html").exists():  # the old pages stay readable until here
         KEY.unlink(missing_ok=True)
         shutil.rmtree(HTML, ignore_errors=True)
         (NEW / "_build" / "html").rename(HTML)
@@ -118,7 +118,7 @@ def write_back(paths: list[Path], preset: str) -> None:
 
 
 def stamp_all(paths: list[Path]) -> None:
-    """Bring the first cell of each notebook up to date before it runs."""
+    """Update the first cell of each notebook before it runs."""
     url = repository_url(ROOT)
     for path in paths:
         notebook = notebooks.read(path)
@@ -133,8 +133,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("command", choices=["book", "html", "notebooks", "run", "katex"])
     parser.add_argument("only", nargs="*", help="chapters to run, by a part of their name")
     parser.add_argument("--preset", default="laptop", help="a file of experiments/presets")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="at a time")
-    parser.add_argument("--force", action="store_true", help="run what is cached, too")
+    parser.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="how many run at a time"
+    )
+    parser.add_argument("--force", action="store_true", help="also run what is cached")
     return parser.parse_args()
 
 

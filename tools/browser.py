@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its debugging protocol: pages as a reader's hands meet them."""
+"""A headless Chromium, driven over its debugging protocol, to test pages as a reader uses them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENCE = 60.0  # seconds for a browser to start, or a page to become ready
 
 
 def program() -> str | None:
-    """The browser's path; None where there is none."""
+    """The path of the browser, or None if there is none."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -26,7 +26,7 @@ Point = tuple[float, float]
 
 
 def between(a: Point, b: Point) -> list[Point]:
-    """Three points on the way from a to b, the last one b."""
+    """Three points on the way from a to b, the last of which is b."""
     return [(a[0] + s * (b[0] - a[0]), a[1] + s * (b[1] - a[1])) for s in (0.2, 0.6, 1.0)]
 
 
@@ -41,7 +41,7 @@ class Page:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call a method of the protocol; its result. Raises RuntimeError if it is refused."""
+        """Call a method of the protocol and return its result. Raises RuntimeError if it fails."""
         self.number += 1
         self.socket.send(json.dumps({"id": self.number, "method": method, "params": parameters}))
         while True:
@@ -56,7 +56,7 @@ class Page:
         return result
 
     def run(self, script: str) -> Any:
-        """The value of an expression; a promise is waited for. Raises RuntimeError if it throws."""
+        """The value of an expression, or of its promise. Raises RuntimeError if it throws."""
         found = self.send(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
@@ -65,7 +65,7 @@ class Page:
         return found["result"].get("value")
 
     def wait(self, script: str) -> None:
-        """Until the expression is true. Raises TimeoutError."""
+        """Wait until the expression is true. Raises TimeoutError."""
         end = time.monotonic() + PATIENCE
         while not self.run(script):
             if time.monotonic() > end:
@@ -73,7 +73,7 @@ class Page:
             time.sleep(0.05)
 
     def open(self, address: str, width: int, height: int, *, dark: bool = False) -> None:
-        """Load a page in a window of that size; `dark`: as for a reader who prefers it."""
+        """Load a page in a window of this size. dark: for a reader who prefers a dark theme."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -90,7 +90,7 @@ class Page:
         self.wait(f"location.href === {address!r} && document.readyState === 'complete'")
 
     def centre(self, selector: str) -> Point:
-        """The middle of the first element that fits the selector, scrolled into view."""
+        """The centre of the first element that matches the selector, scrolled into view."""
         script = f"""(() => {{
             const node = document.querySelector({selector!r});
             node.scrollIntoView({{block: "nearest"}});
@@ -113,7 +113,7 @@ class Page:
         )
 
     def drag(self, start: str, target: str) -> None:
-        """Take up what the first selector finds, and let it go over the second."""
+        """Drag the element of the first selector, and drop it on that of the second."""
         a, b = self.centre(start), self.centre(target)
         self.mouse("mousePressed", a)
         for point in between(a, b):
@@ -121,7 +121,7 @@ class Page:
         self.mouse("mouseReleased", b)
 
     def touch(self, start: str, target: str) -> None:
-        """As `drag`, with a finger."""
+        """Like `drag`, with a finger."""
         a, b = self.centre(start), self.centre(target)
 
         def send(kind: str, *points: Point) -> None:
@@ -152,7 +152,7 @@ class Page:
 
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Page]:
-    """A browser with one empty page, whose profile lies in `folder`."""
+    """Start a browser with one empty page, whose profile is in `folder`."""
     path = program()
     if path is None:
         raise FileNotFoundError(f"no browser: none of {', '.join(NAMES)}")
@@ -175,7 +175,7 @@ def browser(folder: Path) -> Iterator[Page]:
 
 
 def _address(folder: Path, process: subprocess.Popen[bytes]) -> str:
-    """Where the browser's first page listens."""
+    """The address of the debugging socket of the browser's first page."""
     from urllib.request import urlopen
 
     said, end = folder / "DevToolsActivePort", time.monotonic() + PATIENCE

@@ -1,7 +1,7 @@
-"""Run the chapters, and run one again only when its result could differ.
+"""Run the chapters; each is run again only if its result could differ.
 
-Each executed notebook carries the key of what it was made from. Snakemake, which runs
-`experiments/`, keeps keys in a folder of its own and takes a result without a key for up to date.
+Each executed notebook carries a key that identifies its inputs. Snakemake, which runs
+`experiments/`, keeps keys in a folder of its own and takes a result without a key to be up to date.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENVIRONMENT = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}  # no bars, no times 
 
 
 class Failure(NamedTuple):
-    """A chapter that did not run through: its name and what went wrong where."""
+    """A chapter that failed: its name, and what went wrong where."""
 
     chapter: str
     reason: str
@@ -55,7 +55,7 @@ def select(only: list[str]) -> list[Path]:
 
 
 def digest(root: Path, files: Iterable[Path]) -> str:
-    """Hash of the names and contents of `files`, and of the versions that read them."""
+    """Hash of the names and contents of `files`, and of the versions of Python and PyTorch."""
     state = hashlib.sha256(f"torch {version('torch')} python {sys.version}".encode())
     for path in sorted(files):
         state.update(str(path.relative_to(root)).encode() + path.read_bytes())
@@ -63,17 +63,17 @@ def digest(root: Path, files: Iterable[Path]) -> str:
 
 
 def inputs() -> str:
-    """Hash of all that a chapter's numbers depend on besides its own code and parameters."""
+    """Hash of everything that a chapter's numbers depend on, except its code and parameters."""
     package, data = ROOT / "mcnotes", ROOT / "data"
     state = digest(ROOT, [*files_of(package), *files_of(data, CACHES)])
-    for name in ("MCNOTES_DATA", "MCNOTES_ZOO"):  # read instead of the repository's
+    for name in ("MCNOTES_DATA", "MCNOTES_ZOO"):  # these are read instead of the repository's data
         if elsewhere := os.environ.get(name):
             state += digest(Path(elsewhere), files_of(Path(elsewhere), CACHES))
     return state
 
 
 def files_of(folder: Path, caches: Collection[str] = ()) -> Iterator[Path]:
-    """All files in `folder`, but for those in its `caches` and what unfinished work leaves."""
+    """All files in `folder`, except those in its `caches` and those of unfinished work."""
     for place, folders, names in os.walk(folder):
         inside = Path(place).relative_to(folder)
         kept = (n for n in folders if n != "__pycache__" and (inside / n).as_posix() not in caches)
@@ -82,12 +82,12 @@ def files_of(folder: Path, caches: Collection[str] = ()) -> Iterator[Path]:
 
 
 def changed(preset: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """What a preset changes: nothing at the default preset, so that no cell need be injected."""
+    """What a preset changes. The default preset changes nothing, so no cell is injected."""
     return {name: value for name, value in preset.items() if value != defaults[name]}
 
 
 def setting(name: str, least: int) -> int | None:
-    """A whole number from the environment, None where it is not set. Raises ValueError."""
+    """A whole number from the environment, or None if it is not set. Raises ValueError."""
     if not (text := os.environ.get(name)):
         return None
     try:
@@ -100,12 +100,12 @@ def setting(name: str, least: int) -> int | None:
 
 
 def cell_timeout() -> int | None:
-    """Seconds that a cell may take: $MCNOTES_CELL_TIMEOUT, for tests; None (or 0): no limit."""
+    """Seconds that a cell may take, from $MCNOTES_CELL_TIMEOUT; None means no limit."""
     return setting("MCNOTES_CELL_TIMEOUT", 0) or None
 
 
 def execute(path: Path, out: Path, values: dict[str, Any]) -> None:
-    """Run one notebook to `out`; RuntimeError says in which cell what went wrong."""
+    """Run one notebook and write it to `out`. Raises RuntimeError, which names the failed cell."""
     limit = cell_timeout()
     bar: Any = {"leave": False, "desc": path.stem} if sys.stderr.isatty() else False
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def execute(path: Path, out: Path, values: dict[str, Any]) -> None:
 
 
 def run_one(path: Path, preset: str, key: str, force: bool) -> bool:
-    """Run one chapter unless its result is at hand; True when it ran."""
+    """Run one chapter unless its result is cached. Returns whether it ran."""
     notebook = notebooks.read(path)
     values = changed(presets.load(preset), notebooks.parameters(notebook))
     stamp = hashlib.sha256(
@@ -155,7 +155,7 @@ def result_path(path: Path, preset: str) -> Path:
 
 
 def check_all(paths: list[Path], preset: str) -> list[Failure]:
-    """Hold the preset against every chapter before anything runs."""
+    """Check the preset against every chapter before anything runs."""
     values, failures = presets.load(preset), []
     for path in paths:
         try:
@@ -168,7 +168,7 @@ def check_all(paths: list[Path], preset: str) -> list[Failure]:
 
 
 def run(paths: list[Path], preset: str, force: bool = False, jobs: int = 1) -> list[Failure]:
-    """Run chapters, `jobs` at a time; one line each when it ends; a failure stops no other."""
+    """Run chapters, `jobs` at a time, and print a line for each. A failure stops no other."""
     if failures := check_all(paths, preset):
         return report(failures, 0)
     cell_timeout()  # raises before anything runs
@@ -183,14 +183,14 @@ def run(paths: list[Path], preset: str, force: bool = False, jobs: int = 1) -> l
             how, error = done.result()
             print(f"[{number}/{len(paths)}] {path.stem:<24} {how}", flush=True)
             failures += [Failure(path.stem, error)] if error else []
-    finally:  # an interrupt does not wait for the chapters that run
+    finally:  # an interrupt does not wait for running chapters
         pool.shutdown(wait=False, cancel_futures=True)
-        os.chdir(home)  # papermill changes the folder, which is one for all threads
+        os.chdir(home)  # papermill changes the working folder, which all threads share
     return report(failures, len(paths) - len(failures))
 
 
 def _timed(path: Path, preset: str, key: str, force: bool) -> tuple[str, str]:
-    """How running one chapter went, and what went wrong, if anything."""
+    """Run one chapter; returns how it went, and the error message, if any."""
     start = time.perf_counter()
     try:
         ran = run_one(path, preset, key, force)
@@ -202,7 +202,7 @@ def _timed(path: Path, preset: str, key: str, force: bool) -> tuple[str, str]:
 
 
 def report(failures: list[Failure], passed: int) -> list[Failure]:
-    """Print what failed and the count; hand the failures on."""
+    """Print the failures and the counts, and return the failures."""
     for failure in failures:
         print(f"  {failure.chapter}: {failure.reason}")
     print(f"chapters: {passed} passed, {len(failures)} failed", flush=True)

@@ -1,7 +1,7 @@
-"""How much of each chapter is story: `python -m tools.counts`.
+"""Count what each chapter consists of: `python -m tools.counts`.
 
-Lines of code that a reader sees, and that are folded or left out; words of text; characters of
-shown code; figures, tables and printed outputs. The last row is the whole book.
+It counts the lines of code that a reader sees and those that are folded or left out, the words of
+text, the characters of shown code, figures, tables and printed outputs. The last row is the total.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one chapter, or of several together."""
+    """The counts of one chapter, or of several together."""
 
     shown: int = 0  # lines of code
     folded: int = 0  # lines of code that open with a click, or are left out
@@ -31,7 +31,7 @@ class Counts:
 
 
 def lines(source: str) -> int:
-    """Lines that hold something."""
+    """The number of lines that are not blank."""
     return sum(bool(line.strip()) for line in source.splitlines())
 
 
@@ -60,7 +60,7 @@ def of_code(cell: notebooks.Notebook) -> Counts:
 
 
 def of(notebook: notebooks.Notebook) -> Counts:
-    """What is in a chapter with its outputs."""
+    """The counts of a chapter with its outputs."""
     total = Counts()
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -1,10 +1,10 @@
-"""Kill a whole batch at random moments, go on, and compare its numbers with those of a quiet run.
+"""Kill a whole batch at random moments, resume it, and compare its numbers with a quiet run.
 
     python -m tools.kills --kills 50        # about half an hour on two cores
 
-Each kill is SIGKILL to every process of the batch, SIGKILL to its first process alone (whose
-children are left to themselves), SIGTERM, or SIGINT (Ctrl-C). A batch that comes to its end is
-compared and begun anew, until all kills are spent. The exit status is 1 if any number differs.
+Each kill is SIGKILL to every process of the batch, SIGKILL to its first process alone (its
+children live on), SIGTERM, or SIGINT (Ctrl-C). A batch that completes is compared and started from
+the beginning again, until all kills are used up. The exit status is 1 if any number differs.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from tools.presets import ROOT
 WAYS = ("kill all", "kill the first", "terminate", "interrupt")
 METHODS = ["unaligned", "aligned", "pam-unaligned", "pam-aligned"]
 PARAMETERS = {"epochs": 3, "curve_epochs": 3}  # beside those of the smoke preset
-PATIENCE = 60  # seconds that a batch may take to stop in good order
+PATIENCE = 60  # seconds that a batch may take to stop cleanly
 
 
 def start(place: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start the batch, or let it go on, with all that it writes under `place`."""
+    """Start or resume the batch; everything that it writes is under `place`."""
     changes = {
         "presets": ["smoke"],
         "methods": METHODS,
@@ -57,7 +57,7 @@ def start(place: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def stop(batch: subprocess.Popen[bytes], way: str) -> None:
-    """Stop a running batch; nothing of it runs any more when this returns."""
+    """Stop a running batch. All of its processes have ended when this returns."""
     first = psutil.Process(batch.pid)
     family = [first, *first.children(recursive=True)]
     if way == "kill all":
@@ -82,7 +82,7 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def numbers(place: Path) -> Any:
-    """The results of a batch that came to its end, without what may differ: where and when."""
+    """The results of a completed batch, without what may differ: where and when it ran."""
 
     def without(value: Any) -> Any:
         if isinstance(value, dict):
@@ -94,7 +94,7 @@ def numbers(place: Path) -> Any:
 
 
 def finish(batch: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait for the end. Raises RuntimeError, with what was printed last, if it failed."""
+    """Wait for the batch to end. Raises RuntimeError, with its last output, if it failed."""
     if status := batch.wait():
         tail = log.read_text("utf8", errors="replace")[-3000:]
         raise RuntimeError(f"the batch ended with status {status}:\n{tail}")
@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> int:
         if sum(counts.values()) >= args.kills:
             break
         shutil.rmtree(place)
-    print(f"{counts}: {rounds} batches came to their end, all with the numbers of the quiet run")
+    print(f"{counts}: {rounds} batches completed, all with the numbers of the quiet run")
     shutil.rmtree(scratch)
     return 0
 

@@ -29,7 +29,7 @@ def read(path: Path) -> Notebook:
 
 
 def write(path: Path, notebook: Notebook) -> bool:
-    """Write `notebook` unless the file already says the same; True when it was written."""
+    """Write `notebook` unless the file has the same content. Returns whether it was written."""
     text = nbformat.writes(notebook).rstrip("\n") + "\n"
     if path.exists() and path.read_text("utf8") == text:
         return False
@@ -50,13 +50,13 @@ def code_cells(notebook: Notebook) -> list[Notebook]:
 
 
 def own_cells(notebook: Notebook) -> list[Notebook]:
-    """The chapter's own code: without Colab's set-up and papermill's injected parameters."""
+    """The chapter's own code, without Colab's set-up and papermill's injected parameters."""
     cells = code_cells(notebook)
     return [c for c in cells if not is_setup(c) and "injected-parameters" not in tags(c)]
 
 
 def figure(notebook: Notebook, name: str) -> bytes | None:
-    """The stored PNG of the figure that its cell's metadata calls `name`; None if it has none."""
+    """The stored PNG of the figure called `name` in its cell's metadata; None if there is none."""
     for cell in code_cells(notebook):
         if cell.metadata.get("mystnb", {}).get("figure", {}).get("name") == name:
             pictures = [
@@ -67,13 +67,13 @@ def figure(notebook: Notebook, name: str) -> bytes | None:
 
 
 def lighten_pictures(notebook: Notebook) -> None:
-    """Store figures with 256 colours, which look the same and take a half to a third."""
+    """Store figures with 256 colours: they look the same at a half to a third of the size."""
     for cell in code_cells(notebook):
         for data in (output.get("data", {}) for output in cell.outputs):
             if "image/png" in data:
                 whole = base64.b64decode(data["image/png"])
                 light = of_few_colours(whole)
-                if len(light) < 0.9 * len(whole):  # else it was light before
+                if len(light) < 0.9 * len(whole):  # else it was small already
                     data["image/png"] = base64.b64encode(light).decode()
 
 
@@ -88,7 +88,7 @@ def of_few_colours(picture: bytes) -> bytes:
 
 
 def thumbnail(picture: bytes, size: tuple[int, int] = (360, 216)) -> bytes:
-    """A PNG made small, on white, of at most 64 colours."""
+    """A small PNG on white, of at most 64 colours."""
     with Image.open(io.BytesIO(picture)) as image:
         small = ImageOps.pad(image.convert("RGB"), size, color="white")
     buffer = io.BytesIO()
@@ -97,7 +97,7 @@ def thumbnail(picture: bytes, size: tuple[int, int] = (360, 216)) -> bytes:
 
 
 def living_figure(notebook: Notebook) -> str | None:
-    """The HTML of the first `mcnotes.lab.permuter.Permuter` that a cell shows; None if none."""
+    """The HTML of the first `mcnotes.lab.permuter.Permuter` in the outputs, or None."""
     for cell in code_cells(notebook):
         for output in cell.outputs:
             text = str(output.get("data", {}).get("text/html", ""))
@@ -107,15 +107,15 @@ def living_figure(notebook: Notebook) -> str | None:
 
 
 def digest(notebook: Notebook) -> str:
-    """Hash of the code alone: prose can change without running a chapter again."""
+    """Hash of the code alone, so that prose can change without running a chapter again."""
     return hashlib.sha256("\n\0".join(c.source for c in own_cells(notebook)).encode()).hexdigest()
 
 
 def parameters(notebook: Notebook) -> dict[str, Any]:
     """Names and default values of the cell tagged `parameters`.
 
-    Raises ValueError where the cell is missing, or holds anything but `name = literal`: papermill
-    replaces values, and would not compute again what is derived from them in the same cell.
+    Raises ValueError if the cell is missing, or holds anything but `name = literal`: papermill
+    replaces the values, and would not recompute what is derived from them in the same cell.
     """
     cells = [cell for cell in notebook.cells if "parameters" in tags(cell)]
     if len(cells) != 1:
@@ -134,13 +134,13 @@ def parameters(notebook: Notebook) -> dict[str, Any]:
 
 
 def setup_source(url: str) -> str:
-    """The first cell of every notebook, for a repository at `url` ("" where there is none)."""
+    """The first cell of every notebook, for a repository at `url` ("" if there is none)."""
     text = SETUP.read_text("utf8").rstrip("\n")
     return text.replace('set_up_colab("")', f'set_up_colab("{url}")')
 
 
 def stamp(notebook: Notebook, url: str) -> None:
-    """Put the Colab set-up in as first cell, or bring the one there up to date."""
+    """Insert the Colab set-up as the first cell, or update it."""
     cell = notebook.cells[0] if notebook.cells else None
     if cell is None or not is_setup(cell):
         cell = nbformat.v4.new_code_cell(id="colab-setup")
@@ -150,9 +150,9 @@ def stamp(notebook: Notebook, url: str) -> None:
 
 
 def normalise(notebook: Notebook) -> None:
-    """Keep what the book reads; drop times, machine and editor state. Idempotent.
+    """Keep what the book reads, and drop times and the state of machines and editors. Idempotent.
 
-    nbstripout drops only the metadata that it is told of, and numbers neither cells nor outputs.
+    nbstripout drops only the metadata that it is told to, and numbers neither cells nor outputs.
     """
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat_minor = 5
@@ -171,9 +171,9 @@ def normalise(notebook: Notebook) -> None:
 
 
 def tidy(outputs: list[Notebook]) -> list[Notebook]:
-    """Drop progress bars; join what was printed in pieces, which are cut by timing.
+    """Drop progress bars, and join printed text, which arrives in pieces that depend on timing.
 
-    nbclient's `coalesce_streams` would also join what was printed before a figure and after it.
+    nbclient's `coalesce_streams` would also join text that was printed before and after a figure.
     """
     merged: list[Notebook] = []
     for output in outputs:
@@ -188,8 +188,10 @@ def tidy(outputs: list[Notebook]) -> list[Notebook]:
 
 
 def take_outputs(notebook: Notebook, executed: Notebook) -> None:
-    """Give `notebook` the outputs of `executed`, whose code must be the same."""
+    """Copy the outputs of `executed`, whose code must be the same, to `notebook`."""
     if digest(notebook) != digest(executed):
-        raise ValueError("the executed notebook has other code than the one to receive its outputs")
+        raise ValueError(
+            "the executed notebook and the one that gets its outputs differ in their code"
+        )
     for cell, source in zip(own_cells(notebook), own_cells(executed), strict=True):
         cell.outputs = tidy(source.outputs)

@@ -2,8 +2,9 @@
 
 PyTorch, oneDNN and MKL choose their kernels by the processor's instructions and the number of
 threads, and each choice rounds in another way. A setting is INSTRUCTIONS-THREADS, as `avx2-1`:
-`best` are all instructions that this processor has, `avx2` those of most laptops, `default` only
-the oldest. One line is printed for each setting and part; the exit status is 1 if a test failed.
+`best` stands for all instructions of this processor, `avx2` for those of most laptops, `default`
+for the oldest only. One line is printed for each setting and part; the exit status is 1 if a test
+failed.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ NBVAL = ["--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={LIMIT}"]
 
 
 def environment(setting: str, store: Path) -> dict[str, str]:
-    """What a process has to be started with, for it to compute as `setting` says.
+    """The environment of a process that computes as `setting` says.
 
-    store: an empty folder, so that nothing is loaded that another setting computed. Raises
-    ValueError for a setting that there is not.
+    store: an empty folder, so that no result of another setting is loaded. Raises ValueError for an
+    unknown setting.
     """
     if setting not in SETTINGS:
         raise ValueError(f"got setting {setting!r}, expected one of {', '.join(SETTINGS)}")
@@ -57,7 +58,7 @@ def environment(setting: str, store: Path) -> dict[str, str]:
 
 
 def run(setting: str, part: str, arguments: list[str], jobs: int) -> bool:
-    """Run pytest on one part, print one line (and what failed); True if nothing failed."""
+    """Run pytest on one part and print a line (and what failed). Returns whether all passed."""
     start = time.perf_counter()
     workers = ["-n", str(max(1, jobs // int(setting.split("-")[1]))), "--dist", "loadfile"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *workers, *arguments]
@@ -83,14 +84,16 @@ def run(setting: str, part: str, arguments: list[str], jobs: int) -> bool:
 
 
 def check(settings: list[str]) -> None:
-    """Refuse, before anything runs, what this processor cannot do. Raises ValueError."""
+    """Raise ValueError, before anything runs, for settings that this processor does not have."""
     for setting in settings:
         environment(setting, Path())
     from torch.backends import cpu  # heavy
 
     here = cpu.get_cpu_capability()
     if any(setting.startswith("avx2") for setting in settings) and "AVX" not in here:
-        raise ValueError(f"this processor has no AVX2 (PyTorch found {here}); leave avx2 out")
+        raise ValueError(
+            f"this processor has no AVX2 (PyTorch found {here}). Fix: leave out the avx2 settings"
+        )
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -99,13 +102,15 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--settings", nargs="+", default=SETTINGS, help="all by default")
     parser.add_argument("--only", nargs="+", metavar="TESTS", help="these, as pytest takes them")
-    parser.add_argument("--chapters", nargs="*", help="those whose names hold one of these words")
+    parser.add_argument(
+        "--chapters", nargs="*", help="those whose names contain one of these words"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cores to use")
     return parser.parse_args(arguments)
 
 
 def main(settings: list[str], only: list[str] | None, words: list[str] | None, jobs: int) -> int:
-    """With neither tests nor chapters named, everything runs; the exit status."""
+    """Run the named parts, or everything if none is named. Returns the exit status."""
     check(settings)
     parts = {}
     if only or words is None:

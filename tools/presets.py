@@ -24,15 +24,15 @@ def names(pattern: str = "*.yaml") -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    """The parameters of preset `name`; an unknown name says which ones there are."""
+    """The parameters of preset `name`. Raises ValueError, with suggestions, if there is none."""
     known = names() + names("*/*.yaml")
-    if name not in known:  # and so no file of another folder
+    if name not in known:  # which also excludes files of other folders
         raise ValueError(f"no preset {name!r} in {FOLDER}{suggest(name, known)}")
     return read(FOLDER / f"{name}.yaml")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The names and values of a YAML file. Raises ValueError, whatever is wrong with the file."""
+    """The names and values in a YAML file. Raises ValueError for any fault of the file."""
     try:
         text = path.read_text("utf8")
     except (OSError, UnicodeDecodeError) as error:
@@ -46,29 +46,29 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def parse(text: str, where: str) -> Any:
-    """What a YAML text says. Raises ValueError, on one line, for what is no plain YAML."""
+    """Parse a YAML text. Raises ValueError, with a one-line message, unless it is plain YAML."""
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # a YAMLError, or what a conversion such as `!!int x` ran into
         reason = " ".join(str(error).split())
-        raise ValueError(f"{where}: no plain YAML: {reason}") from error
+        raise ValueError(f"{where}: not plain YAML: {reason}") from error
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """That of `yaml.safe_load`, which takes the last of two values under one name silently."""
+    """The loader of `yaml.safe_load`, except that duplicate names are errors."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [name for i, name in enumerate(seen) if name in seen[:i]]:
             raise yaml.constructor.ConstructorError(
-                None, None, f"{twice[0]!r} is there twice", node.start_mark
+                None, None, f"{twice[0]!r} appears twice", node.start_mark
             )
         found: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return found
 
 
 def check(preset: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
-    """What is wrong with `preset` for a notebook with these `parameters`; empty where nothing is.
+    """List what is wrong with `preset` for a notebook with these `parameters`.
 
     papermill only warns about a name that the notebook does not have, and runs with the default.
     """
@@ -86,7 +86,7 @@ def check(preset: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
 
 
 def impossible(parameters: dict[str, Any]) -> list[str]:
-    """Why no experiment can have these parameters; those of no experiment are left to notebooks."""
+    """Reasons why no experiment can have these parameters. Others are left to the notebooks."""
     try:
         experiment(parameters)
     except ValueError as error:
@@ -96,13 +96,15 @@ def impossible(parameters: dict[str, Any]) -> list[str]:
 
 def experiment(parameters: dict[str, Any]) -> Experiment:
     """The experiment of a notebook with these parameters. Raises ValueError as `Experiment.of`."""
-    from mcnotes.lab import Experiment  # brings PyTorch, which a single step leaves to its notebook
+    from mcnotes.lab import (
+        Experiment,
+    )  # imports PyTorch, which a single step leaves to its notebook
 
     fields = Experiment.__dataclass_fields__
     return Experiment.of(parameters, also=[name for name in parameters if name not in fields])
 
 
 def _alike(value: object, default: object) -> bool:
-    """Same type, or both a number (True and False are none)."""
+    """Are they of the same type, or both numbers? True and False are not numbers here."""
     numbers = (int, float)
     return type(value) is type(default) or (type(value) in numbers and type(default) in numbers)

@@ -1,11 +1,10 @@
-"""Look for unsound symmetries: random programs for as long as wanted, and PyTorch's operators.
+"""Search for unsound symmetries, in random programs and around PyTorch's operators.
 
     python -m tools.programs --minutes 60
 
-A random program is a network of operations that are known to be followed, in any order. Of each
-operator in PyTorch's own list of samples (`op_db`) networks are made in which its arguments are
-parameters, or hidden units, or both. Whatever symmetry is found must hold. The exit status is 1 if
-any does not.
+A random program is a network of operations that have rules, in any order. For each operator in
+PyTorch's own list of samples (`op_db`), networks are built in which its arguments are parameters,
+hidden units, or both. Every symmetry that is found must hold; the exit status is 1 if one does not.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ WIDTH, LENGTH, INPUTS = 6, 4, 3
 class Program(nn.Module):
     """Steps on a list of values [N, T, 6]; each takes two of them and adds one.
 
-    A step is the name of an operation, and how far back its operands stand.
+    A step is the name of an operation, and how far back in the list its operands are.
     """
 
     def __init__(self, steps: list[tuple[str, int, int]]) -> None:
@@ -41,7 +40,7 @@ class Program(nn.Module):
         self.first, self.last = nn.Linear(INPUTS, WIDTH), nn.Linear(WIDTH, 2)
 
     def take(self, *shape: int) -> Tensor:
-        """The next parameter; made at the first run."""
+        """The next parameter, which is created in the first run."""
         self.next += 1
         if self.next > len(self.weights):
             self.weights.append(nn.Parameter(torch.randn(shape) / 2))
@@ -94,6 +93,40 @@ def strided(p: Program, a: Tensor, b: Tensor) -> Tensor:
     return a @ w.as_strided((WIDTH, WIDTH), (1, WIDTH)) + b
 
 
+def recurrent(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    """An LSTM, and its last state."""
+    shapes = [(4 * WIDTH, WIDTH), (4 * WIDTH, WIDTH), (4 * WIDTH,), (4 * WIDTH,)]
+    start = b[:, 0][None], a.new_zeros(1, len(a), WIDTH)
+    weights = [p.take(*shape) for shape in shapes]
+    out, _, cell = torch.lstm(a, start, weights, True, 1, 0.0, False, False, True)
+    return out + cell[0][:, None]
+
+
+def order(b: Tensor, axis: int) -> Tensor:
+    """Indices along an axis that depend on all that stands there, as columns.
+
+    On largest entries: sums may be zero but for rounding, and then decide nothing.
+    """
+    return b.amax(3 - axis, keepdim=True).argsort(axis)
+
+
+def edges(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    """As in graph networks: each time takes from its neighbours."""
+    index = torch.arange(a.shape[1])
+    y = torch.zeros_like(a).index_add(1, index.roll(1), a[:, index // 2])
+    return torch.zeros_like(y).scatter_reduce(1, order(b, 1).expand_as(a), y, "amax") + y
+
+
+def bag(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    index = (a.amax(-1) > 0.1).long() + 1
+    return b + F.embedding_bag(index, p.take(4, WIDTH), mode="max")[:, None]
+
+
+def write_rows(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    first = torch.arange(len(a)), b.amax(-1).argmax(1)
+    return a.index_put(first, b[:, -1], accumulate=True)
+
+
 OPERATIONS: dict[str, Operation] = {
     "layer": lambda p, a, b: F.linear(a, p.take(WIDTH, WIDTH), p.take(WIDTH)),
     "tanh": lambda p, a, b: a.tanh(),
@@ -139,16 +172,36 @@ OPERATIONS: dict[str, Operation] = {
     "complex": complex_product,
     "circular": circular,
     "strided": strided,
+    "largest in time": lambda p, a, b: a - b.max(1, keepdim=True).values,
+    "where largest": lambda p, a, b: b * a.max(1, keepdim=True).indices.to(a.dtype),
+    "largest unit": lambda p, a, b: a * b.max(-1, keepdim=True).values,
+    "which unit": lambda p, a, b: a + b.argmax(-1, keepdim=True).to(a.dtype),
+    "sum until now": lambda p, a, b: a.cumsum(1),
+    "sort in time": lambda p, a, b: a.sort(1).values + b,
+    "top in time": lambda p, a, b: a + b.topk(1, 1).values,
+    "spectrum": lambda p, a, b: torch.fft.fft(a, dim=1).abs() + b,
+    "spectrum of units": lambda p, a, b: torch.fft.fft(a, dim=-1).abs() + b,
+    "gather in time": lambda p, a, b: a.gather(1, order(b, 1).expand_as(a)),
+    "gather by unit": lambda p, a, b: a.gather(1, b.argsort(1)),
+    "gather units": lambda p, a, b: a.gather(2, order(b, 2).expand_as(a)),
+    "one time": lambda p, a, b: a + b[torch.arange(len(a)), b.amax(-1).argmax(1)][:, None],
+    "some times": lambda p, a, b: a[:, b.amax((0, 2)).argsort()],
+    "edges": edges,
+    "bag": bag,
+    "write rows": write_rows,
+    "recurrent": recurrent,
+    "bilinear": lambda p, a, b: F.bilinear(a, b, p.take(WIDTH, WIDTH, WIDTH), p.take(WIDTH)),
+    "distances": lambda p, a, b: torch.cdist(a, p.take(WIDTH, WIDTH)[None]) + b,
 }
 
 step = st.tuples(st.sampled_from([*OPERATIONS]), st.integers(0, 3), st.integers(0, 3))
 
 PROGRAMS = st.tuples(st.lists(step, min_size=1, max_size=7), st.booleans())
-"""The steps of a program, and whether it is tried on shorter inputs, too."""
+"""The steps of a program, and whether it is also tried on shorter inputs."""
 
 
 def check_program(steps: list[tuple[str, int, int]], shorter: bool) -> None:
-    """Raise an error if what is found in a program does not hold, at other sizes, too."""
+    """Raise an error if the symmetry found in a program does not hold, or not at other sizes."""
     torch.manual_seed(0)
     net, x = Program(steps), torch.randn(2, LENGTH, INPUTS)
     with torch.no_grad():
@@ -159,7 +212,7 @@ def check_program(steps: list[tuple[str, int, int]], shorter: bool) -> None:
 
 
 def try_programs(seconds: float) -> int:
-    """Try programs for so long; how many. Raises what `check_program` raises, for the least one."""
+    """Try programs for `seconds` and return how many. Raises the error of the smallest failure."""
     end, tried, chunk = time.monotonic() + seconds, 0, 0
     while time.monotonic() < end:
 
@@ -185,15 +238,15 @@ def try_programs(seconds: float) -> int:
 # PyTorch's operators
 
 INSIDE = 3  # inputs of a network around an operator
-SAMPLES = 4  # of each operator
-SIZES = 4, 1000  # the entries that its arguments have together
+SAMPLES = 4  # for each operator
+SIZES = 4, 1000  # the least and largest total number of entries of its arguments
 
 
 class Around(nn.Module):
     """An operator on a sample's arguments, in a network whose outputs depend on all its results.
 
-    hidden: which of the tensors, in their order, are hidden units; other ones are parameters.
-    Tensors of integers and truth values are buffers.
+    hidden: which of the tensors, in their order, are hidden units; the others are parameters.
+    Tensors of integers and booleans are buffers.
     """
 
     def __init__(self, op: Callable[..., Any], sample: Any, hidden: Callable[[int], bool]) -> None:
@@ -219,7 +272,7 @@ class Around(nn.Module):
 
         def part(_: Tensor) -> Tensor:
             if f"p{(k := next(tensors))}" not in self.parts:
-                return self.get_buffer(f"b{k}").clone()  # for it may be written over
+                return self.get_buffer(f"b{k}").clone()  # the operator may write to it
             y: Tensor = self.parts[f"p{k}"].clone()
             return y + (self.parts[f"w{k}"] * x).sum(-1).tanh() if f"w{k}" in self.parts else y
 
@@ -239,13 +292,13 @@ class Around(nn.Module):
 
 
 def size_of(sample: Any) -> int:
-    """How many entries the tensors of a sample have together."""
+    """The total number of entries of the tensors of a sample."""
     given = tree_leaves((sample.input, sample.args, sample.kwargs))
     return sum(x.numel() for x in given if isinstance(x, Tensor))
 
 
 def around(op: Any) -> Iterator[nn.Module]:
-    """Networks around an operator, as far as it takes such arguments."""
+    """Networks around an operator, for the samples that it accepts in this form."""
     samples = op.sample_inputs("cpu", torch.float32, requires_grad=False)
     fit = [s for s in samples if SIZES[0] <= size_of(s) <= SIZES[1]]
     for sample in fit[:: -(-len(fit) // SAMPLES) or 1]:
@@ -253,17 +306,17 @@ def around(op: Any) -> Iterator[nn.Module]:
             torch.manual_seed(0)
             try:
                 yield Around(op.op, sample, hidden)
-            except Exception:  # it takes no copies of its samples, or no such numbers
+            except Exception:  # it does not accept copies of its samples, or such numbers
                 continue
 
 
 NO_NUMBERS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty"}
 NO_NUMBERS |= {"new_empty_strided"}
-"""Operators whose results are whatever stood in memory."""
+"""Operators whose results are uninitialised memory."""
 
 
 def outcome(net: nn.Module) -> tuple[str, str]:
-    """What becomes of a network, in a word; and the text of an error."""
+    """What happens to a network, in a word, and the message of the error, if any."""
     x = torch.rand(INSIDE)
     try:
         sym = symmetry.find(net, x)
@@ -282,7 +335,7 @@ def outcome(net: nn.Module) -> tuple[str, str]:
 
 
 def try_operators(show: Callable[[str], None]) -> Counter[str]:
-    """Try all operators of PyTorch's list: how many networks came to what."""
+    """Try all operators of PyTorch's list, and count the outcomes of the networks."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     total, handled = Counter[str](), 0
@@ -302,12 +355,12 @@ def try_operators(show: Callable[[str], None]) -> Counter[str]:
 
 
 def main() -> int:
-    """Try operators, then programs; 1 if anything was unsound."""
+    """Try operators, then programs. Returns 1 if anything was unsound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument("--minutes", type=float, default=60.0, help="of random programs")
     parser.add_argument("--no-operators", action="store_true", help="random programs alone")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")  # of operators that are about to go
+    warnings.simplefilter("ignore")  # about deprecated operators
     torch.set_num_threads(1)
     found = Counter[str]() if args.no_operators else try_operators(print)
     for word, count in found.most_common():

@@ -27,6 +27,11 @@ PRELOAD = re.compile(r'<link rel="preload"[^>]*>\n?')  # the text comes first
 SCRIPT = re.compile(r'<script(?: defer(?:="\w+")?)?([^>]*) src="([^"]+)"([^>]*)></script>\n?')
 ICONS = "fontawesome"  # in the names of the script and of the fonts, in all versions of the theme
 SEARCH = ("searchtools.js", "language_data.js", "searchindex.js")  # only the search page needs them
+WIDTHS = re.compile(r'document\.querySelectorAll\(\["pre",[^\]]*\]\.join\(", "\)\)')
+MENUS = re.compile(
+    r"const \w=\w\.querySelectorAll\((\w)\);(for\(let\{target:(\w)\}=[^()]*\))"
+    r"for\(const \w of \w\)if\(\w===\w\)return"
+)
 STRING = r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\''
 URL = re.compile(rf"url\(({STRING}|[^)\"']*)\)")
 IMAGE = re.compile(r'<img (?=[^>]*src="([^"]+\.png)")(?![^>]* (?:width|style|loading)=)')
@@ -143,6 +148,16 @@ def lighten_page(html: str, name: str, style: str, options: str) -> str:
     return SCRIPT.sub(script, PRELOAD.sub("", before + link + after))
 
 
+def calm(script: str) -> str:
+    """A script of the theme without what makes a living figure slow on a phone.
+
+    To see which blocks of code scroll, the theme lays out the whole page when it opens and after
+    every change: most of a second. book.js looks at what comes near the screen. And Bootstrap looks
+    for all its menus in the page at every click, where one look at what was clicked will do.
+    """
+    return MENUS.sub(r"\2if(\3.matches?.(\1))return", WIDTHS.sub("[]", script))
+
+
 def lazy_images(html: str, folder: Path) -> str:
     """Let pictures load when they come into view, in a space of their size that is kept free."""
 
@@ -162,6 +177,8 @@ def lighten(app: Any, exception: Exception | None) -> None:
     pages = {path: path.read_text("utf8") for path in out.rglob("*.html")}
     for path in [path for path in static.rglob("*.js") if ICONS in path.as_posix()]:
         path.unlink()
+    for path in (static / "scripts").glob("*.js"):
+        path.write_text(calm(path.read_text("utf8")), "utf8")
     scripts = [path.read_text("utf8") for path in static.rglob("*.js")]
     words = {word for text in [*pages.values(), *scripts] for word in re.findall(r"[\w-]+", text)}
     links = [sheet for html in pages.values() for _, sheet in LINK.findall(html)]

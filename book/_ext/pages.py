@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from html import escape, unescape
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
 
 LENGTH = 155  # what search engines show
 WINGS = ("symmetry", "data", "matching", "lab")
 SHORT = 30  # letters of LaTeX in a formula that need not be broken on a phone
+
+REPEATED = (["exercise-content"], ["solution-content"], ["proof-content"], ["proof"])
 
 
 def description(doctree: nodes.document) -> str:
@@ -36,10 +43,27 @@ def add_tags(app: Any, pagename: str, templatename: str, context: Any, doctree: 
 
 
 def drop_repeated_ids(app: Any, doctree: nodes.document, docname: str) -> None:
-    """sphinx-exercise gives every exercise on a page the same id; nothing links to it."""
-    for section in doctree.findall(nodes.section):
-        if section["ids"] in (["exercise-content"], ["solution-content"]):
-            section["ids"] = []
+    """sphinx-exercise and sphinx-proof give many nodes of a page one id; nothing links to it."""
+    for node in doctree.findall(nodes.Element):
+        if node.get("ids") in REPEATED:
+            node["ids"] = []
+
+
+def faults(html: str) -> list[str]:
+    """Ids that stand twice in a page, and headers of tables that say nothing."""
+    ids = Counter(re.findall(r'<[^>]* id="([^"]+)"', html))
+    found = [f"{count} elements have the id {name!r}" for name, count in ids.items() if count > 1]
+    empty = len(re.findall(r"<th\b[^>]*>(?:\s|</?p>)*</th>", html))
+    return found + [f"{empty} headers of tables are empty"] * bool(empty)
+
+
+def check(app: Any, error: Exception | None) -> None:
+    """Warn of faults in finished pages (an error under -W)."""
+    if error or app.builder.name != "html":
+        return
+    for page in sorted(Path(app.outdir).rglob("*.html")):
+        for fault in faults(page.read_text("utf8")):
+            logger.warning("%s: %s", page.relative_to(app.outdir), fault)
 
 
 def keep_together(app: Any, doctree: nodes.document, docname: str) -> None:
@@ -101,4 +125,5 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("doctree-resolved", drop_repeated_ids)
     app.connect("doctree-resolved", keep_together)
     app.connect("html-page-context", add_tags)
+    app.connect("build-finished", check)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -18,7 +18,7 @@ document.addEventListener("DOMContentLoaded", () => {
   }
 
   // What scrolls sideways must be reachable from the keyboard, wherever it stands on the page.
-  const boxes = ".katex-display > .katex, .output.text_html, .pst-scrollable-table-container, pre";
+  const boxes = ".katex-display > .katex, .output, .pst-scrollable-table-container, pre";
   const watch = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
       if (isIntersecting && target.scrollWidth > target.clientWidth) target.tabIndex = 0;

@@ -87,16 +87,27 @@ def _pair(batch: Any, who: str) -> tuple[Tensor, Tensor]:
 
 def _tensor(values: Any, what: str, who: str) -> Tensor:
     """A tensor of plain numbers on the CPU."""
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise DataError(f"{who} has {what} of which some are masked. Fix: leave these images out")
     try:
-        if isinstance(values, np.ndarray):  # of any byte order and strides, or not to be written to
-            values = np.require(values, values.dtype.newbyteorder("="), ["C", "W"])
-        x = torch.as_tensor(values).detach()
+        x = torch.as_tensor(native(values)).detach()
         if x.layout != torch.strided or x.is_meta:
             raise TypeError(f"they are {x.layout} on {x.device}")
         return x.cpu()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         cause = f"{who} has {what} that are no tensor of numbers ({failure(error)})"
         raise DataError(f"{cause}, expected a tensor or an array") from error
+
+
+def native(values: Any) -> Any:
+    """An array that PyTorch takes: of any byte order and strides, or not to be written to.
+
+    Also of what NumPy can make an array of, such as columns of pandas; anything else as it is.
+    """
+    if isinstance(values, Tensor) or not hasattr(values, "__array__"):
+        return values
+    array = np.asarray(values)
+    return np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
 
 
 def _pixels(x: Tensor, who: str) -> Tensor:
@@ -115,7 +126,12 @@ def _pixels(x: Tensor, who: str) -> Tensor:
         raise DataError(f"{cause}, expected a height and width above {COLOURS}. Fix: {fix}")
     elif shape[3] > COLOURS:
         x = x.movedim(1, 3)
-    return _bytes(x, who) if x.is_floating_point() else x
+    if x.is_floating_point():
+        return _bytes(x, who)
+    if int(x.max()) == 1:
+        cause = f"{who} has pixels of torch.uint8 from {int(x.min())} to 1, expected up to 255"
+        raise DataError(f"{cause}. Fix: convert them to floats, or multiply them by 255")
+    return x
 
 
 def _bytes(x: Tensor, who: str) -> Tensor:
@@ -129,6 +145,9 @@ def _bytes(x: Tensor, who: str) -> Tensor:
             fix = f"divide them by the largest value that a pixel can have; or {fix}"
         cause = f"{who} has pixels from {low:.2f} to {high:.2f}, expected [0, 1]"
         raise DataError(f"{cause}. Fix: {fix}")
+    if 0 < high < 1.5 / 255:
+        cause = f"{who} has pixels from 0 to {high:.4f}, expected up to 1"
+        raise DataError(f"{cause}. Fix: divide them by 255 once only")
     return (255 * x).round().byte()
 
 

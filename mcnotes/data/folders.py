@@ -1,8 +1,9 @@
 """Images of your own: folders, arrays and loaders, validated before use (chapter 10)."""
 
 import os
+import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,9 +21,15 @@ from mcnotes.names import resolve
 SPLITS = ("train", "val", "test")
 CALLED = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+OTHERS = (".gif", ".jfif", ".jpe", ".heic", ".heif", ".avif", ".jp2", ".tga", ".dcm", ".npy")
+"""Endings of pictures that are not read: where they are, something would go missing."""
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+"""What a picture may hold, whatever its name; others, such as PostScript, are programs to run."""
+LEFT_BEHIND = ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN")
+"""Folders that programs leave, besides those whose names begin with a dot."""
 
 
-def dataset(source: str, image_size: int | None = None, device: str = "auto") -> Task:
+def dataset(source: str | Path, image_size: int | None = None, device: str = "auto") -> Task:
     """Images and labels from the name of a data set of this book, a folder, or a Python path.
 
     A folder holds a folder of pictures for each class, or train/, val/, test/ with such folders.
@@ -35,10 +42,11 @@ def dataset(source: str, image_size: int | None = None, device: str = "auto") ->
     """
     if found := faults({"image_size": image_size, "device": device}, OPTIONS):
         raise DataError(f"data.dataset: {'; '.join(found)}")
+    source = named("data.dataset", source)
     if source in SOURCES:
         return load(source, image_size=image_size, device=device)
     who = f"data.dataset: {source:.{SHOWN}}"
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         given, names = _folder(Path(source), image_size)
     elif ":" in source:
         made = _called(source, who)
@@ -51,12 +59,24 @@ def dataset(source: str, image_size: int | None = None, device: str = "auto") ->
     splits = {name: split(one, image_size, f"{who}: {name}") for name, one in given.items()}
     _hold_out(splits)
     if not names:
-        last = max(int(one.labels.max()) for one in splits.values() if len(one))
+        labels = torch.cat([one.labels for one in splits.values()])
+        first, last = int(labels.min()), int(labels.max())
+        if first > 0:
+            cause = f"{who} has labels from {first} to {last}, expected classes from 0 on"
+            raise DataError(f"{cause}. Fix: subtract {first}, as for the network's own numbers")
         names = [str(label) for label in range(1 + last)]
     at = resolved(device)
     placed = {n: Split(s.images.to(at), s.labels.to(at)) for n, s in splits.items()}
     task = Task(source, placed["train"], placed["val"], placed["test"], tuple(names))
     return _checked(task, image_size, who)
+
+
+def named(who: str, source: object) -> str:
+    """The name of a source, from text or a path. Raises DataError, which begins with `who`."""
+    if isinstance(source, str | Path) and str(source):
+        return str(source)
+    kinds = "the name of a data set, a folder, or 'package.module:callable'"
+    raise DataError(f"{who}: got {source!r:.200}, expected {kinds}")
 
 
 def _called(source: str, who: str) -> Task | dict[str, Any]:
@@ -106,7 +126,8 @@ def _checked(task: Task, image_size: int | None, who: str) -> Task:
     if image_size and size != [image_size, image_size]:
         raise DataError(f"{who} has images {[channels, *size]}, expected image_size {image_size}")
     if task.num_classes < 2:
-        raise DataError(f"{who} has {task.num_classes} class, expected two to tell apart, or more")
+        got, names = f"{task.num_classes} class", ", ".join(task.class_names)
+        raise DataError(f"{who} has {got}, expected two to tell apart, or more; got {names!r:.200}")
     labels = torch.cat([one.labels for one in splits.values()])
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= task.num_classes:
@@ -157,6 +178,7 @@ def _places(root: Path) -> dict[str, Path]:
         else:
             places[name] = place
     if not places:
+        _refuse_parts(root, [place.name for place in others])
         return {"train": root}
     if "train" not in places:
         had = ", ".join(f"{place.name}/" for place in places.values())
@@ -165,6 +187,20 @@ def _places(root: Path) -> dict[str, Path]:
         cause = f"data.dataset: {root} has pictures in {odd.name}/, beside train/"
         raise DataError(f"{cause}, expected {', '.join(SPLITS)} alone. Fix: move them away")
     return places
+
+
+def _refuse_parts(root: Path, classes: Sequence[str]) -> None:
+    """Raise DataError for classes of which two are named as splits are, such as seg_train/."""
+    alike = {
+        split: name
+        for name in classes
+        for word in re.split(r"[^a-z]", name.lower())
+        if (split := _split_name(word))
+    }
+    if len(alike) > 1:
+        cause = f"data.dataset: {root} has {' and '.join(alike.values())} where classes would be"
+        expected = "train/CLASS/PICTURE, and as many of val/ and test/ as there are"
+        raise DataError(f"{cause}, expected {expected}. Fix: rename them, and sort into classes")
 
 
 def _split_name(folder: str) -> str | None:
@@ -193,7 +229,7 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith((".", "__", "@"))  # .ipynb_checkpoints, __MACOSX, @eaDir
+    return name.startswith(".") or name in LEFT_BEHIND
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
@@ -206,8 +242,11 @@ def _pictures(folder: Path) -> Iterator[Path]:
             if _split_name(path.name):
                 cause = f"data.dataset: {path} is a split inside of a class"
                 raise DataError(f"{cause}, expected {path.name}/CLASS/PICTURE")
-        for name in sorted(files):
-            if name.lower().endswith(PICTURES) and not name.startswith("."):
+        for name in sorted(name for name in files if not name.startswith(".")):
+            if name.lower().endswith(OTHERS):
+                kinds = f"expected {', '.join(PICTURES)}. Fix: convert it"
+                raise DataError(f"data.dataset: cannot read {Path(at, name)}, {kinds}")
+            if name.lower().endswith(PICTURES):
                 yield Path(at, name)
 
 
@@ -240,7 +279,7 @@ def _unreadable(path: Path, reason: object) -> DataError:
 def _picture(path: Path, size: int | None) -> Image.Image:
     """A picture in grey or in colour, cut to size x size. Raises DataError, naming the file."""
     try:
-        with Image.open(path) as raw:
+        with Image.open(path, formats=FORMATS) as raw:
             if raw.mode[0] in "IF":
                 raise _unreadable(path, "more than 8 bits for a pixel")
             picture = raw.convert("L" if raw.mode in ("1", "L") else "RGB")

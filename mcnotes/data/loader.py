@@ -1,5 +1,6 @@
 """Batches of your own, of whatever kind: any iterable of inputs, or of inputs with targets."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -12,9 +13,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mcnotes.calls import Batch, InputError, Inputs, count, plain, seeded
-from mcnotes.checks import faults, whole
-from mcnotes.data.arrays import failure
-from mcnotes.data.folders import SPLITS, dataset
+from mcnotes.checks import faults, require, whole
+from mcnotes.data.arrays import failure, native
+from mcnotes.data.folders import SPLITS, dataset, named
 from mcnotes.data.sources import DataError
 from mcnotes.data.tasks import OPTIONS, SOURCES, Split, Task
 from mcnotes.names import resolve
@@ -84,6 +85,7 @@ class Loader:
             raise InputError(f"batches: they cannot be read ({failure(error)})") from error
         if not head:
             raise InputError("batches: got none, expected at least one batch of inputs")
+        self.values = len(head[0]) if isinstance(head[0], tuple | list) else 1  # in a batch
         self.head: Batch = self.read(head[0])
         self.form = _form(self.head[0])
 
@@ -107,10 +109,10 @@ class Loader:
             if not self.labels:
                 inputs.pop("labels", None)
         inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-        inputs, targets = tree_map(self.move, (inputs, targets))
         try:
+            inputs, targets = tree_map(self.move, (inputs, targets))
             size = count(plain(inputs))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, NotImplementedError) as error:
             raise InputError(
                 f"batches: {error}; expected a tensor, a tuple or a dictionary of "
                 "inputs, or (inputs, targets)"
@@ -126,9 +128,13 @@ class Loader:
     def move(self, x: Any) -> Any:
         """A tensor, or an array, to the device; anything else as it is."""
         if isinstance(x, np.ndarray) and x.dtype.kind in "biuf":
-            x = torch.from_numpy(x)
+            if np.ma.is_masked(x):
+                raise ValueError("some numbers of an array are masked")
+            x = torch.from_numpy(native(x))
         if not isinstance(x, Tensor):
             return x
+        if x.is_nested:
+            raise ValueError("got a nested tensor: pad it")
         return widened(x.to(self.device))
 
     def batches(
@@ -208,7 +214,11 @@ def _length(source: Any) -> int:
 
 
 def sets(
-    source: str, *, image_size: int | None = None, batch_size: int = 128, device: str = "auto"
+    source: str | Path,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 128,
+    device: str = "auto",
 ) -> Sets:
     """Batches by name: what `dataset` takes, or "package.module:callable" for data of any kind.
 
@@ -224,7 +234,8 @@ def sets(
     given = {"image_size": image_size, "batch_size": batch_size, "device": device}
     if found := faults(given, OPTIONS | {"batch_size": whole(1)}):
         raise DataError(f"data.sets: {'; '.join(found)}")
-    if source in SOURCES or Path(source).is_dir() or ":" not in source:
+    source = named("data.sets", source)
+    if source in SOURCES or os.path.isdir(source) or ":" not in source:
         return _cut(dataset(source, image_size, device), batch_size)
     made = _made_by(source)
     if isinstance(made, Task):
@@ -308,8 +319,13 @@ def _with_held_out(source: str, found: list[Any]) -> Sets:
     whole = found[-1]
     if len(found) == len(SPLITS):
         return Sets(*found)
-    with seeded(0, torch.device("cpu")):  # a loader shuffles the same each time
-        batches = [*_checked(whole)]
+    try:
+        with seeded(0, torch.device("cpu")):  # a loader shuffles the same each time
+            batches = [*_checked(whole)]
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # of the user's data
+        raise DataError(f"data.sets: {source} cannot be read ({failure(error)})") from error
     if len(batches) < (least := len(SPLITS) + 1 - len(found)):
         raise DataError(
             f"data.sets: {source} gave {len(batches)} batches to hold some out of, expected at "
@@ -322,7 +338,11 @@ def _with_held_out(source: str, found: list[Any]) -> Sets:
 
 
 def take(source: Any, samples: int) -> Any:
-    """The first so many samples of what `Loader` takes; whole batches, but of a `Cut` exactly."""
+    """The first so many samples of what `Loader` takes; whole batches, but of a `Cut` exactly.
+
+    Raises ValueError for a number of samples that is no whole one of at least 1.
+    """
+    require("data.take", {"samples": samples}, {"samples": whole(1)})
     if isinstance(source, Cut):
         return Cut(source.split.first(samples), MEASURED_SIZE)
     kept: list[Batch] = []

@@ -62,7 +62,12 @@ def read_npz(path: Path) -> Arrays:
         if not path.is_file():  # opening a pipe would wait without end
             raise OSError("it is no regular file")
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+            return {key: _native(file[key]) for key in file.files}
+
+
+def _native(array: NDArray[Any]) -> NDArray[Any]:
+    """In the byte order of this computer, and the last axis first in memory."""
+    return np.require(array, array.dtype.newbyteorder("="), ["C"])
 
 
 def check(arrays: Arrays, path: Path) -> Arrays:
@@ -145,8 +150,9 @@ def _sound(fault: str, fix: str) -> Iterator[None]:
     """While a source is read, whatever is raised becomes a DataError that says this."""
     try:
         yield
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        fix = f"free memory, or {fix} if it is damaged"
+        raise DataError(f"data.load: there is too little memory ({error}). Fix: {fix}") from error
     except Exception as error:  # damaged files raise whatever their reader meets first
         raise DataError(f"data.load: {fault} ({error}). Fix: {fix}") from error
 

@@ -185,7 +185,12 @@ SOURCES = {
 
 
 LARGEST = 4096  # pixels of a side: images all lie in memory at once
-OPTIONS: dict[str, Rule] = {"image_size": optional(whole(1, LARGEST)), "device": device}
+OPTIONS: dict[str, Rule] = {
+    "image_size": optional(whole(1, LARGEST)),
+    "device": device,
+    "folder": optional(a((str, Path), "a path")),
+    "validation": optional(a(int, "a whole number")),
+}
 """What the arguments of `load` and `folders.dataset` may be."""
 
 HOME = Path(__file__).resolve().parents[2] / "data"
@@ -232,9 +237,10 @@ def load(
     unknown name, an impossible `validation` or `image_size`, DataError for files that are missing
     or damaged.
     """
-    if name not in SOURCES:
+    if not isinstance(name, str) or name not in SOURCES:
         raise ValueError(f"data.load: got {name!r}, expected a data set{suggest(name, SOURCES)}")
-    require("data.load", {"image_size": image_size, "device": device}, OPTIONS)
+    given = {"image_size": image_size, "device": device}
+    require("data.load", given | {"folder": folder, "validation": validation}, OPTIONS)
     device = resolved(device)
     source = SOURCES[name]
     root = default_folder() if folder is None else Path(folder)

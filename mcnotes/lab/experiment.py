@@ -21,6 +21,7 @@ from mcnotes import (
     checks,
     curves,
     data,
+    display,
     evaluate,
     matching,
     models,
@@ -84,6 +85,13 @@ class Record(NamedTuple):
 
     perm: Perm
     history: list[pam.Iteration]
+
+    def __repr__(self) -> str:
+        return f"Record({len(self.perm)} groups, {len(self.history)} iterations)"
+
+    def _repr_html_(self) -> str:
+        rows = [iteration._asdict() for iteration in self.history]
+        return display.described(self, display.table(rows) if rows else "")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ function permuter(box, data) {
   line.set(identity);
   const best = { order: identity, barrier: line.barrier };
   const past = [];
+  const drawn = []; // what each place shows: only what changed is drawn again
   let picked = null; // the slot whose unit of B was taken up
   let playing = null; // the timer of the animated alignment
   let searching = false;
@@ -90,6 +91,7 @@ function permuter(box, data) {
     align: button("Align", play),
     step: button("One step", () => advance()),
     compare: button("Compare with alignment", compare),
+    best: button("My best", () => jump(best.order, "Your best order so far.")),
     reset: button("Start again", () => jump(identity, "As given.")),
   };
   const bar = make("div", { className: "bar" }, ...Object.values(controls));
@@ -151,17 +153,22 @@ function permuter(box, data) {
   knob.setAttribute("aria-label", "position t on the line");
   const place = make("output");
   knob.addEventListener("input", () => { showPlace(); });
-  const sheet = make("canvas", { ariaHidden: "true" });
   const errors = make("p", { className: "say" });
-  const image = new Image();
-  image.onload = showPlace;
-  if (data.sheet) image.src = data.sheet;
+  const sheet = make("div", { className: "pictures" });
+  const faults = Array.from({ length: data.sheet ? data.shown : 0 }, (_, k) => draw("rect", {
+    class: "wrong", x: (k % data.across) * data.tile + 1.5, y: Math.floor(k / data.across) * data.tile + 1.5,
+    width: data.tile - 3, height: data.tile - 3,
+  }));
+  if (data.sheet) {
+    const [width, height] = [data.across * data.tile, Math.ceil(data.shown / data.across) * data.tile];
+    const frame = { viewBox: `0 0 ${width} ${height}`, class: "cover", "aria-hidden": "true" };
+    sheet.append(make("img", { className: "pictures", src: data.sheet, alt: "", width, height }), draw("svg", frame, ...faults));
+  }
 
   // The matrix, in B's own order; the chosen cells are ringed.
   const map = make("canvas", {});
   paint(map, n, n, (k) => gains[Math.floor(k / n)][k % n]);
-  const rings = draw("svg", { viewBox: `0 0 ${n} ${n}`, style: "position:absolute;inset:0" });
-  rings.setAttribute("aria-hidden", "true");
+  const rings = draw("svg", { viewBox: `0 0 ${n} ${n}`, class: "cover", "aria-hidden": "true" });
   const ring = identity.map((i) => draw("circle", { cy: i + 0.5, r: 0.42, fill: "none", "stroke-width": n > 8 ? 0.22 : 0.07 }));
   ring.forEach((circle) => (circle.style.stroke = "#000"));
   rings.append(...ring);
@@ -177,24 +184,24 @@ function permuter(box, data) {
       grid, bar, say, ...(strip ? [strip.node] : [])),
     make("div", {}, chart, ...(bounds ? [bounds.node] : []), make("label", {}, "t", knob, place), table,
       make("div", { className: "two" }, matrix, wrong))));
-  slots.forEach((_, i) => place_(i));
   show("Drag a unit of B beside another unit of A, or press Enter on one, move with the arrow keys, and press Enter again.");
 
   // ---- what changes -------------------------------------------------------------------------
 
-  function place_(i) {
-    buttons[i].replaceChildren(unitsB[line.order[i]]);
-  }
-
   function show(words) {
     line.order.forEach((j, i) => {
+      const other = compared && aligned[i] !== j;
+      const state = `${j} ${picked === i} ${other}`;
+      if (drawn[i] === state) return;
+      drawn[i] = state;
       const c = gains[i][j];
+      buttons[i].replaceChildren(unitsB[j]);
       ties[i].style.setProperty("--wide", `${1 + 9 * Math.max(0, c)}px`);
       ties[i].classList.toggle("good", c > 0.5);
       ring[i].setAttribute("cx", j + 0.5);
       buttons[i].setAttribute("aria-label", `unit ${j + 1} of B beside unit ${i + 1} of A, correlation ${signed(c)}`);
       buttons[i].setAttribute("aria-pressed", String(picked === i));
-      slots[i].classList.toggle("other", compared && aligned[i] !== j);
+      slots[i].classList.toggle("other", other);
     });
     mine.setAttribute("points", points(line.losses));
     const height = line.barrier;
@@ -210,11 +217,13 @@ function permuter(box, data) {
     controls.undo.disabled = past.length === 0;
     const done = line.order.every((j, i) => j === aligned[i]);
     controls.align.disabled = controls.step.disabled = done;
+    controls.best.disabled = line.order.every((j, i) => j === best.order[i]);
     controls.align.textContent = playing ? "Pause" : "Align";
     controls.compare.setAttribute("aria-pressed", String(compared));
     if (bounds) bounds.update();
     if (strip) strip.update();
     showPlace();
+    say.setAttribute("aria-busy", String(playing !== null || searching)); // only the end is read out
     if (words) say.textContent = words;
   }
 
@@ -236,31 +245,13 @@ function permuter(box, data) {
     const share = (100 * count / labels.length).toFixed(1);
     errors.textContent = `${share} % of ${labels.length} test images are wrong.`;
     knob.setAttribute("aria-valuetext", `t = ${ts[at].toFixed(2)}, loss ${line.losses[at].toFixed(3)}, ${share} % wrong`);
-    if (!data.sheet || !image.complete || !image.naturalWidth) return;
-    const { across, tile } = data;
-    const gap = 2;
-    const rows = Math.ceil(data.shown / across);
-    sheet.width = across * (tile + gap);
-    sheet.height = rows * (tile + gap);
-    const context = sheet.getContext("2d");
-    const colour = getComputedStyle(box).getPropertyValue("--wrong");
-    for (let k = 0; k < data.shown; k++) {
-      const [u, v] = [k % across, Math.floor(k / across)];
-      context.drawImage(image, u * tile, v * tile, tile, tile,
-        u * (tile + gap) + 1, v * (tile + gap) + 1, tile, tile);
-      if (!isWrong(k)) continue;
-      context.strokeStyle = colour;
-      context.lineWidth = 3;
-      context.strokeRect(u * (tile + gap) + 1.5, v * (tile + gap) + 1.5, tile - 1, tile - 1);
-    }
+    faults.forEach((rect, k) => { rect.style.display = isWrong(k) ? "" : "none"; });
   }
 
   function swap(i, k, words) {
     if (i === k) return;
     past.push([...line.order]);
     line.swap(i, k);
-    place_(i);
-    place_(k);
     show(words ?? `Units ${line.order[i] + 1} and ${line.order[k] + 1} of B changed places. Barrier ${line.barrier.toFixed(3)} nats.`);
   }
 
@@ -268,7 +259,6 @@ function permuter(box, data) {
     stop();
     past.push([...line.order]);
     line.set(order);
-    slots.forEach((_, i) => place_(i));
     show(`${words} Barrier ${line.barrier.toFixed(3)} nats.`);
   }
 
@@ -278,7 +268,6 @@ function permuter(box, data) {
     const moved = identity.filter((i) => last[i] !== line.order[i]);
     if (moved.length === 2) line.swap(...moved);
     else line.set(last);
-    slots.forEach((_, i) => place_(i));
     show(`Undone. Barrier ${line.barrier.toFixed(3)} nats.`);
   }
 
@@ -324,6 +313,7 @@ function permuter(box, data) {
     if (searching) return;
     stop();
     searching = true;
+    show();
     const rough = new B.Line(pair, coarse, line.order);
     const steps = B.bestSwap(rough);
     const all = (n * (n - 1)) / 2;

@@ -30,6 +30,7 @@ from mcnotes.lab import figures
 
 SHOWN, ACROSS = 40, 8  # images whose faults are drawn, and how many in a row
 SIDE = 14  # pixels of a unit's picture, at most
+SIZES = ("width", "height", "across", "tile", "shown", "norms")  # of data: what the layout needs
 
 
 class Permuter:
@@ -86,23 +87,35 @@ class Permuter:
             "Test loss on the straight line from A to B: the units as given, and aligned."
         )
         data = json.dumps(self.data, separators=(",", ":"))
+        sizes = {key: self.data[key] for key in SIZES if key in self.data}
         return (
             f"<style>{style}</style>"
             f'<div class="permuter" id="{name}"><img alt="{alt}" src="{self.picture}"></div>'
             f"<script>window[{json.dumps(name)}]={data};</script>"
             f"<script>(() => {{{_plain(maths)}\n{_plain(interface)}\n"
-            f"const name = {json.dumps(name)};\n{START}}})();</script>"
+            f"const name = {json.dumps(name)}, units = {self.units};\n"
+            f"const sizes = {json.dumps(sizes)};\n{START}}})();</script>"
         )
 
 
 # Until the figure comes near, the picture stands in its place, and nothing is computed. The numbers
-# may come later, from a file of their own: the book's pages move large ones there.
+# may come later, from a file of their own: the book's pages move large ones there. A figure in view
+# keeps its place meanwhile: it is laid out for one image and units that are all alike, unseen.
 START = """
 const box = document.getElementById(name);
 const start = () => permuter(box, window[name]);
+const near = () => box.getBoundingClientRect().top < innerHeight + 300;
+const outline = () => {
+  const each = (value) => Array(units).fill(value);
+  const half = { scales1: each(0), b1: [0], A1: each([0]), z1: btoa("ab".repeat(units)) };
+  const other = { scales2: each(1), b2: [0], A2: each([0]), z2: half.z1 };
+  const picturesA = btoa("a".repeat(units * sizes.width * sizes.height));
+  const rest = { labels: [0], picturesA, picturesB: picturesA, sheet: sizes.shown ? "data:," : "" };
+  return { ...sizes, ...half, ...other, ...rest };
+};
 const wait = () => {
-  const near = box.getBoundingClientRect().top < innerHeight + 300;
-  if (near || typeof IntersectionObserver === "undefined") return start();
+  box.style.visibility = "";
+  if (near() || typeof IntersectionObserver === "undefined") return start();
   const eye = new IntersectionObserver(([entry]) => {
     if (!entry.isIntersecting) return;
     eye.disconnect();
@@ -111,7 +124,13 @@ const wait = () => {
   eye.observe(box);
 };
 if (Object.hasOwn(window, name)) wait(); // else it is the box: windows know elements by their ids
-else addEventListener("DOMContentLoaded", wait);
+else {
+  if (near()) {
+    permuter(box, outline());
+    box.style.visibility = "hidden";
+  }
+  addEventListener("DOMContentLoaded", wait);
+}
 """
 
 

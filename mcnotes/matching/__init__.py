@@ -5,11 +5,13 @@ Two networks and their symmetry are one value, a `Pair`, which all functions tak
 and `activations` first, which is neuron alignment; `assignment` solves what all methods come
 down to; `weights` and `loss` are other ways to match, `methods` puts them behind one call;
 `doubly_stochastic` and `pam` are the paper's verification, `many` brings more than two networks
-into one order, `repair` and `diagnose` are for what can go wrong.
+into one order, `repair` and `diagnose` are for what can go wrong, and `certificate` says how good
+an order of weights could be at best.
 """
 
 from mcnotes.matching.activations import At, Cost, Moments, stream
 from mcnotes.matching.assignment import Bundle, assign, bundles, solve
+from mcnotes.matching.certificate import Certificate, certify
 from mcnotes.matching.diagnose import ENDS, FAULTS, Fault, Finding, diagnose
 from mcnotes.matching.loss import ACTIONS, RATES, Descent, loss_matching, soft
 from mcnotes.matching.many import match_many
@@ -27,6 +29,7 @@ __all__ = [
     "AlignmentError",
     "At",
     "Bundle",
+    "Certificate",
     "Cost",
     "Descent",
     "Fault",
@@ -36,6 +39,7 @@ __all__ = [
     "Pair",
     "assign",
     "bundles",
+    "certify",
     "channel_moments",
     "diagnose",
     "loss_matching",

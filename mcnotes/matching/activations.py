@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mcnotes import evaluate
-from mcnotes.calls import Batch, Batches, Inputs, count, stated
+from mcnotes.calls import Batch, Batches, count, stated
 from mcnotes.checks import one_of, optional, require, whole
 from mcnotes.matching.assignment import bundles
 from mcnotes.matching.pair import PAIRED, AlignmentError, Pair
@@ -33,6 +33,7 @@ RULES = {
 """What the arguments of the functions below, and of `match`, may be."""
 PIECE = 2**18  # numbers that stay in the cache
 Streams = dict[str, list["Moments"]]  # by group, one for each tap
+Seen = dict[str, list[Tensor]]  # activations [samples, units] by group, one for each tap
 
 
 @dataclass
@@ -132,8 +133,7 @@ def stream(
     require("match", given, RULES | PAIRED)
     device = images.device
     cores = torch.get_num_threads() if device.type == "cpu" else 1
-    usual = 64 if device.type == "cpu" else 512
-    size = -(-batch_size // cores) if batch_size else usual  # of a core's share, rounded up
+    size = _share_size(device, cores, batch_size)
     kinds = [names for bundle in bundles(pair.sym) for names in bundle.kinds]
     tap = pair.sym.tapper(pair.net, at=at)
     states = (stated("match", pair.net, theta) for theta in (pair.theta_a, pair.theta_b))
@@ -141,33 +141,50 @@ def stream(
     bar = tqdm(total=images.count(size) or None, desc="correlating", leave=False)
     samples = list[int]()
 
-    def take_in(x: Inputs, found: Streams) -> None:  # activations live no longer than this
-        seen = tap(a, x), tap(b, x)
-        for names in kinds:
-            pairs = list(zip(*(_side_by_side([s[n] for n in names]) for s in seen), strict=True))
-            if names[0] not in found:
-                found[names[0]] = [Moments.like(u, v) for u, v in pairs]
-            for m, (u, v) in zip(found[names[0]], pairs, strict=True):
-                m.add(u, v)
-        samples.append(count(x))
-        bar.update()
-
     @torch.no_grad()
     def follow(share: Iterable[Batch], start: Streams) -> Streams:
         found = {name: [Moments.about(m.origin) for m in taps] for name, taps in start.items()}
         for x, _ in share:
-            take_in(x, found)
+            _take_in(found, kinds, tap(a, x), tap(b, x))
+            samples.append(count(x))
+            bar.update()
         return found
 
     with evaluate.mode(pair.net, training=False), bar:
         first, *shares = images.shares(size, cores)
         moments = follow(first, {})
         for found in _side_jobs(partial(follow, start=moments), shares):
-            for name, taps in found.items():
-                for m, other in zip(moments[name], taps, strict=True):
-                    m.merge(other)
+            _merge(moments, found)
     _check_moments(moments, sum(samples))
     return moments
+
+
+def _share_size(device: torch.device, cores: int, batch_size: int | None) -> int:
+    """How many images a core takes at a time, its part of `batch_size` rounded up."""
+    if batch_size:
+        return -(-batch_size // cores)
+    return 64 if device.type == "cpu" else 512
+
+
+def _take_in(found: Streams, kinds: Sequence[Sequence[str]], a: Seen, b: Seen) -> None:
+    """Add the activations of A and of B on one batch to the moments, which begin with the first.
+
+    The activations should live no longer than this call.
+    """
+    for names in kinds:
+        sides = [_side_by_side([seen[name] for name in names]) for seen in (a, b)]
+        pairs = list(zip(*sides, strict=True))
+        if names[0] not in found:
+            found[names[0]] = [Moments.like(u, v) for u, v in pairs]
+        for moments, (u, v) in zip(found[names[0]], pairs, strict=True):
+            moments.add(u, v)
+
+
+def _merge(moments: Streams, others: Streams) -> None:
+    """Add other moments, of the same taps about the same origins, to `moments`."""
+    for name, taps in others.items():
+        for mine, other in zip(moments[name], taps, strict=True):
+            mine.merge(other)
 
 
 def _check_moments(moments: Streams, samples: int) -> None:

@@ -34,32 +34,44 @@ def weight_matching(
     """
     given = {"pair": pair, "seed": seed, "sweeps": sweeps}
     require("weight_matching", given, PAIRED | {"sweeps": whole(1)})
-    sym, names = pair.sym, pair.names
-    known = [bundle.name for bundle in bundles(sym)]
-    if only is not None and (isinstance(only, str) or not {*only} <= {*known}):
-        raise ValueError(f"weight_matching: only: got {only!r}, expected names among {known}")
-    fixed = {name: pair.theta_a[name].double() for name in names}
-    exact = {n: x.double() if x.is_floating_point() else x for n, x in pair.theta_b.items()}
-
-    def agreement(theta: Theta) -> Tensor:
-        return torch.stack([(fixed[name] * theta[name]).sum() for name in names]).sum()
-
-    parts = [bundle for bundle in bundles(sym) if only is None or bundle.name in only]
+    sym, parts = pair.sym, _named(bundles(pair.sym), only)
+    agreement = _agreement_with(pair)
+    theta_b = {n: x.double() if x.is_floating_point() else x for n, x in pair.theta_b.items()}
     generator = torch.Generator().manual_seed(seed)
     perm = sym.identity() if start is None else sym.complete(start)
-    best = float(agreement(sym.permute(exact, perm)))
+    best = float(agreement(sym.permute(theta_b, perm)))
     for _ in range(sweeps):
         before = best
         for k in torch.randperm(len(parts), generator=generator).tolist():
-            here = sym.permute(exact, perm)
+            here = sym.permute(theta_b, perm)
             step = solve(parts[k], *_pairings(sym, parts[k], here, agreement))
             trial = sym.compose(perm, step)
-            value = float(agreement(sym.permute(exact, trial)))
+            value = float(agreement(sym.permute(theta_b, trial)))
             if value > best + 1e-9 * abs(best):
                 perm, best = trial, value
         if best == before:
             break
     return perm
+
+
+def _named(parts: list[Bundle], only: Collection[str] | None) -> list[Bundle]:
+    """The bundles whose names are in `only`, all of them for None. Raises ValueError."""
+    known = [bundle.name for bundle in parts]
+    if only is None:
+        return parts
+    if isinstance(only, str) or not {*only} <= {*known}:
+        raise ValueError(f"weight_matching: only: got {only!r}, expected names among {known}")
+    return [bundle for bundle in parts if bundle.name in only]
+
+
+def _agreement_with(pair: Pair) -> Agreement:
+    """The inner product ⟨θ_A, θ⟩ over the parameters, in float64, as a function of θ."""
+    fixed = {name: pair.theta_a[name].double() for name in pair.names}
+
+    def agreement(theta: Theta) -> Tensor:
+        return torch.stack([(x * theta[name]).sum() for name, x in fixed.items()]).sum()
+
+    return agreement
 
 
 def _pairings(
