@@ -54,6 +54,12 @@ class Sets(NamedTuple):
     test: Any
     task: Task | None = None  # if they are images in [0, 1]
 
+    def __repr__(self) -> str:
+        if self.task is not None:
+            return f"Sets({self.task!r})"
+        parts = zip(SPLITS, self, strict=False)
+        return f"Sets({', '.join(f'{name}: {_named(part)}' for name, part in parts)})"
+
 
 class Loader:
     """Batches as their owner cut them, moved to `device` in each pass; 16-bit floats as float32.
