@@ -193,6 +193,23 @@ class TestAugment:
         x = noise()
         assert torch.equal(Augment()(x, seeded()), x)
 
+    @pytest.mark.parametrize(
+        ("field", "values"),
+        {
+            "padding": [-1, 1.5, None, True, "4"],
+            "flip": [1, None, "yes"],
+            "rotation": [-15, 181, float("nan"), None],
+            "scale": [1.0, (0, 1), (1.2, 0.8), (1,), [0.8, 1.2], (0.5, float("inf"))],
+            "contrast": [-0.1, float("nan"), None],
+            "saturation": [-0.1, float("inf"), "0.2"],
+            "interpolation": ["bicubic", None],
+        }.items(),
+    )
+    def test_impossible_values_are_refused(self, field: str, values: list[object]) -> None:
+        for value in values:
+            with pytest.raises(ValueError, match=f"Augment: {field}: got"):
+                Augment(**{field: value})  # type: ignore[arg-type]
+
     @pytest.mark.parametrize("augment", [Augment(2, True), Augment(rotation=9), everything])
     def test_reproducible_and_pure(self, augment: Augment) -> None:
         x = noise()

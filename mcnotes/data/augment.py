@@ -6,10 +6,33 @@ that a CUDA graph can hold the whole of it.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mcnotes.checks import Rule, flag, got, number, one_of, require, whole
+
+
+def magnifications(value: Any) -> str:
+    """Two positive numbers, the smaller first."""
+    positive = number(0, above=True)
+    two = isinstance(value, tuple) and len(value) == 2
+    fits = two and not any(map(positive, value)) and value[0] <= value[1]
+    return "" if fits else got(value, "a tuple of two positive numbers, the smaller first")
+
+
+OPTIONS: dict[str, Rule] = {
+    "padding": whole(0),
+    "flip": flag,
+    "rotation": number(0, 180),
+    "scale": magnifications,
+    "contrast": number(0),
+    "saturation": number(0),
+    "interpolation": one_of(("bilinear", "nearest")),
+}
+"""What the fields of an augmentation may be."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +48,7 @@ class Augment:
 
     The first four are one resampling with zeros outside, "bilinear" or "nearest" as
     `interpolation` says; flip and crop alone move pixels exactly. Colour is clipped to [0, 1].
+    Raises ValueError for a value that its rule in `OPTIONS` refuses.
     """
 
     padding: int = 0
@@ -34,6 +58,9 @@ class Augment:
     contrast: float = 0.0
     saturation: float = 0.0
     interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        require("Augment", vars(self), OPTIONS)
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Augmented float images [N, C, H, W] in [0, 1] from such; nothing is changed in place.
