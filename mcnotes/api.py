@@ -38,7 +38,7 @@ from mcnotes.train import Loss
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-METHODS = ("activations", "weights")
+CRITERIA = ("activations", "weights")  # by which units are matched: `method` of `align` and `merge`
 KINDS = {"bezier": curves.bezier, "chain": curves.chain, "line": curves.line}
 
 
@@ -224,7 +224,7 @@ def align(
     to compute; "auto" is CUDA if available, else the device of model A.
     """
     require("align", {"device": device, "seed": seed}, RULES, InputError)
-    _known("align", "method", method, METHODS)
+    _known("align", "method", method, CRITERIA)
     with prepare.untouched(batches, seed):
         ready = prepare.prepare("align", (model_a, model_b), batches, device, once=True)
         sym, error = ready.symmetry()
@@ -253,7 +253,7 @@ def merge(
     """
     given = {"models": models, "device": device, "seed": seed}
     require("merge", given, RULES, InputError)
-    _known("merge", "method", method, METHODS)
+    _known("merge", "method", method, CRITERIA)
     if len(models := list(models)) < 2:
         raise InputError(f"merge: got {len(models)} models, expected two or more")
     with prepare.untouched(batches, seed):

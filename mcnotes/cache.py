@@ -73,6 +73,10 @@ class Entry(NamedTuple):
     origin: dict[str, Any]  # `provenance`; of a checkpoint, the seconds so far
     value: Any  # tensors by name, or a JSON value
 
+    def __repr__(self) -> str:
+        held = f"{len(self.value)} values" if isinstance(self.value, Mapping) else "a JSON value"
+        return f"Entry({held}, of a configuration of {len(self.config)} names)"
+
 
 class Checkpoint:
     """A file that holds the state of unfinished work.
@@ -84,6 +88,9 @@ class Checkpoint:
         self.path, self.config = path, _normal(dict(config or {}))
         self._warned, self._start = False, time.perf_counter()
         self._before: float | None = None  # seconds of the processes before this one
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {'there' if self.path.exists() else 'not yet'})"
 
     @property
     def seconds(self) -> float:

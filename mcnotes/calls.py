@@ -1,8 +1,9 @@
-"""How a network is called, and on what: one way from anybody's batches to a network's outputs.
+"""How a network is called, and on what: one way from any user's batches to a network's outputs.
 
-*Inputs* are what a network takes at once: a tensor is its one argument, a tuple are several, a
-mapping are keywords; tensors have their batch in front. `Batches` are inputs with their targets.
-`data.Split` is the book's own, `data.Loader` makes them of whatever a user iterates over.
+*Inputs* are what a network takes in one call: a tensor is its only argument, a tuple holds several
+arguments, and a mapping holds keyword arguments. The first axis of tensors is the batch. `Batches`
+are inputs with their targets: `data.Split` holds those of the book, and `data.Loader` makes them
+from whatever a user iterates over.
 """
 
 import copy
@@ -27,15 +28,15 @@ Batch = tuple[Any, Any]  # inputs, targets
 
 
 class InputError(ValueError):
-    """Networks, or what they are to be shown, do not fit; the text says why and what to do."""
+    """Networks, or their inputs, do not fit; the message says why and what to do."""
 
 
 class Batches(Protocol):
-    """Inputs with their targets on one device, as often as wanted."""
+    """Inputs with their targets on one device, for any number of passes."""
 
     @property
     def device(self) -> torch.device:
-        """Where the batches lie."""
+        """The device of the batches."""
 
     def batches(
         self,
@@ -45,48 +46,49 @@ class Batches(Protocol):
         augment: Any = None,
         drop_last: bool = False,
     ) -> Iterator[Batch]:
-        """One pass. Those who cannot cut as they like give batches of a size of their own.
+        """One pass over all batches. A source with a fixed batch size ignores `size`.
 
-        generator: in random order; it also drives `augment`. drop_last: all are of one size.
+        generator: for a random order; it also draws the augmentations. drop_last: leave out a last
+        batch that is smaller than the others.
         """
 
     def count(self, size: int) -> int:
-        """How many batches a pass has; 0 where that is not known beforehand."""
+        """The number of batches in a pass; 0 if it is not known in advance."""
 
     def shares(self, size: int, cores: int) -> Sequence[Iterable[Batch]]:
-        """One pass in parts: the first batch, then up to `cores` that may run side by side."""
+        """One pass in parts: the first batch, then up to `cores` that may run in parallel."""
 
 
 class Training(Protocol):
-    """What the loop of `train` needs; a `data.Task` is one."""
+    """What the training loop needs; a `data.Task` is an example."""
 
     @property
     def train(self) -> Batches:
-        """What to train on."""
+        """The training data."""
 
     @property
     def augment(self) -> Any:
-        """What `train.batches` takes as `augment`."""
+        """The argument `augment` of `train.batches`."""
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the training data."""
 
 
 def call(net: nn.Module, theta: Mapping[str, Tensor], inputs: Inputs) -> Any:
     """The network's outputs with the parameters and buffers `theta`.
 
-    The network and the inputs are left as they were. What `theta` leaves out is the network's own,
-    but tied tensors are one: one name is enough.
+    The network and the inputs are left unchanged. Tensors that `theta` leaves out are taken from
+    the network. For tied tensors one of their names is enough.
     """
     return within(net, theta, lambda: applied(net, arranged(net, inputs)))
 
 
 def within(net: nn.Module, theta: Mapping[str, Tensor], work: Callable[[], T]) -> T:
-    """What `work` gives while the network has the parameters and buffers `theta`; see `call`.
+    """The result of `work()`, run while the network has the parameters and buffers `theta`.
 
-    Who takes a gradient must do so within: a network with activation checkpointing runs again
-    during the backward pass, with the parameters that it finds then.
+    Gradients must be taken inside `work`: a network with activation checkpointing runs again during
+    the backward pass, with the parameters that it has at that time. See also `call`.
     """
     given = named_once(net, theta)
     inside = {f"net.{name}": x for name, x in given.items()}
@@ -96,9 +98,9 @@ def within(net: nn.Module, theta: Mapping[str, Tensor], work: Callable[[], T]) -
 
 
 def _take_back(given: Theta, inside: Theta) -> None:
-    """Buffers to which a network has assigned other tensors get their values.
+    """Copy the values of buffers to which a network has assigned new tensors.
 
-    inside: what PyTorch found in the places of `given` in the end, in the same order.
+    inside: the tensors that PyTorch found in place of `given` at the end, in the same order.
     """
     for old, new in zip(given.values(), inside.values(), strict=True):
         if new is not old and not old.requires_grad and new.shape == old.shape:
@@ -106,7 +108,7 @@ def _take_back(given: Theta, inside: Theta) -> None:
 
 
 class _Holder(nn.Module):
-    """A network, and what is to be done with it."""
+    """A module whose forward pass is `work` on a network."""
 
     def __init__(self, net: nn.Module, work: Callable[[], Any]) -> None:
         super().__init__()
@@ -117,27 +119,27 @@ class _Holder(nn.Module):
 
 
 def swapped(net: nn.Module, theta: Mapping[str, Tensor], inputs: Inputs) -> Any:
-    """As `call`, of the inputs as they are: what `torch.compile` can follow."""
+    """As `call`, without copying the inputs, so that `torch.compile` can trace it."""
     args, keywords = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
     return functional_call(net, named_once(net, theta), args, keywords, tie_weights=False)
 
 
 def applied(net: nn.Module, inputs: Inputs) -> Any:
-    """The outputs of a network as it is."""
+    """The outputs of a network with its own parameters and buffers."""
     if isinstance(inputs, Mapping):
         return net(**inputs)
     return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
 
 
 LAYOUTS: WeakKeyDictionary[nn.Module, dict[bool, torch.memory_format]] = WeakKeyDictionary()
-"""By network and by training mode, how images must lie in memory; see `arranged`."""
+"""The memory format of images, by network and by training mode; see `arranged`."""
 
 
 def arranged(net: nn.Module, inputs: Inputs) -> Inputs:
-    """A copy of the inputs, which a network may write over, as it wants them to lie in memory.
+    """A copy of the inputs, which the network may overwrite, in the memory format that it takes.
 
-    Networks with `x.view(n, -1)` behind a convolution refuse images that lie channels last. Whether
-    this one does is found out by two images when it first gets some in its mode, and kept.
+    Networks with `x.view(n, -1)` after a convolution fail on images in channels-last format.
+    Whether this network does is tried with two images, once for each mode, and remembered.
     """
     layout = torch.preserve_format
     if any(map(_channels_last, tree_leaves(inputs))):
@@ -146,30 +148,30 @@ def arranged(net: nn.Module, inputs: Inputs) -> Inputs:
             for way in (torch.contiguous_format, torch.preserve_format):
                 if _runs(net, _copied(few, way)):
                     known[net.training] = way
-        layout = known.get(net.training, layout)  # if all fail, the call will say why
+        layout = known.get(net.training, layout)  # if both fail, the call itself raises the error
     return _copied(inputs, layout)
 
 
 def _runs(net: nn.Module, inputs: Inputs) -> bool:
-    """Does a copy of the network run on these inputs? Nothing of it stays."""
+    """Whether a copy of the network runs on these inputs. The network is not changed."""
     state = {n: x.detach().clone() for n, x in (*net.named_parameters(), *net.named_buffers())}
     device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
     try:
         other = duplicate(net, shared=True)
         with torch.no_grad(), seeded(0, device):
             within(other, state, lambda: applied(other, inputs))
-    except Exception:  # of the user's network
+    except Exception:  # whatever the user's network raises
         return False
     return True
 
 
 def _channels_last(x: Any) -> bool:
-    """Do the channels of these images lie beside each other in memory?"""
+    """Whether these are images in channels-last memory format."""
     return _plain(x) and x.dim() > 3 and x.stride(1) == 1 and x.shape[2:].numel() > 1
 
 
 def _copied(inputs: Inputs, layout: torch.memory_format) -> Inputs:
-    """Tensors that only follow operators (of `symmetry`) are never written over: they stay."""
+    """Copy plain tensors; those with which `symmetry` traces are never overwritten."""
     copied: Inputs = tree_map_only(
         Tensor, lambda x: x.clone(memory_format=layout) if _plain(x) else x, inputs
     )
@@ -185,9 +187,9 @@ _DRAWING = RLock()  # held by the one thread that has seeded the generators
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from `seed` for a while, on the CPU and on this device; then all as before.
+    """Seed the random generators of the CPU and of this device, and restore them at the end.
 
-    Another thread waits: PyTorch's generators are those of all threads.
+    Other threads wait, because all threads share PyTorch's generators.
     """
     generators = [torch.default_generator]
     if device.type == "cuda":
@@ -205,11 +207,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def duplicate(net: nn.Module, *, shared: bool = False) -> nn.Module:
-    """A deep copy, also of networks that keep tensors with a history, which deepcopy refuses.
+    """A deep copy, also of networks that hold non-leaf tensors, which `copy.deepcopy` refuses.
 
-    Old-style `weight_norm`, `spectral_norm` and pruning keep some; the copy has their values.
-    shared: all tensors are those of the network itself. Raises InputError for a network that keeps
-    what cannot be copied, such as a lock or an open file.
+    Old-style `weight_norm`, `spectral_norm` and pruning keep such tensors; the copy has their
+    values. shared: the copy shares all tensors with the network. Raises InputError for a network
+    that holds what cannot be copied, such as a lock or an open file.
     """
     held = [x for m in net.modules() for x in tree_leaves([m._parameters, m._buffers, vars(m)])]
     tensors = [x for x in held if isinstance(x, Tensor) and (shared or not x.is_leaf)]
@@ -240,9 +242,10 @@ def _not_copied(net: nn.Module, memo: Mapping[int, Tensor]) -> str:
 
 
 def named_once(net: nn.Module, theta: Mapping[str, Tensor]) -> Theta:
-    """`theta` by every name that `call` must set: all names of tied tensors, one of each module.
+    """`theta` under every name that `call` must set: all names of tied tensors, one of each module.
 
-    `functional_call` would not take out what it put in twice, and refuses tied tensors that differ.
+    `functional_call` does not restore a tensor that it has set twice, and refuses tied tensors that
+    differ.
     """
     own = {
         f"{path}.{name}".removeprefix("."): id(x)
@@ -257,13 +260,13 @@ def named_once(net: nn.Module, theta: Mapping[str, Tensor]) -> Theta:
 def stated(
     who: str, net: nn.Module, theta: Mapping[str, Tensor], device: torch.device | None = None
 ) -> Theta:
-    """`theta`, if it is a state of `net`, with the network's own buffers that no state_dict holds.
+    """Check that `theta` is a state of `net`, and add the buffers that no state_dict holds.
 
-    All are copies: a network may write over its buffers, and over parameters, as an embedding with
-    `max_norm` does. device: where it must lie, if that matters.
-    Raises ValueError, which begins with `who`, for names that are missing or unknown, for other
-    shapes or kinds of numbers, for tied tensors that differ, and for tensors without values or on
-    several devices.
+    All tensors are copied: a network may overwrite its buffers, and even parameters, as an
+    embedding with `max_norm` does. device: where the tensors must be, if not None. Raises
+    ValueError, with a message that begins with `who`, for missing and unknown names, for wrong
+    shapes and dtypes, for tied tensors that differ, and for tensors without values or on several
+    devices.
     """
     if not isinstance(net, nn.Module):
         raise ValueError(f"{who}: got a {type(net).__name__} as network, expected an nn.Module")
@@ -288,7 +291,7 @@ def stated(
         first = one[id(own[name])]
         if theta[first] is not x and not torch.equal(x, theta[first]):
             raise ValueError(
-                f"{who}: {first!r} and {name!r} are one tensor of the network, but differ"
+                f"{who}: {first!r} and {name!r} are one tensor in the network, but differ"
             )
     state = {name: theta[one[id(own[name])]] if name in own else x for name, x in theta.items()}
     state |= {name: own[name].detach() for name in lacking}
@@ -297,7 +300,7 @@ def stated(
 
 
 def _check_like(who: str, x: Tensor, own: Tensor, device: torch.device) -> None:
-    """Raise ValueError unless x can take the place of the network's own tensor, on `device`."""
+    """Raise ValueError unless x can replace the network's own tensor, on `device`."""
     if x.shape != own.shape or x.is_floating_point() != own.is_floating_point():
         raise ValueError(f"{who} is {[*x.shape]} {x.dtype}, expected {[*own.shape]} {own.dtype}")
     if x.is_meta or not same_device(x.device, device):
@@ -305,16 +308,17 @@ def _check_like(who: str, x: Tensor, own: Tensor, device: torch.device) -> None:
 
 
 def same_device(a: torch.device, b: torch.device) -> bool:
-    """Are they one? "cuda" is taken for "cuda:0"."""
+    """Whether two devices are the same; "cuda" counts as "cuda:0"."""
     return a.type == b.type and (a.index or 0) == (b.index or 0)
 
 
 @contextmanager
 def sound_gradients(net: nn.Module) -> Iterator[None]:
-    """Without oneDNN, where its gradients of `net` would be wrong or end the process; else nothing.
+    """Switch oneDNN off where its gradients of `net` would be wrong or crash the process.
 
-    With AVX2 and no AVX-512, the gradient of a strided 1 x 1 convolution of fewer than 8 input
-    channels writes beyond its memory (oneDNN's issue 6035). Other kernels are slower and right.
+    On processors with AVX2 but without AVX-512, the gradient of a strided 1 x 1 convolution of
+    fewer than 8 input channels writes out of bounds (oneDNN's issue 6035). Other kernels are slower
+    and correct.
     """
     limited = torch.backends.cpu.get_cpu_capability() == "AVX2"
     limited |= os.environ.get("ONEDNN_MAX_CPU_ISA", "").startswith("AVX2")
@@ -322,7 +326,7 @@ def sound_gradients(net: nn.Module) -> Iterator[None]:
         yield
         return
     before = torch._C._get_mkldnn_enabled()
-    # `mkldnn.enabled` may be frozen, as PyTorch's own test tools do, and `mkldnn.flags` sets more.
+    # PyTorch's test tools freeze `mkldnn.enabled`, and `mkldnn.flags` sets more than this flag.
     torch._C._set_mkldnn_enabled(False)
     try:
         yield
@@ -331,7 +335,7 @@ def sound_gradients(net: nn.Module) -> Iterator[None]:
 
 
 def _too_narrow(module: nn.Module) -> bool:
-    """Is this a strided convolution of single pixels that reads fewer than 8 channels?"""
+    """Whether this is a strided 1 x 1 convolution of fewer than 8 input channels."""
     if not isinstance(module, nn.modules.conv._ConvNd):
         return False
     single, strided = set(module.kernel_size) == {1}, max(module.stride) > 1
@@ -339,17 +343,17 @@ def _too_narrow(module: nn.Module) -> bool:
 
 
 def logits(outputs: Any) -> Tensor:
-    """The tensor of logits: outputs themselves, their field or key "logits", or the first of many.
+    """The logits: the outputs themselves, their field or key "logits", or the first of several.
 
-    Raises TypeError for outputs of another form.
+    Raises TypeError for outputs of any other form.
     """
     return heads(outputs)[0]
 
 
 def heads(outputs: Any) -> list[Tensor]:
-    """The logits, and after them those of auxiliary heads: further tensors of the same shape.
+    """The logits, followed by those of auxiliary heads: further tensors of the same shape.
 
-    Raises TypeError for outputs of another form.
+    Raises TypeError for outputs of any other form.
     """
     if isinstance(outputs, Tensor):
         return [outputs]
@@ -364,17 +368,17 @@ def heads(outputs: Any) -> list[Tensor]:
 
 
 def field(outputs: Any, name: str) -> Any:
-    """The value under this key, or else of this attribute; None if there is neither."""
+    """The value of this key, or else of this attribute; None if there is neither."""
     if isinstance(outputs, Mapping) and name in outputs:
         return outputs[name]
     return getattr(outputs, name, None)
 
 
 def plain(inputs: Any) -> Inputs:
-    """The same inputs, with any mapping as a dictionary.
+    """The same inputs, with a mapping of any type as a dictionary.
 
-    Raises TypeError for what else than tensors, numbers and text they hold: who looks for tensors
-    would not find those within.
+    Raises TypeError for objects other than tensors, numbers and text, because tensors inside them
+    would not be found.
     """
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
@@ -388,15 +392,18 @@ def plain(inputs: Any) -> Inputs:
 
 
 def count(inputs: Inputs) -> int:
-    """How many samples there are: the length of the first tensor. ValueError if there is none."""
+    """The number of samples, which is the length of the first tensor.
+
+    Raises ValueError if there is no tensor with an axis.
+    """
     sizes = (len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim())
     if (size := next(sizes, None)) is None:
-        raise ValueError("found no tensor with a batch in front among the inputs")
+        raise ValueError("found no tensor with a batch axis among the inputs")
     return size
 
 
 def first(inputs: Inputs, n: int) -> Any:
-    """The first `n` samples; a vector alone is one sample, or all of them, and stays."""
+    """The first `n` samples. A single vector, which may be one sample or many, is not cut."""
     wide = [len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 1]
 
     def cut(x: Tensor) -> Tensor:

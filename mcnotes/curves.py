@@ -21,11 +21,11 @@ Kind = Literal["bezier", "chain"]
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """r: [0, 1] → parameters, from its control points; r(0) and r(1) are the first and the last.
+    """A curve r: [0, 1] → parameters; r(0) is the first control point and r(1) the last.
 
     kind: "bezier" (Bernstein polynomials; degree 1 is the straight line, degree 0 one network) or
-    "chain" (the polygon through the points, each segment taking an equal share of t).
-    Raises ValueError when the points do not hold the same names, shapes and dtypes.
+    "chain" (the polygon through the points, each segment taking an equal share of t). Raises
+    ValueError unless all points have the same names, shapes and dtypes and lie on one device.
     """
 
     points: tuple[Theta, ...]
@@ -40,7 +40,7 @@ class Curve:
             check_same_space(self.points[0], point, f"Curve: control point {i}")
         places = {str(x.device) for point in self.points for x in point.values()}
         if len(places) > 1 or "meta" in places:
-            raise ValueError(f"Curve: its points lie on {sorted(places)}, expected one device")
+            raise ValueError(f"Curve: the points lie on {sorted(places)}, expected one device")
 
     def __repr__(self) -> str:
         numbers = sum(x.numel() for x in self.points[0].values())
@@ -58,11 +58,11 @@ class Curve:
 
     @property
     def degree(self) -> int:
-        """Number of control points less one."""
+        """The number of control points minus one."""
         return len(self.points) - 1
 
     def weights(self, t: Tensor) -> Tensor:
-        """w(t): the weight of each control point. t: any shape [...], in [0, 1]. Gives [..., k]."""
+        """The weights w(t) of the k control points, [..., k], at t [...] in [0, 1] of any shape."""
         n = self.degree
         if self.kind == "chain":  # hat functions
             knots = torch.arange(n + 1, dtype=t.dtype, device=t.device)
@@ -73,7 +73,7 @@ class Curve:
     def __call__(self, t: float) -> Theta:
         """The point r(t), exactly the ends at t = 0 and 1.
 
-        Integer buffers are those of the nearer end. Raises ValueError for t outside [0, 1].
+        Integer buffers are taken from the nearer end. Raises ValueError for t outside [0, 1].
         """
         if not isinstance(t, int | float) or not 0 <= t <= 1:
             raise ValueError(f"Curve: got t = {t!r:.200}, expected a number in [0, 1]")
@@ -81,7 +81,7 @@ class Curve:
         return combine(self.points, w, 0 if t < 0.5 else -1)
 
     def with_points(self, points: Sequence[Theta]) -> "Curve":
-        """The same kind of curve through other control points."""
+        """A curve of the same kind with other control points."""
         return replace(self, points=tuple(points))
 
     def lengths(
@@ -89,8 +89,9 @@ class Curve:
     ) -> Tensor:
         """Arc length from r(t[0]) to each r(t[i]): float64 [n], beginning with 0.
 
-        t: [n], increasing. `names`: default every floating-point tensor. Each interval is measured
-        with `per_step` chords, ‖r(s) − r(t)‖² = Δwᵀ G Δw, whatever the number of parameters.
+        t: [n], increasing. names: the tensors that count; by default all of floating point. Each
+        interval is divided into `per_step` chords, whose lengths ‖r(s) − r(t)‖² = Δwᵀ G Δw cost the
+        same for any number of parameters.
         """
         t = t.to(torch.float64)
         steps = torch.linspace(0, 1, per_step + 1, dtype=torch.float64)[:-1]
@@ -111,10 +112,10 @@ class Curve:
 
 
 def combine(points: Sequence[Theta], weights: Sequence[float], near: int = 0) -> Theta:
-    """Σᵢ wᵢ pᵢ, for points of one space and as many weights, whose sum is 1.
+    """The point Σᵢ wᵢ pᵢ, for points of one space and weights that sum to 1.
 
-    A tensor in which all agree, such as a mask, stays as it is, to the last bit. Integer buffers
-    are those of the point `near`.
+    A tensor that is the same in all points, such as a mask, is kept to the last bit. Integer
+    buffers are taken from the point `near`.
     """
     used = [(w, p) for w, p in zip(weights, points, strict=True) if w != 0]
     mixed = {}
@@ -135,9 +136,10 @@ def line(a: Theta, b: Theta) -> Curve:
 
 
 def bezier(a: Theta, b: Theta, degree: int = 2) -> Curve:
-    """A Bézier curve from a to b; its inner control points start on the line (paper, section 2).
+    """A Bézier curve from a to b whose inner control points start on the line (paper, section 2).
 
-    degree: at least 1, which is the line itself. Raises ValueError unless a and b are of one space.
+    degree: at least 1; degree 1 is the line itself. Raises ValueError unless a and b are of one
+    space.
     """
     require("bezier", {"degree": degree}, {"degree": whole(1)})
     return Curve(_on_line(a, b, degree))
@@ -146,7 +148,8 @@ def bezier(a: Theta, b: Theta, degree: int = 2) -> Curve:
 def chain(a: Theta, b: Theta, bends: int = 1) -> Curve:
     """A polygonal chain from a to b whose bends start on the line (Garipov et al. 2018).
 
-    bends: at least 0, which is the line itself. Raises ValueError unless a and b are of one space.
+    bends: at least 0; without bends it is the line itself. Raises ValueError unless a and b are of
+    one space.
     """
     require("chain", {"bends": bends}, {"bends": whole(0)})
     return Curve(_on_line(a, b, bends + 1), "chain")
@@ -167,7 +170,7 @@ def check_same_space(a: Theta, b: Theta, who: str) -> None:
         if x.shape != y.shape or x.dtype != y.dtype:
             raise ValueError(
                 f"{who}: {name!r} is {tuple(y.shape)} {y.dtype}, expected {tuple(x.shape)} "
-                f"{x.dtype}. Fix: build both networks alike"
+                f"{x.dtype}. Fix: build both networks with the same arguments"
             )
 
 

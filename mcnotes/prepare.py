@@ -1,6 +1,6 @@
-"""Models and batches of users, made ready for work and checked before any (see `api`).
+"""Prepare and check models and batches of users before any computation (see `api`).
 
-What does not fit is refused by an InputError of one sentence: what was found, what was expected.
+What does not fit is refused with an InputError that says what was found and what was expected.
 """
 
 import inspect
@@ -28,16 +28,16 @@ from mcnotes.symmetry.execute import tensors_in
 from mcnotes.symmetry.find import relative_difference
 from mcnotes.train import Loss
 
-Metric = Callable[[Any, Any], Any]  # outputs and targets of a batch → the mean over it
+Metric = Callable[[Any, Any], Any]  # outputs and targets of a batch → their mean
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-VERIFIED = 1e-4  # relative; some networks compute in float32 whatever they are given
+VERIFIED = 1e-4  # relative; some networks compute in float32 for inputs of any dtype
 KEPT = "it keeps something of its weights that is neither a parameter nor a buffer"
 
 
 class Prepared(NamedTuple):
-    """Models of one architecture, and batches for them: all on one device, floats of 32 or 64 bits.
+    """Models of one architecture and batches for them, on one device, in float32 or float64.
 
-    Its functions take `who`, the one that asks, from here: their errors begin with it.
+    who: the public function that was called; error messages begin with it.
     """
 
     who: str
@@ -46,26 +46,54 @@ class Prepared(NamedTuple):
     data: Loader
     outputs: list[list[Tensor]]  # of each model, for the first batch
 
-    def symmetry(self) -> tuple[Symmetry, float]:
-        """What may be permuted, and by how much outputs differed when it was verified.
+    def __repr__(self) -> str:
+        kind, number = type(self.net).__name__, len(self.thetas)
+        return f"Prepared({number} models of {kind} for {self.who}, {self.data!r})"
 
-        SymmetryError if it cannot be found, or does not hold.
+    def add(self, name: str, other: nn.Module) -> None:
+        """Add the state and the outputs of another model.
+
+        Raises InputError unless it is of the architecture of the first.
+        """
+        who, theta = self.who, state(other)
+        try:
+            check_same_space(self.thetas[0], theta, f"{who}: {name}")
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        if tied(other) != tied(self.net):
+            raise InputError(
+                f"{who}: {name} ties different parameters than model_a, expected two models of "
+                "one architecture"
+            )
+        found = first_outputs(who, name, other, self.data)
+        if not alike(found, first_outputs(who, name, self.net, self.data, theta)):
+            raise InputError(
+                f"{who}: model_a with the parameters of {name} gives different outputs than "
+                f"{name}, expected two models of one architecture; or {KEPT}"
+            )
+        self.thetas.append(theta)
+        self.outputs.append(found)
+
+    def symmetry(self) -> tuple[Symmetry, float]:
+        """The symmetry, and the relative difference of outputs when it was verified.
+
+        Raises SymmetryError if it cannot be found, or does not hold.
         """
         example = calls.first(self.data.head[0], 4)
         sym = symmetry.find(self.net, example)
         return sym, sym.verify(self.net, example, tolerance=VERIFIED)
 
     def check_result(self, model: nn.Module, expected: list[Tensor]) -> float:
-        """The relative difference of `model`'s outputs for the first batch from those expected.
+        """The relative difference between `model`'s outputs for the first batch and `expected`.
 
-        Raises InputError unless they are the same but for rounding.
+        Raises InputError unless they agree up to rounding.
         """
         net = working_copy(self.who, "the result", model, self.data.device)
         found = first_outputs(self.who, "the result", net, self.data)
         if not alike(found, expected):
             raise InputError(
-                f"{self.who}: in the new order the model gives other outputs, though "
-                f"its symmetry was verified: {KEPT}"
+                f"{self.who}: the permuted model gives different outputs, although its "
+                f"symmetry was verified: {KEPT}"
             )
         return relative_difference(expected, found)
 
@@ -81,40 +109,28 @@ def prepare(
 ) -> Prepared:
     """Copies of the models on `device` ("auto": CUDA if there is one, else where the first is).
 
-    once: the batches are needed once only. labels: models that take "labels" get them. Raises
-    InputError unless all are of one architecture, which the batches fit: each model gives the same
-    outputs as the first does with that model's parameters.
+    once: the batches are needed for one pass only. labels: pass "labels" to models that take them.
+    Raises InputError unless the batches fit and all models are of one architecture, which means
+    that each gives the same outputs as the first one does with that model's parameters.
     """
     names = [f"model_{chr(ord('a') + k)}" for k in range(len(models))]
     plain = [module(who, name, model) for name, model in zip(names, models, strict=True)]
-    own = next(plain[0].parameters()).device
-    if device == "auto":
-        device = "cuda" if own.type == "cpu" and torch.cuda.is_available() else own
-    net = working_copy(who, names[0], plain[0], torch.device(device))
-    data = Loader(batches, torch.device(device), once=once, labels=labels and takes_labels(net))
+    place = _device(device, plain[0])
+    net = working_copy(who, names[0], plain[0], place)
+    data = Loader(batches, place, once=once, labels=labels and takes_labels(net))
     _refuse_more(who, net, data)
-    thetas, outputs = [state(net)], [first_outputs(who, names[0], net, data)]
-    for name, model in list(zip(names, plain, strict=True))[1:]:
-        other = working_copy(who, name, model, data.device)
-        theta = state(other)
-        try:
-            check_same_space(thetas[0], theta, f"{who}: {name}")
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        if tied(other) != tied(net):
-            raise InputError(
-                f"{who}: {name} ties other parameters than {names[0]}, expected two "
-                "models of one architecture"
-            )
-        found = first_outputs(who, name, other, data)
-        if not alike(found, first_outputs(who, name, net, data, theta)):
-            raise InputError(
-                f"{who}: {names[0]} with the parameters of {name} gives other outputs "
-                f"than {name}, expected two models of one architecture; or {KEPT}"
-            )
-        thetas.append(theta)
-        outputs.append(found)
-    return Prepared(who, net, thetas, data, outputs)
+    ready = Prepared(who, net, [state(net)], data, [first_outputs(who, names[0], net, data)])
+    for name, model in [*zip(names, plain, strict=True)][1:]:
+        ready.add(name, working_copy(who, name, model, place))
+    return ready
+
+
+def _device(wanted: str | torch.device, model: nn.Module) -> torch.device:
+    """The device that is wanted; for "auto" CUDA if available, and otherwise the model's own."""
+    if wanted != "auto":
+        return torch.device(wanted)
+    own = next(model.parameters()).device
+    return torch.device("cuda") if own.type == "cpu" and torch.cuda.is_available() else own
 
 
 def _refuse_more(who: str, net: nn.Module, data: Loader) -> None:
@@ -130,9 +146,9 @@ def _refuse_more(who: str, net: nn.Module, data: Loader) -> None:
 
 
 def choose_loss(ready: Prepared, given: Loss | None) -> Loss:
-    """`given`, or the model's own loss if it gets labels, or the cross-entropy of its logits.
+    """`given`, else the model's own loss if it gets labels, else the cross-entropy of its logits.
 
-    Raises InputError if it does not fit the first batch.
+    Raises InputError if the loss fails on the first batch.
     """
     inputs, targets = ready.data.head
     if given is not None:
@@ -147,15 +163,15 @@ def choose_loss(ready: Prepared, given: Loss | None) -> Loss:
         )
     if any(_equal(x, targets) for x in tree_leaves(inputs)):
         raise InputError(
-            f"{ready.who}: the targets are the inputs, expected others for the "
-            "cross-entropy: of a language model those of the next place; or pass a "
-            "loss"
+            f"{ready.who}: the targets are the inputs, expected different ones for the "
+            "cross-entropy, such as the next tokens for a language model. Fix: shift the "
+            "targets, or pass a loss"
         )
     return _checked(ready, "the cross-entropy", train.cost)
 
 
 def own_loss(outputs: Any, _: Any) -> Tensor:
-    """What a model that was given labels says of its loss, as those of `transformers` do."""
+    """The loss that a model returns if it gets labels, as models of `transformers` do."""
     loss: Tensor = calls.field(outputs, "loss")
     return loss
 
@@ -163,17 +179,20 @@ def own_loss(outputs: Any, _: Any) -> Tensor:
 def quantities(
     ready: Prepared, loss: Loss | None, metrics: Mapping[str, Metric] | None
 ) -> dict[str, Quantity]:
-    """What to measure: the loss first, then the metrics; accuracy where both are left open.
+    """The quantities to measure: the loss first, then the metrics.
 
-    But a model that computes its own loss may shift its targets: then only if there is one for each
-    sample. Raises InputError for what does not fit the first batch.
+    The accuracy is added if neither is given. For a model that computes its own loss, which may
+    shift the targets, this needs one target for each sample. Raises InputError for a function that
+    fails on the first batch.
     """
     used = choose_loss(ready, loss)
     standard = used is train.cost
     wanted = {"loss": evaluate.entropy if standard else evaluate.averaged(used)}
     for name, metric in (metrics or {}).items():
         if name in ("t", "arc", "loss"):
-            raise InputError(f"{ready.who}: a metric is called {name!r}, expected another name")
+            raise InputError(
+                f"{ready.who}: the name {name!r} of a metric is reserved. Fix: rename it"
+            )
         wanted[name] = evaluate.averaged(_checked(ready, f"metric {name!r}", metric))
     if metrics is None and loss is None:
         targets, z = ready.data.head[1], calls.field(_outputs(ready), "logits")
@@ -184,7 +203,7 @@ def quantities(
 
 
 def check_slope(ready: Prepared, loss: Loss) -> None:
-    """Raise InputError unless the loss can be followed downhill."""
+    """Raise InputError unless the loss has a gradient in the parameters."""
     inputs, targets = ready.data.head
     free = {name for name, p in ready.net.named_parameters() if p.requires_grad}
     theta = {n: x.clone().requires_grad_(n in free) for n, x in ready.thetas[0].items()}
@@ -192,13 +211,13 @@ def check_slope(ready: Prepared, loss: Loss) -> None:
         value = loss(calls.call(ready.net, theta, inputs), targets)
     if not (isinstance(value, Tensor) and value.requires_grad):
         raise InputError(
-            f"{ready.who}: the loss has no slope in the parameters, expected a "
+            f"{ready.who}: the loss has no gradient in the parameters, expected a "
             "differentiable loss, and parameters with requires_grad"
         )
 
 
 def _checked(ready: Prepared, what: str, function: Metric) -> Metric:
-    """The function itself, after one call. InputError if it fails or gives no number."""
+    """The function itself, after a trial call. Raises InputError unless it returns a number."""
     outputs, targets = _outputs(ready), ready.data.head[1]
     try:
         with warnings.catch_warnings():
@@ -207,13 +226,13 @@ def _checked(ready: Prepared, what: str, function: Metric) -> Metric:
             value = torch.as_tensor(function(outputs, targets))
     except (Exception, SystemExit) as error:  # of the user's function
         raise InputError(
-            f"{ready.who}: {what} fails on the first batch ({failure(error)}); it gets "
-            f"outputs, {_said(outputs)}, and targets, {_said(targets)}"
+            f"{ready.who}: {what} fails on the first batch ({failure(error)}); it was called "
+            f"with outputs, {_said(outputs)}, and targets, {_said(targets)}"
         ) from error
     if value.dim() or value.is_complex():
         raise InputError(
-            f"{ready.who}: {what} gives numbers {[*value.shape]} of {value.dtype}, expected a "
-            "real one: the mean over the batch"
+            f"{ready.who}: {what} returns numbers of shape {[*value.shape]} and {value.dtype}, "
+            "expected a single real one, the mean over the batch"
         )
     return function
 
@@ -228,17 +247,18 @@ def for_inputs(
     mean: Numbers | None = None,
     std: Numbers | None = None,
 ) -> nn.Module:
-    """The network for batches of `sets`; if these are images in [0, 1], (x − mean) / std first.
+    """The network for batches of `sets`, with (x − mean) / std in front if these are images.
 
-    Three numbers also make a grey image one in colours. Raises InputError where they do not fit,
-    CheckpointError where they are no mean and deviation of pixels.
+    With numbers for three channels, grey images are first repeated to three channels. Raises
+    InputError if the numbers do not fit the images, and CheckpointError if they cannot be the mean
+    and standard deviation of pixels in [0, 1].
     """
     given = {n: x for n, x in {"mean": mean, "std": std}.items() if x is not None}
     if sets.task is None:
         if given:
             raise InputError(
-                "mean and std are for pictures, and these data come in batches, which are taken as "
-                "they are: leave mean and std out, and normalise where the batches are made"
+                "mean and std are for pictures, and these data come in batches, which are not "
+                "changed. Fix: leave mean and std out, and normalise where the batches are made"
             )
         return net
     sizes = {n: len(x) for n, x in given.items() if isinstance(x, list | tuple) and len(x) > 1}
@@ -251,7 +271,7 @@ def for_inputs(
 
 
 def module(who: str, name: str, model: Any) -> nn.Module:
-    """The module itself, out of its wrappers. InputError if it cannot be used."""
+    """The module without its wrappers. Raises InputError if it cannot be used."""
     model = checkpoints.unwrapped(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"{who}: {name} is a {type(model).__name__}, expected an nn.Module")
@@ -266,7 +286,7 @@ def module(who: str, name: str, model: Any) -> nn.Module:
     found |= dict(model.named_buffers())
     for what, x in found.items():
         if x.is_meta or nn.parameter.is_lazy(x):
-            raise InputError(f"{who}: {name}'s {what!r} has no values; load them first")
+            raise InputError(f"{who}: {name}'s {what!r} has no values. Fix: load them first")
         if x.is_complex() or x.is_quantized or (x.is_floating_point() and x.dtype not in FLOATS):
             raise InputError(f"{who}: {name}'s {what!r} is {x.dtype}, expected 16 to 64-bit floats")
     if len(kinds := {x.dtype for x in map(widened, model.parameters())}) > 1:
@@ -277,7 +297,7 @@ def module(who: str, name: str, model: Any) -> nn.Module:
 
 
 def copied(who: str, name: str, model: nn.Module) -> nn.Module:
-    """A copy that shares nothing, without gradients. InputError if that cannot be."""
+    """A copy that shares no memory and has no gradients. Raises InputError if copying fails."""
     original = module(who, name, model)
     try:
         made = calls.duplicate(original)
@@ -288,25 +308,24 @@ def copied(who: str, name: str, model: nn.Module) -> nn.Module:
 
 
 def working_copy(who: str, name: str, model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy to compute with: on the device, 16-bit floats as float32, in evaluation mode."""
-
+    """A copy on the device, in evaluation mode, with 16-bit floats converted to float32."""
     net: nn.Module = copied(who, name, model)._apply(lambda x: widened(x).to(device))
-    # What a language model of `transformers` keeps for its next call would count as its outputs,
-    # and hold the units of attention in their places.
+    # The cache that language models of `transformers` return would count as outputs, and would pin
+    # the units of attention.
     if getattr(config := getattr(net, "config", None), "use_cache", False):
         config.use_cache = False  # type: ignore[union-attr]
     return net.eval()
 
 
 def state(net: nn.Module) -> Theta:
-    """All parameters and buffers, by all their names."""
+    """All parameters and buffers; tied ones under each of their names."""
     found: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
     found |= dict(net.named_buffers(remove_duplicate=False))
     return {name: x.detach() for name, x in found.items()}
 
 
 def filled(who: str, model: nn.Module, theta: Theta) -> nn.Module:
-    """A copy of `model` with the values `theta`, in its own types, on its own device."""
+    """A copy of `model` with the values `theta`, in the dtypes and on the device of `model`."""
     made = copied(who, "the model", model)
     for name, x in state(made).items():
         if theta[name].isnan().any():
@@ -315,12 +334,12 @@ def filled(who: str, model: nn.Module, theta: Theta) -> nn.Module:
                 "and for infinite numbers in their inputs"
             )
         x.copy_(theta[name])
-    with evaluate.mode(made, training=True):  # in which it forgets what it computed from others
+    with evaluate.mode(made, training=True):  # in training mode, modules drop what they cached
         return made
 
 
 def tied(net: nn.Module) -> list[list[str]]:
-    """The names of each parameter."""
+    """For each parameter, the list of its names."""
     names: dict[int, list[str]] = {}
     for name, x in net.named_parameters(remove_duplicate=False):
         names.setdefault(id(x), []).append(name)
@@ -340,7 +359,10 @@ def _outputs(ready: Prepared) -> Any:
 def first_outputs(
     who: str, name: str, net: nn.Module, data: Loader, theta: Theta | None = None
 ) -> list[Tensor]:
-    """The tensors that come out for the first batch without its labels; InputError if none do."""
+    """The output tensors for the first batch without its labels.
+
+    Raises InputError if there are none, or if they hold NaN.
+    """
     inputs = data.head[0]
     if isinstance(inputs, Mapping):
         inputs = {n: x for n, x in inputs.items() if n != "labels"}
@@ -350,13 +372,13 @@ def first_outputs(
         found = [*tensors_in(_call(who, name, net, theta, inputs))]
     if not found:
         raise InputError(
-            f"{who}: {name} gives no tensor, expected one, or a sequence, mapping or "
-            "dataclass of some"
+            f"{who}: {name} returns no tensor, expected one, or a sequence, mapping or "
+            "dataclass of tensors"
         )
     if any(x.isnan().any() for x in found):
         raise InputError(
-            f"{who}: {name} gives NaN for the first batch; look for NaN in its weights "
-            "or in the inputs"
+            f"{who}: {name} gives NaN for the first batch. Fix: look for NaN in its weights "
+            "and in the inputs"
         )
     return found
 
@@ -372,7 +394,7 @@ def _call(who: str, name: str, net: nn.Module, theta: Theta, inputs: Any) -> Any
 
 
 def alike(xs: list[Tensor], ys: list[Tensor]) -> bool:
-    """Whether two lists of outputs are the same but for rounding: half of their digits agree."""
+    """Whether two lists of outputs agree up to rounding, in half of their digits."""
     return len(xs) == len(ys) and all(map(_near, xs, ys))
 
 
@@ -391,9 +413,9 @@ def _equal(x: Any, y: Any) -> bool:
 
 @contextmanager
 def untouched(batches: Any, seed: int) -> Iterator[None]:
-    """Randomness from `seed` for a while; then all generators are as they were.
+    """Seed all random generators with `seed`, and restore their states at the end.
 
-    Those of torch, of Python, of NumPy, and one that a DataLoader holds.
+    These are the generators of torch, Python and NumPy, and the one that a DataLoader may hold.
     """
     own = getattr(batches, "generator", None)
     kept = own.get_state() if isinstance(own, torch.Generator) else None

@@ -661,10 +661,10 @@ IDS = [{"input_ids": randint(20, 4, 6, seed=s)} for s in range(2)]
 REFUSED: dict[str, tuple[Any, Any, Any, str]] = {
     "other widths": (table(), nn.Sequential(nn.Linear(5, 9)), ROWS, r"model_b: '.*' is"),
     "other names": (table(), series(), ROWS, r"is in one network only"),
-    "other functions": (Wrapped(F.relu), Wrapped(F.gelu), ROWS, r"gives other outputs"),
+    "other functions": (Wrapped(F.relu), Wrapped(F.gelu), ROWS, r"gives different outputs"),
     "hidden weights": (Hidden(), Hidden(), ROWS, r"neither a parameter nor a buffer"),
     "two types": (mlp(), mixed(), ROWS, r"parameters of .*float32.*float64.*, expected one"),
-    "other ties": (Tokens(), untied(), IDS, r"model_b ties other parameters than model_a"),
+    "other ties": (Tokens(), untied(), IDS, r"model_b ties different parameters than model_a"),
     "no module": (table(), "model.pt", ROWS, r"model_b is a str, expected an nn.Module"),
     "no parameters": (nn.ReLU(), nn.ReLU(), ROWS, r"model_a has no parameters"),
     "no values": (table(), table().to("meta"), ROWS, r"model_b's '0.weight' has no values"),
@@ -703,11 +703,11 @@ CONNECTS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "targets for another loss": ({}, regression(), r"cross-entropy fails.*pass a loss"),
     "inputs as targets": ({}, [(x["input_ids"],) * 2 for x in IDS], r"targets are the inputs"),
     "a loss for each sample": (
-        {"loss": lambda z, y: ((z - y) ** 2).mean(1)}, regression(), r"loss gives numbers \[64\]"),
+        {"loss": lambda z, y: ((z - y) ** 2).mean(1)}, regression(), r"numbers of shape \[64\]"),
     "a loss that fails": (
         {"loss": lambda z, y: F.mse_loss(z["x"], y)}, regression(), r"the loss fails on the first"),
     "no slope": (
-        {"loss": lambda z, y: (z > y).float().mean()}, regression(), r"has no slope"),
+        {"loss": lambda z, y: (z > y).float().mean()}, regression(), r"has no gradient"),
     "a kind": ({"kind": "spline"}, regression(), r"kind: got 'spline', expected one of"),
     "epochs": ({"epochs": 0}, regression(), r"epochs: got 0, expected a whole number"),
 }  # fmt: skip
@@ -729,8 +729,8 @@ def test_a_loss_that_grows_without_end_stops_the_run() -> None:
 def test_metrics_are_checked_before_work() -> None:
     curve = mcnotes.connect(table(), table(), regression(), loss=F.mse_loss, kind="line")
     for name, metric, words in (
-        ("arc", F.l1_loss, "a metric is called 'arc'"),
-        ("gap", lambda z, y: z - y, r"metric 'gap' gives numbers \[64, 1\]"),
+        ("arc", F.l1_loss, "the name 'arc' of a metric is reserved"),
+        ("gap", lambda z, y: z - y, r"metric 'gap' returns numbers of shape \[64, 1\]"),
     ):
         with pytest.raises(InputError, match=words):
             mcnotes.profile(curve, regression(), metrics={name: metric})

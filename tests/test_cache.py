@@ -754,3 +754,13 @@ def test_json_entry_reads_as_text() -> None:
     assert entry["value"] == 0.5
     assert entry["config"] == CONFIG
     assert entry["provenance"]["torch"] == torch.__version__
+
+
+def test_what_is_kept_says_in_one_line_what_it_is(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "a.checkpoint", CONFIG)
+    assert repr(checkpoint) == f"Checkpoint({str(checkpoint.path)!r}, not yet)"
+    checkpoint.save({"x": torch.arange(3.0)})
+    assert repr(checkpoint).endswith(", there)")
+    entry = cache.read(checkpoint.path)
+    assert repr(entry) == "Entry(1 values, of a configuration of 3 names)"
+    assert "a JSON value" in repr(cache.Entry({}, {}, [1.0]))

@@ -204,3 +204,17 @@ class TestDevices:
                 data.dataset(source, device=device)
             with pytest.raises(DataError, match=f"^data.(sets|dataset): {text}"):
                 data.sets(source, device=device)
+
+
+def test_sets_and_what_is_prepared_say_in_one_line_what_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tuple's own line shows every number of every batch."""
+    batches = list(zip(X.split(12), Y.split(12), strict=True))
+    found = taken(monkeypatch, (DataLoader(TensorDataset(X, Y), 12), batches, batches))
+    assert repr(found) == "Sets(train: a DataLoader, val: a list of 5, test: a list of 5)"
+    task = small.task()
+    assert repr(data.Sets(task.train, task.val, task.test, task)) == f"Sets({task!r})"
+    ready = prepare.prepare("align", [nn.Linear(1, 3), nn.Linear(1, 3)], batches)
+    start = "Prepared(2 models of Linear for align, Loader(5 batches of 12 samples"
+    assert repr(ready).startswith(start)

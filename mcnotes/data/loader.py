@@ -54,6 +54,12 @@ class Sets(NamedTuple):
     test: Any
     task: Task | None = None  # if they are images in [0, 1]
 
+    def __repr__(self) -> str:
+        if self.task is not None:
+            return f"Sets({self.task!r})"
+        parts = zip(SPLITS, self, strict=False)
+        return f"Sets({', '.join(f'{name}: {_named(part)}' for name, part in parts)})"
+
 
 class Loader:
     """Batches as their owner cut them, moved to `device` in each pass; 16-bit floats as float32.
@@ -222,13 +228,14 @@ def sets(
 ) -> Sets:
     """Batches by name: what `dataset` takes, or "package.module:callable" for data of any kind.
 
-    The callable takes no arguments and gives a Dataset, a DataLoader, any iterable of batches that
-    can be read again, or several: (train, val, test), (train, val), or a dictionary of these names.
-    Of a single one, every seventh batch is held out for validation, and every seventh for
-    the test; they are then kept in memory. Where only the test is missing, it is half of val. Pairs
-    of arrays (images, labels), three of them, or a Task are taken as `dataset` takes them.
+    The callable takes no arguments. It returns a Dataset, a DataLoader, or any iterable of batches
+    that can be read again; or several of them as (train, val, test), (train, val), or a dictionary
+    with these names. If there is only one, every seventh batch is held out for validation and
+    another seventh for the test, and all batches are kept in memory. If only the test is missing,
+    it is half of val. A Task, and three pairs of arrays (images, labels), are also accepted, as by
+    `dataset`.
 
-    image_size, batch_size: of what does not come in batches. Raises DataError.
+    image_size, batch_size: for data that do not come in batches. Raises DataError.
     """
     given = {"image_size": image_size, "batch_size": batch_size, "device": device}
     if found := faults(given, OPTIONS | {"batch_size": whole(1)}):
@@ -236,30 +243,12 @@ def sets(
     source = named("data.sets", source)
     if source in SOURCES or os.path.isdir(source) or ":" not in source:
         return _cut(dataset(source, image_size, device), batch_size)
-    try:
-        made = resolve(source)()
-    except ValueError as error:
-        raise DataError(f"data.sets: {error}") from error
-    except (Exception, SystemExit) as error:  # of the user's function
-        cause = f"{source} fails ({failure(error)})"
-        raise DataError(f"data.sets: {cause}, expected a function without arguments") from error
+    made = _made_by(source)
     if isinstance(made, Task):
         return _cut(made, batch_size)
-    if isinstance(made, Mapping):
-        if "train" not in made or not made.keys() <= {*SPLITS}:
-            raise DataError(f"data.sets: {source} gave {[*made]}, expected train, val and test")
-        made = tuple(made[name] for name in SPLITS if name in made)
-    elif isinstance(made, Iterator):
-        made = tuple(islice(made, len(SPLITS) + 1))
     if _are_arrays(made):
         return _cut(dataset(source, image_size, device), batch_size)
-    several = isinstance(made, tuple | list) and not any(map(_is_batch, made))
-    parts = [*made] if several else [made]
-    if not 1 <= len(parts) <= len(SPLITS) or any(isinstance(x, tuple) for x in parts):
-        raise DataError(
-            f"data.sets: {source} gave {_named(made)}, expected a DataLoader, or up to three: "
-            "(train, val, test)"
-        )
+    parts = _parts(source, made)
     if image_size is not None:
         raise DataError(
             f"data.sets: {source} gave batches, expected pictures for image_size={image_size}. "
@@ -267,6 +256,34 @@ def sets(
         )
     loaders = [_loader(one, batch_size, shuffle=k == 0) for k, one in enumerate(parts)]
     return _with_held_out(source, loaders)
+
+
+def _made_by(source: str) -> Any:
+    """What the user's function returns, with a dictionary or an iterator of sets as a tuple."""
+    try:
+        made = resolve(source)()
+    except ValueError as error:
+        raise DataError(f"data.sets: {error}") from error
+    except (Exception, SystemExit) as error:  # of the user's function
+        cause = f"{source} fails ({failure(error)})"
+        raise DataError(f"data.sets: {cause}, expected a function without arguments") from error
+    if isinstance(made, Mapping):
+        if "train" not in made or not made.keys() <= {*SPLITS}:
+            raise DataError(f"data.sets: {source} gave {[*made]}, expected train, val and test")
+        return tuple(made[name] for name in SPLITS if name in made)
+    return tuple(islice(made, len(SPLITS) + 1)) if isinstance(made, Iterator) else made
+
+
+def _parts(source: str, made: Any) -> list[Any]:
+    """The one to three sets that the user's function returned. Raises DataError for others."""
+    several = isinstance(made, tuple | list) and not any(map(_is_batch, made))
+    parts = [*made] if several else [made]
+    if not 1 <= len(parts) <= len(SPLITS) or any(isinstance(x, tuple) for x in parts):
+        raise DataError(
+            f"data.sets: {source} gave {_named(made)}, expected a DataLoader, or up to three: "
+            "(train, val, test)"
+        )
+    return parts
 
 
 def _cut(task: Task, size: int) -> Sets:
