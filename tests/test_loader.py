@@ -72,6 +72,16 @@ class TestDatasets:
         assert parts == [inputs(s) for s in (again.train, again.val, again.test)]
         assert (parts[1] == sorted(parts[1])) == (make is Stream)
 
+    def test_three_batches_in_a_list_are_batches_and_three_sets_a_tuple(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        images, labels = torch.rand(30, 1, 8, 8), torch.arange(30) % 3
+        batches = [(images[i : i + 10], labels[i : i + 10]) for i in (0, 10, 20)]
+        found = taken(monkeypatch, batches, batch_size=10)
+        assert isinstance(found.train, list)
+        with_sets = taken(monkeypatch, tuple(batches), batch_size=5)
+        assert [s.count(10) for s in (with_sets.train, with_sets.val, with_sets.test)] == [1, 1, 1]
+
     def test_two_by_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = TensorDataset(X, Y)
         found = taken(monkeypatch, {"train": whole, "val": DataLoader(whole, 6)}, batch_size=10)

@@ -232,8 +232,8 @@ def sets(
     that can be read again; or several of them as (train, val, test), (train, val), or a dictionary
     with these names. If there is only one, every seventh batch is held out for validation and
     another seventh for the test, and all batches are kept in memory. If only the test is missing,
-    it is half of val. A Task, and three pairs of arrays (images, labels), are also accepted, as by
-    `dataset`.
+    it is half of val. A Task, and a tuple of three pairs of arrays (images, labels), are also
+    accepted, as by `dataset`.
 
     image_size, batch_size: for data that do not come in batches. Raises DataError.
     """
@@ -298,8 +298,11 @@ def _is_batch(x: Any) -> bool:
 
 
 def _are_arrays(made: Any) -> bool:
-    """Three pairs of arrays, whole sets of images with their labels?"""
-    pairs = isinstance(made, tuple | list) and len(made) == len(SPLITS)
+    """Three pairs of arrays, whole sets of images with their labels?
+
+    They come as a tuple: a list of pairs is one of batches, of which there may be three.
+    """
+    pairs = isinstance(made, tuple) and len(made) == len(SPLITS)
     return pairs and all(
         isinstance(pair, tuple)
         and len(pair) == 2
