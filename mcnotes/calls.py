@@ -222,8 +222,8 @@ def duplicate(net: nn.Module, *, shared: bool = False) -> nn.Module:
         kept = _not_copied(net, memo) or "what it keeps"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"the network cannot be copied, for {kept} cannot ({reason:.200}); set that to None, "
-            "or give its class a __deepcopy__"
+            f"the network cannot be copied, for {kept} cannot ({reason:.200}). Fix: set that to "
+            "None, or give its class a __deepcopy__."
         ) from error
     LAYOUTS[made] = LAYOUTS.setdefault(net, {})
     return made

@@ -953,7 +953,7 @@ def test_losses_that_are_none(answer: str) -> None:
     def loss(z: Tensor, _: Tensor) -> Tensor:
         return z.sum() * 1j if answer == "complex" else sys.exit(3)
 
-    text = "complex64, expected a real one" if answer == "complex" else "SystemExit: 3"
+    text = "complex64, expected a single real one" if answer == "complex" else "SystemExit: 3"
     with pytest.raises(InputError, match=f"connect: the loss .*{text}"):
         mcnotes.connect(table_net(1), table_net(2), table_batches(), loss=loss)
 
@@ -972,7 +972,9 @@ class Keeper(nn.Linear):
 def test_networks_that_cannot_be_copied(kept: Any) -> None:
     """Raw errors of deepcopy, in all of these."""
     net = nn.Sequential(Keeper(kept), nn.Linear(3, 3))
-    text = "the network cannot be copied, for the attribute '0.kept' cannot .* set that to None"
+    text = (
+        "the network cannot be copied, for the attribute '0.kept' cannot .* Fix: set that to None"
+    )
     with pytest.raises(InputError, match=f"align: model_a: {text}"):
         mcnotes.align(net, net, table_batches())
     for work in (

@@ -80,7 +80,9 @@ class TestDatasets:
         found = taken(monkeypatch, batches, batch_size=10)
         assert isinstance(found.train, list)
         with_sets = taken(monkeypatch, tuple(batches), batch_size=5)
-        assert [len(s) for s in (with_sets.train, with_sets.val)] == [2, 1], "batches of 5, of 10 images"
+        assert [len(s) for s in (with_sets.train, with_sets.val)] == [2, 1], (
+            "batches of 5, of 10 images"
+        )
 
     def test_two_by_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = TensorDataset(X, Y)

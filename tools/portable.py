@@ -61,6 +61,7 @@ def run(setting: str, part: str, arguments: list[str], jobs: int) -> bool:
     """Run pytest on one part and print a line (and what failed). Returns whether all passed."""
     start = time.perf_counter()
     workers = ["-n", str(max(1, jobs // int(setting.split("-")[1]))), "--dist", "loadfile"]
+    workers.append("--no-loadscope-reorder")  # long files come early
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *workers, *arguments]
     with tempfile.TemporaryDirectory() as store:
         done = subprocess.run(

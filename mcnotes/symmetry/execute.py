@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mcnotes.calls import Inputs, call, duplicate
-from mcnotes.symmetry.foreign import first_line
+from mcnotes.calls import InputError, Inputs, call, duplicate
 from mcnotes.symmetry.units import SymmetryError
 
 SCALARS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
@@ -82,13 +81,10 @@ def inference_copy(net: nn.Module, train: bool) -> nn.Module:
     Its layers act as in evaluation; if `train`, auxiliary heads run.
     """
     try:
-        # Set to train, it forgets what it computed from others.
-        net = duplicate(net, shared=True).train()
-    except Exception as error:  # of whatever it holds
-        raise SymmetryError(
-            f"the network cannot be copied: {first_line(error)}. Fix: let its modules hold no "
-            "generators, open files and the like."
-        ) from error
+        net = duplicate(net, shared=True)
+    except InputError as error:
+        raise SymmetryError(str(error)) from error
+    net.train()  # it forgets what it computed from others
     for m in net.modules():
         own = any(m.children()) and not type(m).__module__.startswith("torch.nn.")
         m.training = train and own
