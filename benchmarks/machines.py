@@ -5,7 +5,7 @@ threads; each choice rounds in another way, and training magnifies the rounding 
 are other ones. For each setting of `tools.portable` a fresh process trains the endpoints of the
 book's three pairs, aligns them, and measures the line before and after, on the test images; nothing
 is loaded from a store. What moves from setting to setting stands beside what moves from pair to
-pair. Chapter 11 shows `data/results/machines.json`, which is written after each setting: a second
+pair. `data/results/machines.json` is written after each setting: a second
 call computes what it lacks. The last line is JSON: the file's path and its settings.
 """
 
