@@ -31,8 +31,14 @@ def margin(z: Tensor, y: Tensor) -> Tensor:
 def dlr(z: Tensor, y: Tensor) -> Tensor:
     """The margin over the gap from the 1st to the 3rd logit (Croce and Hein 2020, eq. 6).
 
-    z: logits [B, classes], of three classes or more; y: int64 [B]. Returns [B].
+    z: logits [B, classes], of three classes or more; y: int64 [B]. Returns [B]. Raises ValueError
+    for fewer classes.
     """
+    if z.dim() != 2 or z.shape[1] < 3:
+        raise ValueError(
+            f"dlr: got logits of shape {[*z.shape]}, expected at least 3 classes. Fix: use the "
+            "loss 'margin' or 'ce'"
+        )
     top = z.topk(3, dim=1).values
     return margin(z, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
@@ -91,7 +97,11 @@ class PGD(Attack):
     """Projected gradient ascent: steepest step, projection (Madry et al. 2018, section 2.1)."""
 
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        """The attacked images [B, C, H, W]. x: images in [0, 1]; y: their labels, int64 [B]."""
+        """The attacked images [B, C, H, W]. x: images in [0, 1]; y: their labels, int64 [B].
+
+        Raises ValueError for what is neither.
+        """
+        _check_batch(x, y)
         ball = Ball(x, self.eps, self.norm)
         worst = Worst(self, model, x, y) if self.best else None
         size = 2.5 * self.eps / self.steps if self.step is None else self.step
@@ -127,6 +137,7 @@ class Square(Attack):
         """As `PGD`. Raises ValueError for another norm than "linf"."""
         if self.norm != "linf":
             raise ValueError(f"Square: got norm {self.norm!r}, expected 'linf'")
+        _check_batch(x, y)
         ball, worst = Ball(x, self.eps, self.norm), Worst(self, model, x, y)
         halve = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # the area, in 10,000 steps
         extent = torch.tensor(x.shape[2:], device=x.device)
@@ -159,6 +170,7 @@ class Ensemble:
 
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         """As `PGD`."""
+        _check_batch(x, y)
         u = x.clone()
         for attack in self.attacks:
             with torch.no_grad():
@@ -238,3 +250,17 @@ class Worst:
 def length(d: Tensor) -> Tensor:
     """Euclidean length of each image, never quite 0: [B, 1, 1, 1]."""
     return d.square().sum((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
+
+
+def _check_batch(x: object, y: object) -> None:
+    """Raise ValueError unless these are images of floats and as many labels."""
+    if not (isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point()):
+        raise ValueError(f"attack: images: {_said(x)}, expected floats in [0, 1], [B, C, H, W]")
+    if not (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape[:1] == x.shape[:1]):
+        raise ValueError(f"attack: labels: {_said(y)}, expected torch.int64 [{len(x)}]")
+
+
+def _said(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"got {value.dtype} {[*value.shape]}"
+    return f"got a {type(value).__name__}"

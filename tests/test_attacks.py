@@ -412,3 +412,25 @@ def test_the_attack_moves_no_running_statistics(trained: Trained) -> None:
     with evaluate.mode(net, training=True):
         step.attacked(trained.x, trained.y, PGD(0.1, 2, best=False))
     assert all(torch.equal(v, before[n]) for n, v in step.buffers.items())
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "says"),
+    [
+        ([[0.5]], torch.zeros(1).long(), "images: got a list, expected floats"),
+        (torch.zeros(2, 1, 4, 4).byte(), torch.zeros(2).long(), r"images: got torch.uint8 \[2, 1"),
+        (torch.rand(2), torch.zeros(2).long(), r"images: got torch.float32 \[2\]"),
+        (torch.rand(2, 1, 4, 4), torch.zeros(2), r"labels: got torch.float32 \[2\], expected"),
+        (torch.rand(2, 1, 4, 4), torch.zeros(3).long(), r"labels: .* expected torch.int64 \[2\]"),
+        (torch.rand(2, 1, 4, 4), [0, 1], "labels: got a list"),
+    ],
+)
+def test_a_batch_that_is_none_is_refused(x: Any, y: Any, says: str) -> None:
+    for attack in (attacks.PGD(0.1), attacks.Square(0.1), attacks.strong(0.1)):
+        with pytest.raises(ValueError, match=f"^attack: {says}"):
+            attack(lambda u: u.flatten(1)[:, :3], x, y)
+
+
+def test_the_loss_of_three_logits_refuses_two_classes() -> None:
+    with pytest.raises(ValueError, match=r"dlr: got logits of shape \[2, 2\], expected at least 3"):
+        attacks.dlr(torch.rand(2, 2), torch.zeros(2).long())

@@ -1,6 +1,7 @@
 """What is matched at once: the joint optimum of heads and of the units within."""
 
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
@@ -54,11 +55,10 @@ def test_a_bundle_lays_the_units_of_its_blocks_side_by_side() -> None:
     ("score", "text"),
     [
         (torch.zeros(2, 3), r"expected a square matrix, got shape \(2, 3\)"),
+        ([[1.0]], "expected a square matrix, got a list"),
         (torch.tensor([[1.0, torch.nan], [torch.inf, 0.0]]), "2 of 4 scores are NaN or infinite"),
     ],
 )
-def test_only_square_matrices_of_finite_numbers_are_assigned(
-    score: torch.Tensor, text: str
-) -> None:
+def test_only_square_matrices_of_finite_numbers_are_assigned(score: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         matching.assign(score)

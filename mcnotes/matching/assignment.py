@@ -22,6 +22,8 @@ def assign(score: Tensor, maximize: bool = True) -> Tensor:
     (Crouse, On implementing 2D rectangular assignment algorithms, 2016).
     Raises ValueError for a matrix that is not square or not finite.
     """
+    if not isinstance(score, Tensor):
+        raise ValueError(f"assign: expected a square matrix, got a {type(score).__name__}")
     if score.dim() != 2 or score.shape[0] != score.shape[1]:
         raise ValueError(f"assign: expected a square matrix, got shape {tuple(score.shape)}")
     if not torch.isfinite(score).all():
