@@ -1,8 +1,32 @@
 """What pytest needs to know when it runs the chapters by nbval."""
 
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import pytest
+from filelock import FileLock
+from nbval import kernel
 
 OUTPUT_SECONDS = 120.0
+START = Path(tempfile.gettempdir()) / "mcnotes-kernel.lock"
+start_new_kernel = kernel.start_new_kernel
+
+
+def start_alone(*args: Any, **kwargs: Any) -> Any:
+    """Start one kernel at a time, and once more if it dies.
+
+    Kernels that start at the same moment in several processes may be given the
+    same ports, and the second one dies.
+    """
+    with FileLock(START):
+        try:
+            return start_new_kernel(*args, **kwargs)
+        except RuntimeError:
+            return start_new_kernel(*args, **kwargs)
+
+
+kernel.start_new_kernel = start_alone
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
