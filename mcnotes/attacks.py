@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mcnotes.checks import Rule, flag, number, one_of, optional, require, whole
+from mcnotes.checks import Rule, flag, form, number, one_of, optional, require, whole
 
 Model = Callable[[Tensor], Tensor]
 Perturb = Callable[[Model, Tensor, Tensor], Tensor]
@@ -255,12 +255,6 @@ def length(d: Tensor) -> Tensor:
 def _check_batch(x: object, y: object) -> None:
     """Raise ValueError unless these are images of floats and as many labels."""
     if not (isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point()):
-        raise ValueError(f"attack: images: {_said(x)}, expected floats in [0, 1], [B, C, H, W]")
+        raise ValueError(f"attack: images: got {form(x)}, expected floats in [0, 1], [B, C, H, W]")
     if not (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape[:1] == x.shape[:1]):
-        raise ValueError(f"attack: labels: {_said(y)}, expected torch.int64 [{len(x)}]")
-
-
-def _said(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"got {value.dtype} {[*value.shape]}"
-    return f"got a {type(value).__name__}"
+        raise ValueError(f"attack: labels: got {form(y)}, expected torch.int64 [{len(x)}]")

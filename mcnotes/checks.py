@@ -36,6 +36,13 @@ def got(value: object, expected: str) -> str:
     return f"got {value!r:.200}, expected {expected}"
 
 
+def form(value: object) -> str:
+    """The type and the shape of a tensor; the kind of anything else."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {[*value.shape]}"
+    return type(value).__name__
+
+
 def whole(least: int, most: int | None = None) -> Rule:
     """An `int` (True and 2.0 are none) from `least` to `most`."""
     limits = f"of at least {least}" if most is None else f"from {least} to {most}"

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from mcnotes import calls, checkpoints, evaluate, symmetry, train
 from mcnotes.calls import InputError
 from mcnotes.checkpoints import Numbers
+from mcnotes.checks import form
 from mcnotes.curves import Theta, check_same_space
 from mcnotes.data import Loader, Sets
 from mcnotes.data.arrays import failure
@@ -227,7 +228,7 @@ def _checked(ready: Prepared, what: str, function: Metric) -> Metric:
     except (Exception, SystemExit) as error:  # of the user's function
         raise InputError(
             f"{ready.who}: {what} fails on the first batch ({failure(error)}); it was called "
-            f"with outputs, {_said(outputs)}, and targets, {_said(targets)}"
+            f"with outputs, {form(outputs)}, and targets, {form(targets)}"
         ) from error
     if value.dim() or value.is_complex():
         raise InputError(
@@ -235,10 +236,6 @@ def _checked(ready: Prepared, what: str, function: Metric) -> Metric:
             "expected a single real one, the mean over the batch"
         )
     return function
-
-
-def _said(x: Any) -> str:
-    return f"{x.dtype} {[*x.shape]}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def for_inputs(

@@ -201,10 +201,7 @@ def fit(
     curve = Curve((start,))
     step = Step(net, curve, slice(0, 1), recipe, task.device, perturb)
     fitted = run(step, curve, task, seed, checkpoint)
-    known = task.train
-    if recipe.augment and isinstance(known, Split):
-        known = known.augmented(task.augment)
-    theta = evaluate.batchnorm(net, fitted.theta, known)
+    theta = evaluate.batchnorm(net, fitted.theta, as_shown(task.train, task, recipe))
     return fitted._replace(curve=fitted.curve.with_points([theta]))
 
 
@@ -237,6 +234,16 @@ def fit_curve(
         )
     step = Step(net, curve, slice(1, -1), recipe, task.device, perturb, pull, loss or cost)
     return run(step, curve, task, seed, checkpoint)
+
+
+def as_shown(images: Any, task: Training, recipe: Recipe) -> Any:
+    """`images` as training by `recipe` shows them: augmented as those of `task` if it augments.
+
+    BatchNorm's statistics and the training loss of what was trained so are computed on such images.
+    Batches of a `data.Loader` are returned as they are.
+    """
+    augments = recipe.augment and isinstance(images, Split)
+    return images.augmented(task.augment) if augments else images
 
 
 def run(

@@ -233,7 +233,7 @@ PARTS = {
     "evaluate.classes_first", "evaluate.attacked", "evaluate.barrier", "evaluate.check_mixable",
     "evaluate.sums", "evaluate.check_counted", "evaluate.understood", "evaluate.total_entropy",
     "evaluate.with_singular_vectors",
-    "train.trainable", "train.run", "train.cost", "train.native_precision",
+    "train.trainable", "train.run", "train.cost", "train.native_precision", "train.as_shown",
     "curves.combine", "curves.check_same_space", "curves.views", "attacks.margin", "attacks.dlr",
     "attacks.length",
 }  # fmt: skip

@@ -417,12 +417,12 @@ def test_the_attack_moves_no_running_statistics(trained: Trained) -> None:
 @pytest.mark.parametrize(
     ("x", "y", "says"),
     [
-        ([[0.5]], torch.zeros(1).long(), "images: got a list, expected floats"),
+        ([[0.5]], torch.zeros(1).long(), "images: got list, expected floats"),
         (torch.zeros(2, 1, 4, 4).byte(), torch.zeros(2).long(), r"images: got torch.uint8 \[2, 1"),
         (torch.rand(2), torch.zeros(2).long(), r"images: got torch.float32 \[2\]"),
         (torch.rand(2, 1, 4, 4), torch.zeros(2), r"labels: got torch.float32 \[2\], expected"),
         (torch.rand(2, 1, 4, 4), torch.zeros(3).long(), r"labels: .* expected torch.int64 \[2\]"),
-        (torch.rand(2, 1, 4, 4), [0, 1], "labels: got a list"),
+        (torch.rand(2, 1, 4, 4), [0, 1], "labels: got list"),
     ],
 )
 def test_a_batch_that_is_none_is_refused(x: Any, y: Any, says: str) -> None:

@@ -17,6 +17,7 @@ from mcnotes import curves, data, evaluate, symmetry, train
 from mcnotes.cache import Checkpoint, StoreWarning
 from mcnotes.curves import Curve, Theta
 from mcnotes.data import Task
+from mcnotes.data.augment import Augment
 from mcnotes.matching import assign, doubly_stochastic, pam
 from mcnotes.matching.pam import Matrices, Settings
 from mcnotes.symmetry import Perm, Symmetry
@@ -408,3 +409,17 @@ def test_units_in_buffers_that_would_stay_are_refused() -> None:
     sym = symmetry.find(net, task().example)
     with pytest.raises(ValueError, match="units stand in the buffer 'first'"):
         pam.fit(pam.Problem(net, sym, task(), RECIPE, SMALL), curves.bezier(a, b), seed=1)
+
+
+def test_the_objective_is_that_of_images_as_training_shows_them() -> None:
+    """Networks that were trained on augmented images are at a loss on others."""
+    net, shown = normed(), task(augment=Augment(padding=4, rotation=15))
+    a, b, sym = ends(net)
+    curve, settings = curves.line(a, b), replace(SMALL, probe=48)
+    for augments in (True, False):
+        recipe = replace(RECIPE, augment=augments)
+        problem = pam.Problem(net, sym, shown, recipe, settings)
+        images = shown.train.first(48)
+        wanted = images.augmented(shown.augment) if augments else images
+        assert problem.value(curve) == pam.objective(net, curve, wanted, settings.nodes)
+        assert torch.equal(problem.probe.images, images.images) != augments

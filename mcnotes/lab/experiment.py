@@ -199,8 +199,8 @@ class Experiment:
 
     def shown(self, count: int) -> data.Split:
         """The first training images, as training shows them: augmented if it augments."""
-        few = self.task.train.first(count)
-        return few.augmented(self.task.augment) if self.augment else few
+        few: data.Split = train.as_shown(self.task.train.first(count), self.task, self.recipe(1))
+        return few
 
     @cached_property
     def net(self) -> nn.Module:
@@ -474,6 +474,7 @@ class Experiment:
             config |= {"attack_statistics": "batch"} if self.perturb else {}
         if method.startswith("pam-"):
             config["pam"] = asdict(self.pam_settings())
+            config |= {"objective": "augmented images"} if self.augment else {}
         return config | cache.versions(*self._rests_on(method, shape))
 
     def _rests_on(self, method: str, shape: str) -> list[str]:

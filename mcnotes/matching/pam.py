@@ -7,6 +7,7 @@ permutations to doubly stochastic matrices and rounded again, and the inner cont
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -118,10 +119,17 @@ class Problem:
     def __repr__(self) -> str:
         return f"Problem({type(self.net).__name__}, {self.task!r}, {self.settings!r})"
 
+    @cached_property
+    def probe(self) -> Split:
+        """The images on which Q is measured: `settings.probe` of training, as it shows them."""
+        few: Split = train.as_shown(
+            self.task.train.first(self.settings.probe), self.task, self.recipe
+        )
+        return few
+
     def value(self, curve: Curve) -> float:
-        """Q on the first `settings.probe` training images, in nats."""
-        probe = self.task.train.first(self.settings.probe)
-        return objective(self.net, curve, probe, self.settings.nodes)
+        """Q on `probe`, in nats."""
+        return objective(self.net, curve, self.probe, self.settings.nodes)
 
     def prox(self, distance: float) -> float:
         """The proximal term of a step of this length: distance²/2ν."""
