@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from nbval import kernel
+from tools.chapters import once_more_if_dead_at_start
 
 OUTPUT_SECONDS = 120.0
 START = Path(tempfile.gettempdir()) / "mcnotes-kernel.lock"
@@ -14,16 +15,9 @@ start_new_kernel = kernel.start_new_kernel
 
 
 def start_alone(*args: Any, **kwargs: Any) -> Any:
-    """Start one kernel at a time, and once more if it dies.
-
-    Kernels that start at the same moment in several processes may be given the
-    same ports, and the second one dies.
-    """
+    """Start one kernel at a time, and once more if it dies."""
     with FileLock(START):
-        try:
-            return start_new_kernel(*args, **kwargs)
-        except RuntimeError:
-            return start_new_kernel(*args, **kwargs)
+        return once_more_if_dead_at_start(start_new_kernel, *args, **kwargs)
 
 
 kernel.start_new_kernel = start_alone

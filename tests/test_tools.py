@@ -578,3 +578,21 @@ class TestPictures:
             assert notebooks.figure(notebooks.read(path), book.CARDS[path.name[:2]]), path.name
         (hero,) = (path for path in paths if path.name.startswith(book.HERO))
         assert notebooks.living_figure(notebooks.read(hero))
+
+
+def test_a_kernel_that_dies_at_its_start_is_started_once_more() -> None:
+    tries: list[str] = []
+
+    def start(says: str, dead: int) -> int:
+        tries.append(says)
+        if len(tries) <= dead:
+            raise RuntimeError(says)
+        return 3
+
+    died = "Kernel died before replying to kernel_info"
+    assert chapters.once_more_if_dead_at_start(start, died, dead=1) == 3
+    for says, dead, calls in ((died, 2, 2), ("Kernel died", 1, 1)):
+        tries.clear()
+        with pytest.raises(RuntimeError, match=says):
+            chapters.once_more_if_dead_at_start(start, says, dead=dead)
+        assert len(tries) == calls

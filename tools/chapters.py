@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +110,8 @@ def execute(path: Path, out: Path, values: dict[str, Any]) -> None:
     bar: Any = {"leave": False, "desc": path.stem} if sys.stderr.isatty() else False
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(
+        once_more_if_dead_at_start(
+            papermill.execute_notebook,
             path,
             out,
             parameters=values,
@@ -129,6 +130,19 @@ def execute(path: Path, out: Path, values: dict[str, Any]) -> None:
         raise RuntimeError(
             f"a cell ran longer than the {limit} seconds of MCNOTES_CELL_TIMEOUT; 0: no limit"
         ) from error
+
+
+def once_more_if_dead_at_start(start: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `start`, and again if its kernel dies before any cell ran.
+
+    Kernels that start at the same moment in several processes may be given the same ports.
+    """
+    try:
+        return start(*args, **kwargs)
+    except RuntimeError as error:
+        if "before replying to kernel_info" not in str(error):
+            raise
+        return start(*args, **kwargs)
 
 
 def run_one(path: Path, preset: str, key: str, force: bool) -> bool:
