@@ -329,6 +329,25 @@ class TestRecord:
         with pytest.raises(results.ResultsError, match=r"p\.json.*collect it again"):
             results.load(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("change", "again"),
+        [
+            ({}, False),
+            ({"methods": ["aligned"]}, False),
+            ({"methods": ["aligned", "pam-aligned"]}, True),
+            ({"shapes": ["bezier", "line"]}, True),
+            ({"parameters": {"pairs": [[1, 2], [3, 4], [5, 6], [7, 8]]}}, True),
+            ({"parameters": {"curve_epochs": 13}}, True),
+            ({"parameters": {"device": "cpu"}}, False),
+        ],
+    )
+    def test_a_file_that_lacks_what_is_asked_for_is_collected_again(
+        self, change: dict[str, Any], again: bool
+    ) -> None:
+        config = {"presets": ["laptop"]} | change
+        expected = ["data/results/laptop.json"] if again else []
+        assert batch.incomplete(config, batch.plan(config)) == expected
+
     def test_every_record_of_the_book_is_sound(self) -> None:
         results.load(ROOT / "data" / "results")
 

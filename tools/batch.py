@@ -192,7 +192,7 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
 
     config = presets.read(config_file) | changes
     chapters.cell_timeout()  # raises before anything runs
-    plan(config)  # the graph checks the machine when it starts
+    runs = plan(config)  # the graph checks the machine when it starts
     slots = max(1, torch.cuda.device_count()) * (DEFAULTS | config)["runs_per_gpu"]
     command = [str(Path(sys.executable).with_name("snakemake")), "-s", str(STEPS / "Snakefile")]
     command += ["--rerun-incomplete", "--nolock", "--resources", f"gpu={slots}"]
@@ -203,8 +203,28 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
     merged = ROOT / "_build" / f"batch-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
     merged.parent.mkdir(exist_ok=True)
     merged.write_text(text, "utf8")
-    command += [*options, "--configfile", str(merged)]
+    again = [word for path in incomplete(config, runs) for word in ("--forcerun", path)]
+    command += [*options, *again, "--configfile", str(merged)]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def incomplete(config: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list[str]:
+    """The results files that are there, and lack something that the configuration asks for.
+
+    A file without the steps behind it, as in a fresh clone, is as good as new to Snakemake.
+    """
+    from mcnotes.lab import results
+
+    asked = DEFAULTS | config
+    files = {preset: f"{asked['results']}/{preset}.json" for preset in runs}
+    found = []
+    for preset, file in files.items():
+        record = results.read(ROOT / file) if (ROOT / file).exists() else None
+        lab, pairs = presets.experiment(runs[preset]), runs[preset]["pairs"]
+        wanted = (lab, pairs, asked["methods"], asked["shapes"])
+        if record and not results.holds(record, *wanted):
+            found.append(file)
+    return found
 
 
 def assignments(words: list[str]) -> dict[str, Any]:

@@ -72,16 +72,33 @@ def save(record: Record, path: Path) -> None:
 
 def load(folder: Path) -> list[Record]:
     """All records of a folder, by preset. Raises ResultsError for a file of another form."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            record = json.loads(path.read_text("utf8"))
-        except ValueError as error:
-            raise ResultsError(f"{path}: {error}. Fix: collect it again or remove it") from error
-        if "preset" in record:  # other measurements lie there, too
-            check(record, str(path))
-            found.append(record)
-    return found
+    return [record for path in sorted(folder.glob("*.json")) if (record := read(path))]
+
+
+def read(path: Path) -> Record | None:
+    """The record in a file; None if it holds other measurements. Raises ResultsError as `load`."""
+    try:
+        record: Record = json.loads(path.read_text("utf8"))
+    except ValueError as error:
+        raise ResultsError(f"{path}: {error}. Fix: collect it again or remove it") from error
+    if "preset" not in record:
+        return None
+    check(record, str(path))
+    return record
+
+
+def holds(
+    record: Mapping[str, Any],
+    lab: Experiment,
+    pairs: Sequence[Sequence[int]],
+    methods: Collection[str],
+    shapes: Collection[str],
+) -> bool:
+    """Whether the record is of this experiment, and has a curve for all of these."""
+    there = {(*curve["pair"], curve["method"], curve["shape"]) for curve in record["curves"]}
+    asked = {(a, b, method, shape) for a, b in pairs for method in methods for shape in shapes}
+    same = Experiment(**record["experiment"]).config() == lab.config()
+    return same and asked <= there
 
 
 def check(record: Mapping[str, Any], where: str) -> None:
