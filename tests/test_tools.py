@@ -283,9 +283,15 @@ class TestRunner:
         tracked = {*told.stdout.split("\0")} - {""}
         assert {"data/paper.json", "mcnotes/lab/slider.html"} <= tracked
         tracked |= {"mcnotes/data/tasks.py", "mcnotes/store/locks/a.py", "data/results/a/b.json"}
-        caches = {"data/store/a.json", "data/downloads/cifar10.npz", "data/zoo/a.checkpoint",
-                  "data/zoo/locks/a.lock", "data/tiny-imagenet-200/train/a.JPEG",
-                  "mcnotes/__pycache__/a.pyc", "data/zoo/.a.json.3.part"}  # fmt: skip
+        caches = {
+            "data/store/a.json",
+            "data/downloads/cifar10.npz",
+            "data/zoo/a.checkpoint",
+            "data/zoo/locks/a.lock",
+            "data/tiny-imagenet-200/train/a.JPEG",
+            "mcnotes/__pycache__/a.pyc",
+            "data/zoo/.a.json.3.part",
+        }
         for file in tracked | caches:
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_text("x")
@@ -296,9 +302,11 @@ class TestRunner:
         assert {path.relative_to(tmp_path).as_posix() for path in seen} == tracked
 
     def test_the_key_depends_on_other_folders_of_data(
-        self, small_book: Path, tmp_path_factory: pytest.TempPathFactory,
-        monkeypatch: pytest.MonkeyPatch
-    ) -> None:  # fmt: skip
+        self,
+        small_book: Path,
+        tmp_path_factory: pytest.TempPathFactory,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         for name in ("MCNOTES_DATA", "MCNOTES_ZOO"):
             keys, folder = [chapters.inputs()], tmp_path_factory.mktemp("elsewhere")
             monkeypatch.setenv(name, str(folder))
