@@ -18,10 +18,11 @@ import pytest
 import torch
 from docutils import nodes
 from docutils.core import publish_doctree
+from myst_nb.sphinx_ import HideCodeCellNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from book._ext import lighten, mathematics, pages, repository
+from book._ext import fold, lighten, mathematics, pages, repository
 from mcnotes.curves import Curve
 from mcnotes.evaluate import Score
 from mcnotes.lab import Experiment
@@ -404,8 +405,25 @@ class TestExtensions:
         assert [node.astext() for node in whole] == ["x = y.", "z,"]
         assert all(node["classes"] == ["together"] for node in whole)
         entry, _ = tree.findall(nodes.entry)
-        assert entry.astext() == "1\xa0±\xa02"
+        assert entry.astext() == "1 ±\xa02"
         assert tree.astext().replace("\xa0", " ") == before
+
+    def test_folded_code_stands_below_what_it_gives_and_neighbours_share_one_line(self) -> None:
+        def cell(code: str, *shown: str) -> nodes.container:
+            folded = HideCodeCellNode("", nodes.literal_block(code, code))
+            texts = [nodes.paragraph(text, text) for text in shown]
+            return nodes.container("", folded, *texts, nb_element="cell_code")
+
+        tree = publish_doctree("")
+        tree += [cell("parameters"), cell("helpers"), cell("draw", "picture"), cell("a")]
+        tree += [nodes.paragraph("", "text"), cell("b"), cell("c")]
+        fold.rearrange(None, tree, "a")
+        first, alone, _, last = tree.children
+        assert [part.astext() for part in first.children] == [
+            "picture",
+            "parameters\n\nhelpers\n\ndraw",
+        ]
+        assert [alone.astext(), last.astext()] == ["a", "b\n\nc"]
 
     def test_an_id_stands_once_and_no_header_is_empty(self) -> None:
         tree = self.page(".. note:: One.\n\n.. note:: Two.")
