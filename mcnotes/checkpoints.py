@@ -532,7 +532,9 @@ def _misfit(theirs: Theta, named: Mapping[str, str], expected: Shapes) -> str:
         ("has besides", {n for n in besides if not n.endswith(COUNTER)}),
     ):
         if names:
-            faults.append(f"it {verb} {len(names)} tensors, as {min(names)!r:.{SHOWN}}")
+            first = f"{min(names)!r:.{SHOWN}}"
+            several = f"{len(names)} tensors, such as " if len(names) > 1 else ""
+            faults.append(f"it {verb} {several}{first}")
     own = {n: theirs[named[n]].shape for n in expected if n in named}
     wrong = [n for n in own if own[n] != expected[n]]
     heads = {n.rpartition(".")[0] for n in wrong if own[n][1:] == expected[n][1:]}

@@ -88,9 +88,13 @@ def terms(net: nn.Module) -> int:
 
 
 def agree(
-    found: Any, expected: Any, terms: int, *, scale: float | None = None,
-    dtype: torch.dtype = torch.float32
-) -> None:  # fmt: skip
+    found: Any,
+    expected: Any,
+    terms: int,
+    *,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Assert that two computations give the same numbers, up to `rounding`.
 
     scale: as in `rounding`; the largest of the expected numbers, if nothing cancels.

@@ -90,9 +90,15 @@ def table() -> nn.Module:
 
 def series() -> nn.Module:
     return nn.Sequential(
-        nn.Conv1d(3, 8, 5, padding=2), nn.BatchNorm1d(8), nn.GELU(), nn.Conv1d(8, 6, 3), nn.GELU(),
-        nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 4)
-    )  # fmt: skip
+        nn.Conv1d(3, 8, 5, padding=2),
+        nn.BatchNorm1d(8),
+        nn.GELU(),
+        nn.Conv1d(8, 6, 3),
+        nn.GELU(),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
 
 
 class Tokens(nn.Module):
@@ -138,8 +144,9 @@ def tiny(kind: str) -> nn.Module:
     size = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     torch.manual_seed(0)
     if kind == "bert":
-        config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_labels=3,
-                                         max_position_embeddings=16, **size)  # fmt: skip
+        config = transformers.BertConfig(
+            vocab_size=50, hidden_size=16, num_labels=3, max_position_embeddings=16, **size
+        )
         return transformers.BertForSequenceClassification(config)
     if kind == "gpt2":
         own = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
@@ -180,8 +187,10 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "series without targets": (series, lambda: images(4, 3, 20)),
     "dictionaries, tied weights": (
         Tokens,
-        lambda: [{"input_ids": x["input_ids"] % 20, "attention_mask": x["attention_mask"]}
-                 for x in text(4, lambda ids: ids)],
+        lambda: [
+            {"input_ids": x["input_ids"] % 20, "attention_mask": x["attention_mask"]}
+            for x in text(4, lambda ids: ids)
+        ],
     ),
     "two inputs": (
         TwoInputs,
@@ -189,8 +198,10 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     ),
     "keywords and targets": (
         TwoInputs,
-        lambda: [({"number": randn(32, seed=s), "picture": randn(32, 3, 3, seed=s)}, randint(3, 32))
-                 for s in range(4)],
+        lambda: [
+            ({"number": randn(32, seed=s), "picture": randn(32, 3, 3, seed=s)}, randint(3, 32))
+            for s in range(4)
+        ],
     ),
     "arrays": (table, lambda: [x.numpy() for x in images(4, 5)]),
     "bert": (lambda: tiny("bert"), lambda: text(4, lambda ids: ids[:, 0] % 3)),
@@ -199,7 +210,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
         lambda: tiny("vit"),
         lambda: [{"pixel_values": x, "labels": randint(3, 32)} for x in images(4, 3, 16, 16)],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -534,8 +545,10 @@ def test_frozen_parameters_stay_on_the_line() -> None:
 
 def test_tied_weights_stay_tied() -> None:
     a, b = Tokens(), Tokens()
-    batches = [({"input_ids": x["input_ids"] % 20}, x["input_ids"].roll(-1, 1) % 20)
-               for x in text(3, lambda ids: ids)]  # fmt: skip
+    batches = [
+        ({"input_ids": x["input_ids"] % 20}, x["input_ids"].roll(-1, 1) % 20)
+        for x in text(3, lambda ids: ids)
+    ]
     curve = mcnotes.connect(a, b, batches, epochs=2)
     made = curve.model(0.5)
     assert made.head.weight is made.embed.weight
@@ -680,14 +693,22 @@ REFUSED: dict[str, tuple[Any, Any, Any, str]] = {
     "an empty iterator": (mlp(), mlp(), iter([]), r"batches: got none, expected at least one"),
     "other inputs": (mlp(), mlp(), images(2, 7), r"model_a fails on the first batch \(Runt"),
     "two inputs apart": (
-        TwoInputs(), TwoInputs(), [(randn(8, 3, 3), randn(8))], r"missing 1 required positional"),
+        TwoInputs(),
+        TwoInputs(),
+        [(randn(8, 3, 3), randn(8))],
+        r"missing 1 required positional",
+    ),
     "other targets": (mlp(), mlp(), [(ROWS[0], torch.ones(3))], r"targets \[3\] stand beside 16"),
     "samples": (mlp(), mlp(), [(ROWS[0], torch.tensor(1))], r"targets \[\] stand beside 16"),
     "things": (mlp(), mlp(), [object()], r"got a object among the inputs"),
     "inputs and targets as batches": (
-        mlp(), mlp(), [ROWS[0], torch.ones(16)], r"batch 2 has 1-D torch.float32, the first 2-D"),
+        mlp(),
+        mlp(),
+        [ROWS[0], torch.ones(16)],
+        r"batch 2 has 1-D torch.float32, the first 2-D",
+    ),
     "control flow": (Branches(), Branches(), ROWS, r"control flow must not depend on the data"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("why", REFUSED)
@@ -703,14 +724,19 @@ CONNECTS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "targets for another loss": ({}, regression(), r"cross-entropy fails.*pass a loss"),
     "inputs as targets": ({}, [(x["input_ids"],) * 2 for x in IDS], r"targets are the inputs"),
     "a loss for each sample": (
-        {"loss": lambda z, y: ((z - y) ** 2).mean(1)}, regression(), r"numbers of shape \[64\]"),
+        {"loss": lambda z, y: ((z - y) ** 2).mean(1)},
+        regression(),
+        r"numbers of shape \[64\]",
+    ),
     "a loss that fails": (
-        {"loss": lambda z, y: F.mse_loss(z["x"], y)}, regression(), r"the loss fails on the first"),
-    "no slope": (
-        {"loss": lambda z, y: (z > y).float().mean()}, regression(), r"has no gradient"),
+        {"loss": lambda z, y: F.mse_loss(z["x"], y)},
+        regression(),
+        r"the loss fails on the first",
+    ),
+    "no slope": ({"loss": lambda z, y: (z > y).float().mean()}, regression(), r"has no gradient"),
     "a kind": ({"kind": "spline"}, regression(), r"kind: got 'spline', expected one of"),
     "epochs": ({"epochs": 0}, regression(), r"epochs: got 0, expected a whole number"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("why", CONNECTS)

@@ -171,9 +171,12 @@ class TestCommand:
 
     def says(self, *words: str, **environment: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "tools.batch", *words], cwd=ROOT, capture_output=True, text=True,
-            env=os.environ | environment
-        )  # fmt: skip
+            [sys.executable, "-m", "tools.batch", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | environment,
+        )
         assert done.returncode not in (0, None)
         assert "Traceback" not in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -276,8 +279,11 @@ class TestLimit:
             assert chapters.cell_timeout() == limit
         make = subprocess.run(
             ["make", "-n", "test", "smoke", "book", "notebooks", "figures", "zoo"],
-            cwd=ROOT, text=True, capture_output=True, check=True
-        ).stdout.splitlines()  # fmt: skip
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=True,
+        ).stdout.splitlines()
         limited = [line for line in make if "MCNOTES_CELL_TIMEOUT" in line]
         assert any("tools.book run --preset smoke" in line for line in limited)
         assert all("pytest" in line or "--preset smoke" in line for line in limited)
@@ -292,9 +298,14 @@ class TestRecord:
         curve = named | path | {"provenance": parts}
         nets = [{"seed": 1, "provenance": here | {"seconds": 3}}]
         return {
-            "format": results.FORMAT, "preset": "p", "experiment": {"width": 4}, "endpoints": nets,
-            "curves": [curve], "collected": "2026-01-01", "provenance": {},
-        }  # fmt: skip
+            "format": results.FORMAT,
+            "preset": "p",
+            "experiment": {"width": 4},
+            "endpoints": nets,
+            "curves": [curve],
+            "collected": "2026-01-01",
+            "provenance": {},
+        }
 
     def test_it_comes_back_from_its_file(self, tmp_path: Path) -> None:
         results.save(self.record(), tmp_path / "p.json")
@@ -355,9 +366,12 @@ class TestRecord:
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
     """The whole graph at the smoke preset: killed within a curve, run again, run idle."""
     config = {
-        "presets": ["smoke"], "parameters": {"curve_epochs": 4}, "methods": ["aligned"],
-        "out": str(tmp_path / "runs"), "results": str(tmp_path / "results"),
-    }  # fmt: skip
+        "presets": ["smoke"],
+        "parameters": {"curve_epochs": 4},
+        "methods": ["aligned"],
+        "out": str(tmp_path / "runs"),
+        "results": str(tmp_path / "results"),
+    }
     file, store = tmp_path / "run.yaml", tmp_path / "store"
     file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "tools.batch", "run", "--config", str(file)]
@@ -365,9 +379,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> 
 
     def start(*options: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*command, *options], cwd=ROOT, env=environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )  # fmt: skip
+            [*command, *options],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     running, deadline = start(), time.monotonic() + 600
     while not list(store.glob("curve-*.checkpoint")):

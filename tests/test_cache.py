@@ -167,9 +167,19 @@ def unwritable(kind: str, monkeypatch: pytest.MonkeyPatch) -> contextlib.ExitSta
 
 
 UNWRITABLE = (
-    "a file", "within a file", "a dangling link", "read-only", "read-only with locks",
-    "without inodes", "without inodes, with locks", "EROFS", "ENOSPC", "EDQUOT", "EACCES", "ENOLCK"
-)  # fmt: skip
+    "a file",
+    "within a file",
+    "a dangling link",
+    "read-only",
+    "read-only with locks",
+    "without inodes",
+    "without inodes, with locks",
+    "EROFS",
+    "ENOSPC",
+    "EDQUOT",
+    "EACCES",
+    "ENOLCK",
+)
 
 
 @pytest.mark.parametrize("kind", UNWRITABLE)
@@ -553,9 +563,13 @@ def test_an_installed_package_keeps_nothing_beside_itself(tmp_path: Path) -> Non
 
     def run(**more: str) -> list[str]:
         done = subprocess.run(
-            [sys.executable, "-c", script], env=base | home | {"PYTHONPATH": str(site)} | more,
-            cwd=tmp_path, capture_output=True, text=True, check=True
-        )  # fmt: skip
+            [sys.executable, "-c", script],
+            env=base | home | {"PYTHONPATH": str(site)} | more,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return done.stdout.splitlines()
 
     where, images, commit = run()

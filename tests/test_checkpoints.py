@@ -393,7 +393,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a whole module": (lambda p: torch.save(small.normed(), p), "weights_only=False.*state_dict"),
     "other names": (
         broken(lambda s: {f"conv{n}": x for n, x in s.items()}),
-        r"lacks 7 tensors, as '0.weight'; it has besides 7 .*build the architecture",
+        r"lacks 7 tensors, such as '0.weight'; it has besides 7 .*build the architecture",
     ),
     "no tensors": (broken(lambda s: {"epoch": 3}), "lacks 7 tensors.*architecture"),
     "one missing": (broken(lambda s: {n: s[n] for n in s if n != "6.bias"}), "lacks 1 .*'6.bias'"),

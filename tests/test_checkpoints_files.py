@@ -80,7 +80,7 @@ class TestForms:
             checkpoints.load(tmp_path / "a.pt", Tied())
         lacking = {n: x for n, x in state.items() if not n.startswith(("inner", "again"))}
         save_file({n: x.clone() for n, x in lacking.items()}, tmp_path / "a.safetensors")
-        with pytest.raises(CheckpointError, match=r"lacks 4 tensors, as 'again.bias'"):
+        with pytest.raises(CheckpointError, match=r"lacks 4 tensors, such as 'again.bias'"):
             checkpoints.load(tmp_path / "a.safetensors", Tied())
 
     @pytest.mark.parametrize("newer", [True, False])
@@ -144,7 +144,7 @@ class TestForms:
                 return super().load_state_dict(state, strict=False, assign=assign)
 
         torch.save({"bias": torch.ones(2), "kernel": torch.ones(2, 3)}, tmp_path / "a.pt")
-        with pytest.raises(CheckpointError, match="lacks 1 tensors, as 'weight'"):
+        with pytest.raises(CheckpointError, match="lacks 'weight'"):
             checkpoints.load(tmp_path / "a.pt", Lenient(3, 2))
 
     def test_state_beside_tensors(self, tmp_path: Path) -> None:

@@ -180,10 +180,19 @@ def test_every_parameter_that_changes_more_than_rounding_is_in_the_configuration
     robust = replace(TINY, epsilon=0.1, attack_steps=2, attack_step=0.01)
     for name, default in asdict(TINY).items():
         other = {
-            "dataset": "cifar10", "network": "resnet20", "schedule": "paper", "device": "cuda",
-            "precision": "bfloat16", "augment": True, "validation": 7, "between": (TINY, robust),
-            "compile": True, "epsilon": 0.2, "attack_step": 0.02, "pam_options": {"samples": 3}
-        }.get(name) or default + 1  # fmt: skip
+            "dataset": "cifar10",
+            "network": "resnet20",
+            "schedule": "paper",
+            "device": "cuda",
+            "precision": "bfloat16",
+            "augment": True,
+            "validation": 7,
+            "between": (TINY, robust),
+            "compile": True,
+            "epsilon": 0.2,
+            "attack_step": 0.02,
+            "pam_options": {"samples": 3},
+        }.get(name) or default + 1
         same = replace(robust, **{name: other}).config() == robust.config()
         assert same == (name in ("device", "compile")), name
     assert replace(TINY, attack_steps=9).config() == TINY.config(), "no attack, no change"

@@ -48,13 +48,27 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     ),
     "pam_options": (
         [
-            None, 3, "paper", [], {"epochs": 3}, {"p_epoch": 3}, {"p_epochs": 0}, {"p_lr": NAN},
-            {"nu": "1e3"}, {"nu": 0}, {"samples": -1}, {"images": 2.5}, {"probe": 0},
-            {"nodes": True}, {"follow": 1}, {"relaxation": "exakt"}, {3: 3},
+            None,
+            3,
+            "paper",
+            [],
+            {"epochs": 3},
+            {"p_epoch": 3},
+            {"p_epochs": 0},
+            {"p_lr": NAN},
+            {"nu": "1e3"},
+            {"nu": 0},
+            {"samples": -1},
+            {"images": 2.5},
+            {"probe": 0},
+            {"nodes": True},
+            {"follow": 1},
+            {"relaxation": "exakt"},
+            {3: 3},
         ],
         "expected|did you mean|there are",
     ),
-}  # fmt: skip
+}
 
 
 def test_the_table_knows_every_field() -> None:
@@ -94,10 +108,16 @@ def test_the_text_says_what_was_got_and_what_is_near() -> None:
 
 def test_what_is_possible_is_taken() -> None:
     for name, values in {
-        "width": [1, 8.0, 64], "lr": [1e-6, 1, 3], "validation": [None, 0, 7], "points": [2],
-        "statistics": [2], "match_images": [2], "epsilon": [0, 8 / 255, 1], "attack_step": [0.01],
+        "width": [1, 8.0, 64],
+        "lr": [1e-6, 1, 3],
+        "validation": [None, 0, 7],
+        "points": [2],
+        "statistics": [2],
+        "match_images": [2],
+        "epsilon": [0, 8 / 255, 1],
+        "attack_step": [0.01],
         "pam_options": [{}, {"p_lr": 1, "samples": 0}, {"relaxation": "straight-through"}],
-    }.items():  # fmt: skip
+    }.items():
         for value in values:
             replace(Experiment(), **{name: value})
     assert Experiment(network="googlenet", width=0.25).width == 0.25

@@ -81,7 +81,7 @@ class TestDataset:
             data.dataset(str(tmp_path))
         bad.unlink()
         (tmp_path / "val" / "top").rename(tmp_path / "val" / "other")
-        with pytest.raises(DataError, match=r"other classes in val than in train, as 'other'"):
+        with pytest.raises(DataError, match=r"other classes in val than in train, such as 'other'"):
             data.dataset(str(tmp_path))
 
     @pytest.mark.parametrize(

@@ -20,11 +20,14 @@ def test_projection_is_the_solution_of_the_quadratic_programme(n: int, scale: fl
     found = doubly_stochastic.project(x)
     sums = np.vstack([np.kron(np.eye(n), np.ones(n)), np.kron(np.ones(n), np.eye(n))[1:]])
     solved = minimize(
-        lambda y: 0.5 * ((y - x.numpy().ravel()) ** 2).sum(), np.full(n * n, 1 / n),
-        jac=lambda y: y - x.numpy().ravel(), bounds=Bounds(0, np.inf),
-        constraints=LinearConstraint(sums, 1, 1), method="SLSQP",
+        lambda y: 0.5 * ((y - x.numpy().ravel()) ** 2).sum(),
+        np.full(n * n, 1 / n),
+        jac=lambda y: y - x.numpy().ravel(),
+        bounds=Bounds(0, np.inf),
+        constraints=LinearConstraint(sums, 1, 1),
+        method="SLSQP",
         options={"ftol": 1e-14, "maxiter": 500},
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(found.numpy().ravel(), solved.x, atol=2e-6 * max(1, scale))
 
 

@@ -418,8 +418,10 @@ def test_attacks_and_curvature_take_their_gradients_with_the_parameters_given() 
     )
     np.testing.assert_allclose(curved[1], curved[0], rtol=1e-4)
     recipe = replace(RECIPE, epochs=1)
-    fits = [train.fit(n, DATA, recipe, seed=1, init=t, perturb=attack)
-            for n, t in ((net, theta), (Checkpointed(net), inner))]  # fmt: skip
+    fits = [
+        train.fit(n, DATA, recipe, seed=1, init=t, perturb=attack)
+        for n, t in ((net, theta), (Checkpointed(net), inner))
+    ]
     assert fits[0].losses == fits[1].losses
 
 

@@ -38,9 +38,16 @@ def lab(
     monkeypatch.setenv("MCNOTES_DATA", str(tmp_path))
     monkeypatch.setenv("MCNOTES_STORE", str(tmp_path / "store"))
     return replace(
-        given, epochs=1, curve_epochs=1, batch_size=4, points=2, statistics=8, match_images=8,
-        device="cpu", pam_options=given.pam_options | {"p_epochs": 1, "images": 8, "probe": 8}
-    )  # fmt: skip
+        given,
+        epochs=1,
+        curve_epochs=1,
+        batch_size=4,
+        points=2,
+        statistics=8,
+        match_images=8,
+        device="cpu",
+        pam_options=given.pam_options | {"p_epochs": 1, "images": 8, "probe": 8},
+    )
 
 
 @pytest.mark.parametrize("lab", PAPER, indirect=True)
@@ -73,11 +80,21 @@ def test_runs_through_pam(lab: Experiment) -> None:
 # data set, its hundred classes and coloured pictures, the schedule, the augmentation and that no
 # image is held out (but in chapter 8) stay the preset's. A chapter takes what it has.
 BRIEF = {
-    "width": 4, "epochs": 1, "curve_epochs": 1, "batch_size": 32, "points": 3, "statistics": 64,
-    "match_images": 64, "device": "cpu", "pairs": [[1, 2]], "budgets": [1], "plane_points": 2,
-    "plane_images": 16, "candidates": 3,
+    "width": 4,
+    "epochs": 1,
+    "curve_epochs": 1,
+    "batch_size": 32,
+    "points": 3,
+    "statistics": 64,
+    "match_images": 64,
+    "device": "cpu",
+    "pairs": [[1, 2]],
+    "budgets": [1],
+    "plane_points": 2,
+    "plane_images": 16,
+    "candidates": 3,
     "pam_options": {"p_epochs": 1, "p_lr": 0.05, "images": 64, "probe": 64},
-}  # fmt: skip
+}
 
 
 def run_through(chapter: Path, values: dict[str, Any]) -> None:
@@ -100,9 +117,12 @@ def run_through(chapter: Path, values: dict[str, Any]) -> None:
     ],
 )
 def test_a_chapter_runs_through(
-    chapter: str, preset: str, further: dict[str, int], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    chapter: str,
+    preset: str,
+    further: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With a hundred classes, all images trained on, dead units, the data in the user's folder."""
     noise(tmp_path, "cifar100", train=128, test=32)
     monkeypatch.setenv("MCNOTES_DATA", str(tmp_path))

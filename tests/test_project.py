@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import kept
 import pytest
 import yaml
 
 from book._ext.repository import repository_url
+from mcnotes.lab import Experiment
 from tools import book, chapters, counts, notebooks, presets
 
 if sys.version_info >= (3, 11):
@@ -226,6 +229,14 @@ class TestRepository:
         assert cited <= set(known), sorted(cited - set(known))
 
 
+def test_what_a_kept_value_depends_on_is_found() -> None:
+    source = "few = 2 * 100\ndef draw(lab):\n    return few + images\n"
+    assert kept.unnamed(f"{source}lab.keep(draw)", {"images"}) == {"few"}
+    assert kept.unnamed(f"{source}lab.keep(draw, few)", {"images"}) == set()
+    further = f"images = lab.first(2000)\n{source}net = lab.keep(draw, few)"
+    assert kept.unnamed(further, set()) == {"images"}
+
+
 class TestReadme:
     def test_its_picture_is_the_one_that_chapter_4_drew(self) -> None:
         notebook = notebooks.read(ROOT / "book" / "04_neuron_alignment.ipynb")
@@ -298,6 +309,11 @@ class TestChapters:
         found = counts.of(notebooks.read(path))
         assert found.words > found.characters / 5
         assert found.figures >= 2 * found.tables
+
+    def test_the_key_of_a_kept_value_names_all_numbers_that_it_depends_on(self, path: Path) -> None:
+        code = notebooks.code_cells(notebooks.read(path))
+        named = {field.name for field in dataclasses.fields(Experiment)} | {"pairs"}  # as a and b
+        assert kept.unnamed("\n".join(cell.source for cell in code), named) == set()
 
     def test_headline_numbers_are_compared_with_the_stored_ones(self, path: Path) -> None:
         """By nbval, in `make test`."""

@@ -316,9 +316,14 @@ def test_experts_that_the_data_choose() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=20, hidden_size=24, intermediate_size=20, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=20,
+        hidden_size=24,
+        intermediate_size=20,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
     net, ids = transformers.MixtralForCausalLM(config), torch.randint(20, (2, 5))
     sym = symmetry.find(net, ids)
     assert sorted(g.size for g in sym.groups.values()) == [2, 6, 6, 20, 24]

@@ -221,7 +221,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
         X,
         "needs values at the network",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -261,9 +261,14 @@ def test_growth_is_linear_in_depth() -> None:
 
     def cost(layers: int) -> tuple[int, int]:
         config = transformers.LlamaConfig(
-            vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=layers,
-            num_attention_heads=2, num_key_value_heads=1, use_cache=False,
-        )  # fmt: skip
+            vocab_size=20,
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            use_cache=False,
+        )
         torch.manual_seed(0)
         net, ids = transformers.LlamaForCausalLM(config), torch.randint(20, (2, 4))
         symmetry.find(net, ids)

@@ -18,10 +18,11 @@ import pytest
 import torch
 from docutils import nodes
 from docutils.core import publish_doctree
+from myst_nb.sphinx_ import HideCodeCellNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from book._ext import lighten, mathematics, pages, repository
+from book._ext import fold, lighten, mathematics, pages, repository
 from mcnotes.curves import Curve
 from mcnotes.evaluate import Score
 from mcnotes.lab import Experiment
@@ -283,9 +284,15 @@ class TestRunner:
         tracked = {*told.stdout.split("\0")} - {""}
         assert {"data/paper.json", "mcnotes/lab/slider.html"} <= tracked
         tracked |= {"mcnotes/data/tasks.py", "mcnotes/store/locks/a.py", "data/results/a/b.json"}
-        caches = {"data/store/a.json", "data/downloads/cifar10.npz", "data/zoo/a.checkpoint",
-                  "data/zoo/locks/a.lock", "data/tiny-imagenet-200/train/a.JPEG",
-                  "mcnotes/__pycache__/a.pyc", "data/zoo/.a.json.3.part"}  # fmt: skip
+        caches = {
+            "data/store/a.json",
+            "data/downloads/cifar10.npz",
+            "data/zoo/a.checkpoint",
+            "data/zoo/locks/a.lock",
+            "data/tiny-imagenet-200/train/a.JPEG",
+            "mcnotes/__pycache__/a.pyc",
+            "data/zoo/.a.json.3.part",
+        }
         for file in tracked | caches:
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_text("x")
@@ -296,9 +303,11 @@ class TestRunner:
         assert {path.relative_to(tmp_path).as_posix() for path in seen} == tracked
 
     def test_the_key_depends_on_other_folders_of_data(
-        self, small_book: Path, tmp_path_factory: pytest.TempPathFactory,
-        monkeypatch: pytest.MonkeyPatch
-    ) -> None:  # fmt: skip
+        self,
+        small_book: Path,
+        tmp_path_factory: pytest.TempPathFactory,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         for name in ("MCNOTES_DATA", "MCNOTES_ZOO"):
             keys, folder = [chapters.inputs()], tmp_path_factory.mktemp("elsewhere")
             monkeypatch.setenv(name, str(folder))
@@ -396,8 +405,25 @@ class TestExtensions:
         assert [node.astext() for node in whole] == ["x = y.", "z,"]
         assert all(node["classes"] == ["together"] for node in whole)
         entry, _ = tree.findall(nodes.entry)
-        assert entry.astext() == "1\xa0±\xa02"
+        assert entry.astext() == "1 ±\xa02"
         assert tree.astext().replace("\xa0", " ") == before
+
+    def test_folded_code_stands_below_what_it_gives_and_neighbours_share_one_line(self) -> None:
+        def cell(code: str, *shown: str) -> nodes.container:
+            folded = HideCodeCellNode("", nodes.literal_block(code, code))
+            texts = [nodes.paragraph(text, text) for text in shown]
+            return nodes.container("", folded, *texts, nb_element="cell_code")
+
+        tree = publish_doctree("")
+        tree += [cell("parameters"), cell("helpers"), cell("draw", "picture"), cell("a")]
+        tree += [nodes.paragraph("", "text"), cell("b"), cell("c")]
+        fold.rearrange(None, tree, "a")
+        first, alone, _, last = tree.children
+        assert [part.astext() for part in first.children] == [
+            "picture",
+            "parameters\n\nhelpers\n\ndraw",
+        ]
+        assert [alone.astext(), last.astext()] == ["a", "b\n\nc"]
 
     def test_an_id_stands_once_and_no_header_is_empty(self) -> None:
         tree = self.page(".. note:: One.\n\n.. note:: Two.")

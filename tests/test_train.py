@@ -312,11 +312,13 @@ def test_tied_weights_stay_tied() -> None:
     [
         ({"precision": "bfloat16"}, 9, torch.bfloat16),  # nine steps, summed in float32
         pytest.param(
-            {"compile": True}, 9 * 32 * 144, torch.float32,
-            marks=pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler")
+            {"compile": True},
+            9 * 32 * 144,
+            torch.float32,
+            marks=pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler"),
         ),
     ],
-)  # fmt: skip
+)
 def test_low_precision_and_compilation_train_too(
     option: dict, count: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ def check(app: Any, error: Exception | None) -> None:
 
 
 def keep_together(app: Any, doctree: nodes.document, docname: str) -> None:
-    """A short formula and the sign after it stand on one line, as does 0.20 ± 0.02 in tables."""
+    """A short formula and the sign after it stand on one line; 0.20 ± 0.02 may break before ±."""
     for formula in list(doctree.findall(nodes.math)):
         parent, i = formula.parent, formula.parent.index(formula)
         after = "".join(x for x in parent[i + 1 : i + 2] if isinstance(x, nodes.Text))
@@ -78,7 +78,7 @@ def keep_together(app: Any, doctree: nodes.document, docname: str) -> None:
             parent[i + 1] = nodes.Text(rest)
     for entry in doctree.findall(nodes.entry):
         for text in [text for text in entry.findall(nodes.Text) if " ± " in text]:
-            text.parent.replace(text, nodes.Text(text.replace(" ± ", "\xa0±\xa0")))
+            text.parent.replace(text, nodes.Text(text.replace(" ± ", " ±\xa0")))
 
 
 def list_modules(app: Any, docname: str, source: list[str]) -> None:

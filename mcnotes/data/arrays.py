@@ -43,7 +43,7 @@ def _middle(x: Tensor) -> Tensor:
 
 
 def _gathered(one: Any, who: str) -> tuple[Tensor, Tensor]:
-    """All images and all labels, as they come."""
+    """All images and all labels, not yet checked or converted."""
     if isinstance(one, Split):
         return one.images, one.labels
     batches = one

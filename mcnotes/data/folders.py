@@ -142,8 +142,10 @@ def _folder(root: Path, size: int | None) -> tuple[dict[str, Any], list[str]]:
     names = [*found["train"]]
     for name, classes in found.items():
         if odd := sorted({*classes} ^ {*names}):
-            cause = f"data.dataset: {root} has other classes in {name} than in train, as {odd[0]!r}"
-            raise DataError(f"{cause}, expected the same ({len(odd)} are in one alone)")
+            cause = f"data.dataset: {root} has other classes in {name} than in train"
+            raise DataError(
+                f"{cause}, such as {odd[0]!r}, expected the same ({len(odd)} are in one alone)"
+            )
     _refuse_links(chain.from_iterable(chain(*(c.values() for c in found.values()))))
     pictures = {
         path: _picture(path, size)

@@ -79,7 +79,7 @@ FAULTS = {
     "copy": Fault(
         "above",
         0.5,
-        "as they come, units correlate by {:.2f}: one network stems from the other",
+        "before any matching, units correlate by {:.2f}: one network stems from the other",
         "permute nothing, average them as they are",
     ),
     "dead": Fault(
