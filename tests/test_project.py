@@ -46,6 +46,8 @@ ORDER = [
     "symmetry.groups",
     "symmetry.activations",
     "symmetry.find",
+    "symmetry.exponents",
+    "symmetry.bases",
     "symmetry",
     "data.augment",
     "data.sources",
@@ -91,6 +93,7 @@ INNER = {
     "symmetry.trace",
     "symmetry.rules",
     "symmetry.activations",
+    "symmetry.exponents",
     "data.arrays",
     "names",
 }
