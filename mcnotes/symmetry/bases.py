@@ -328,7 +328,7 @@ class Bases:
                 for fold in f.folds
                 if fold[0].place.name == name
             }
-            row(name)["folded"] += sum(gains)
+            row(name.rpartition(".")[0])["folded"] += sum(gains)
         return pandas.DataFrame([*rows.values()])
 
     def __repr__(self) -> str:

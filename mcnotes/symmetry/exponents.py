@@ -373,19 +373,35 @@ class Follower:
             for k, x in enumerate(values)
             for leg in x.legs
         ]
-        home = [*range(len(own))]
-        for (i, (k, f)), (j, (m, g)) in combinations(enumerate(own), 2):
-            if k != m and home[i] != home[j] and overlap(f.codes, g.codes):
-                home = [home[i] if h == home[j] else h for h in home]
-        for h in dict.fromkeys(home):
-            these = [own[i] for i in range(len(own)) if home[i] == h]
-            legs = [leg for _, leg in these]
-            if len({k for k, _ in these}) < len(these) or not all(
-                self.match(legs[0].codes, leg.codes) for leg in legs[1:]
-            ):
-                self.vanish(legs)
+        for these in clusters(own):
+            if self.fit(these):
+                yield dict(these)
                 continue
-            yield dict(these)
+            # Some spaces may match where others do not.
+            alone = [(k, one) for k, leg in these for one in self.by_space(leg)]
+            for few in clusters(alone) if len(alone) > len(these) else [these]:
+                if self.fit(few):
+                    yield dict(few)
+                else:
+                    self.vanish(leg for _, leg in few)
+
+    def fit(self, legs: Sequence[tuple[int, Leg]]) -> bool:
+        """Whether these are legs of different tensors that match."""
+        (_, first), *rest = legs
+        return len({k for k, _ in legs}) == len(legs) and all(
+            self.match(first.codes, leg.codes) for _, leg in rest
+        )
+
+    def by_space(self, leg: Leg) -> list[Leg]:
+        """The units of each space as a leg of their own."""
+        space = self.space_of(leg.codes)
+        return [
+            Leg(
+                leg.codes.where((leg.codes >= UNIT) & (space == s), 0),
+                tuple({s: part[s]} for part in leg.parts),
+            )
+            for s in sorted(self.spaces(leg.codes))
+        ]
 
     def lack(self, leg: Leg, values: Sequence[Value], dims: int) -> bool:
         """Whether any of these tensors differs along the axes on which the leg's units lie."""
@@ -593,7 +609,7 @@ class Follower:
         name, writes = op_name(node.target), schema.is_mutable
         self.at = name
         values = values_in(given.values())
-        out = tree_map_only(Tensor, lambda t: plain(t.shape), node.meta["val"])
+        out = tree_map_only(Tensor, lambda t: plain(t.shape), node.meta.get("val"))
         if any(x.legs for x in values):
             found = None if writes else self.rule(name, given, out)
             if found is None:
@@ -753,6 +769,15 @@ class Follower:
         if name in MAX_POOLS:
             return [self.in_space(x, MAX_POOLS[name], out[0].shape, linear=False), out[1]]
         return None
+
+
+def clusters(legs: Sequence[tuple[int, Leg]]) -> list[list[tuple[int, Leg]]]:
+    """Legs of several tensors, each with its tensor's number: those that meet are together."""
+    home = [*range(len(legs))]
+    for (i, (k, f)), (j, (m, g)) in combinations(enumerate(legs), 2):
+        if k != m and home[i] != home[j] and overlap(f.codes, g.codes):
+            home = [home[i] if h == home[j] else h for h in home]
+    return [[legs[i] for i, h in enumerate(home) if h == own] for own in dict.fromkeys(home)]
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
