@@ -19,12 +19,13 @@ import mcnotes
 from mcnotes import api, attacks, curves, evaluate, matching, models, symmetry, train
 from mcnotes.curves import Curve, Theta
 from mcnotes.data import Split
-from mcnotes.matching import Descent, Pair, pam
+from mcnotes.matching import Descent, Learn, Pair, pam
 
 NET, DATA = plain(), task()
 A, B, C = (train.initialise(NET, seed) for seed in (1, 2, 3))
 SYM = symmetry.find(NET, DATA.example)
 LINE, BENT = curves.line(A, B), curves.bezier(A, B)
+BASES = symmetry.find(NET, DATA.example, kinds=symmetry.KINDS)
 PERM = SYM.random(torch.Generator().manual_seed(0))
 PAIR = Pair(NET, SYM, A, B)
 RECIPE = train.Recipe(1, batch_size=32)
@@ -40,7 +41,8 @@ right: dict[str, Any] = {
     "net": NET, "theta": A, "theta_a": A, "theta_b": B, "thetas": [A, B], "a": A, "b": B,
     "split": DATA.test, "data": DATA.test, "images": DATA.test, "statistics": DATA.train,
     "task": DATA, "recipe": RECIPE, "curve": BENT, "sym": SYM, "perm": PERM, "seed": 1,
-    "pair": PAIR, "problem": PROBLEM,
+    "pair": PAIR, "problem": PROBLEM, "bases": BASES,
+    "element": BASES.random(torch.Generator().manual_seed(0)),
     "corners": (A, B, C), "wanted": evaluate.CLASSIFICATION, "ends": (A, B),
     "example": DATA.example,
     "model_a": NET, "model_b": NET, "models": [NET, NET], "batches": BATCHES,
@@ -110,6 +112,12 @@ wrong: dict[str, Mapping[str, Any]] = {
     "at": NAMED, "cost": NAMED, "method": NAMED, "t": NUMBER | {"beyond": 1.5},
     "example": {"text": "image", "a number": 3, "none": None},
     "train": FLAG, "layers": {"another": ["7"], "not at work": ["2"]},
+    "kinds": {"text": "scales", "another": ("scale",), "a number": [3]},
+    "bases": {"a symmetry": SYM, "none": None}, "rounds": COUNT, "permute": FLAG,
+    "learn": {"a dictionary": {}, "text": "yes"},
+    "element": {"of ones": {"1:scales": torch.ones(3)}, "negative": {"1:scales": -torch.ones(16)},
+                "another": {"5": torch.ones(3)}, "a list": [1], "none": None},
+    "names": {"another": ["7"]},
     "every": FLAG, "how": {"text": "sinkhorn", "none": None}, "start": PERMS,
     "settings": {"a dictionary": {}, "none": None}, "sweeps": COUNT,
     "degree": COUNT, "bends": WHOLE, "kind": NAMED,
@@ -145,7 +153,8 @@ FUNCTIONS = cases_of(
     train.initialise, train.fit, train.fit_curve, curves.line, curves.bezier, curves.chain,
     symmetry.find, matching.match, matching.match_many, matching.diagnose, matching.repair,
     matching.channel_moments, matching.stream, matching.weight_matching, matching.loss_matching,
-    matching.certify, Pair, pam.Problem, pam.fit,
+    matching.certify, matching.match_bases, Learn, BASES.random, BASES.transform, BASES.fold,
+    BASES.verify, Pair, pam.Problem, pam.fit,
     SYM.permute, SYM.apply_matrices, SYM.verify, SYM.tapper, SYM.complete, SYM.compose,
     SYM.random,
     SYM.inverse, train.Recipe, Descent, pam.Settings, attacks.PGD, attacks.Square, attacks.fgsm,
@@ -181,6 +190,14 @@ own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do no
         "others": {"a number": 3, "none": None, "numbers": [3], "a tensor": torch.rand(2, 6)},
         "tolerance": {n: x for n, x in POSITIVE.items() if n != "infinite"},
     },
+    "symmetry.bases.Bases.transform": {"theta": {n: STATES[n] for n in MISFITS}},
+    "symmetry.bases.Bases.fold": {"theta": {}},
+    "symmetry.bases.Bases.verify": {
+        "theta": {n: x for n, x in STATES.items() if n != "none"},
+        "others": {"a number": 3, "none": None, "numbers": [3], "a tensor": torch.rand(2, 6)},
+        "tolerance": {n: x for n, x in POSITIVE.items() if n != "infinite"},
+    },
+    "matching.bases.match_bases": {"images": {n: x for n, x in SETS.items() if n != "none"}},
     "matching.diagnose.diagnose": {"images": COUNT},
     "matching.certificate.certify": {"steps": WHOLE},
     "matching.weights.weight_matching": {"only": {"another": ["7"], "text": "x"}},

@@ -67,6 +67,7 @@ ORDER = [
     "matching.weights",
     "matching.certificate",
     "matching.loss",
+    "matching.bases",
     "matching.methods",
     "matching.many",
     "matching.repair",

@@ -1,4 +1,4 @@
-"""Scales, signs, rotations and changes of basis: found as by hand, and never where there are none."""
+"""Scales, signs, rotations, changes of basis: found as by hand, and not where there are none."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_convolutions_and_batchnorm() -> None:
 
 
 def test_residual_network() -> None:
-    """What the practitioner knows: the units within each block; on the stream, all layers' at once."""
+    """The units within each block; on the stream, those of all layers at once."""
     net = models.build("resnet20", num_classes=10, in_channels=1, width=4)
     found = symmetry.find(net, torch.rand(2, 1, 16, 16), kinds=KINDS)
     assert {f.kind for f in found.factors.values()} == {"scales"}
@@ -304,6 +304,8 @@ ROTATED = {8: {"rotations"}}
 NOTHING: dict[int, set[str]] = {}
 SCALED, FLIPPED, FREE = {8: {"scales"}}, {8: {"signs"}}, {8: {"bases"}}
 GAINS = {8: {"scales", "signs"}}
+ABOUT_1 = {8: {"rotations about 1"}}
+HALVES = {4: {"bases"}}
 
 HOSTILE: dict[str, Case] = {
     "linear": Case(lambda s, x: s.b(s.a(x)), FREE, **AB),
@@ -339,7 +341,7 @@ HOSTILE: dict[str, Case] = {
         lambda s, x: s.b(unit(s.a(x) + s.n(s.a(x)))), FLIPPED, **NORMED
     ),
     "mean and square": Case(
-        lambda s, x: s.b(unit(s.a(x))) * s.a(x).mean(-1, keepdim=True), {8: {"rotations about 1"}}, **AB
+        lambda s, x: s.b(unit(s.a(x))) * s.a(x).mean(-1, keepdim=True), ABOUT_1, **AB
     ),
     "another power": Case(
         lambda s, x: s.b(s.a(x) / (s.a(x) ** 4).mean(-1, keepdim=True)), FLIPPED, **AB
@@ -351,7 +353,7 @@ HOSTILE: dict[str, Case] = {
         lambda s, x: s.b(s.a(x) * s.a(x)[:, :4].pow(2).sum(-1, keepdim=True)),
         {4: {"rotations", "bases"}}, **AB
     ),
-    "halves": Case(lambda s, x: s.b(torch.cat(s.a(x).chunk(2, -1)[::-1], -1)), {4: {"bases"}}, **AB),
+    "halves": Case(lambda s, x: s.b(torch.cat(s.a(x).chunk(2, -1)[::-1], -1)), HALVES, **AB),
     "half a relu": Case(
         lambda s, x: s.b(torch.cat([s.a(x)[:, :4].relu(), s.a(x)[:, 4:]], -1)),
         {4: {"scales", "bases"}}, **AB
@@ -408,7 +410,7 @@ HOSTILE: dict[str, Case] = {
         lambda s, x: F.cosine_similarity(s.a(x), s.c(x)), ROTATED, a=lin(4, 8), c=lin(4, 8)
     ),
     "layer norm": Case(
-        lambda s, x: s.b(s.n(s.a(x))), {8: {"rotations about 1"}}, **AB | {"n": layernorm(8)}
+        lambda s, x: s.b(s.n(s.a(x))), ABOUT_1, **AB | {"n": layernorm(8)}
     ),
     "group norm": Case(
         lambda s, x: s.b(F.group_norm(s.a(x), 2)), NOTHING, **AB
@@ -417,7 +419,7 @@ HOSTILE: dict[str, Case] = {
         lambda s, x: s.b(s.a(x) / (s.a(x).norm(dim=0, keepdim=True) + 1e-3)), FLIPPED, **AB
     ),
     "the units' sum": Case(
-        lambda s, x: s.b(s.a(x)) + s.a(x).sum(1, keepdim=True), {8: {"rotations about 1"}}, **AB
+        lambda s, x: s.b(s.a(x)) + s.a(x).sum(1, keepdim=True), ABOUT_1, **AB
     ),
     "an output too": Case(lambda s, x: (s.b(s.a(x)), s.a(x)), NOTHING, **AB),
     "sorted": Case(lambda s, x: s.b(s.a(x).sort(-1).values), NOTHING, **AB),
@@ -427,7 +429,7 @@ HOSTILE: dict[str, Case] = {
     ),
     "a matrix between": Case(
         lambda s, x: s.b(torch.linalg.solve(s.w @ s.w.T + torch.eye(8), s.a(x).T).T),
-        NOTHING, w=par(8, 8), **AB
+        ROTATED, w=par(8, 8), **AB  # the columns of w
     ),
 }  # fmt: skip
 
@@ -453,7 +455,7 @@ def small() -> tuple[nn.Module, Tensor, Bases]:
 
 
 def test_transforming_leaves_the_parameters_as_they_are() -> None:
-    net, x, found = small()
+    net, _, found = small()
     theta = {n: t.double() for n, t in net.state_dict().items()}
     kept = {n: t.clone() for n, t in theta.items()}
     element = found.random(torch.Generator().manual_seed(0))
@@ -484,7 +486,7 @@ def test_a_gain_of_zero_beside_a_bias_is_refused() -> None:
     net, _ = HOSTILE["layer norm"]()
     found = symmetry.find(net, torch.rand(3, 4), kinds=KINDS)
     theta = dict(net.state_dict()) | {"n.weight": torch.tensor([0.0, *[1.0] * 7])}
-    with pytest.raises(ValueError, match="n.weight"):
+    with pytest.raises(ValueError, match=r"n\.weight"):
         found.fold(theta)
 
 
@@ -509,7 +511,7 @@ def test_elements_of_another_group_are_refused(kind: str, wrong: Any) -> None:
     net, x = HOSTILE[names[kind]]()
     found = symmetry.find(net, x, kinds=KINDS)
     (name,) = (n for n, f in found.factors.items() if f.kind == kind)
-    with pytest.raises(ValueError, match="expected|got|is not|moves"):
+    with pytest.raises(ValueError, match=r"expected|got|is not|moves"):
         found.transform(dict(net.state_dict()), {name: wrong})
 
 

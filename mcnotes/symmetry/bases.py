@@ -218,12 +218,15 @@ class Bases:
 
         Raises ValueError for a gain of 0 beside which there is a bias.
         """
-        chosen = self.factors if names is None else names
+        self._check_shapes(theta)
+        chosen = self.factors if names is None else [*names]
+        if wrong := [n for n in chosen if n not in self.factors]:
+            raise ValueError(f"no factor {wrong[0]!r} in this value; there are {[*self.factors]}")
         # One gain may be folded for several factors.
         folds = {f[0].place.name: f for n in chosen for f in self.factors[n].folds}
         for name, (own, *others) in folds.items():
             at = own.place
-            gain = (at.of(theta) + own.offset).movedim(at.axis, 0)[index(at)].flatten()
+            gain = (at.of(theta) + own.offset).movedim(at.axis, 0)[entries(at)].flatten()
             if bool((gain == 0).any()) and any(s.power > 0 for s in others):
                 raise ValueError(f"fold: a gain in {name!r} is 0, so its bias cannot be kept")
             theta = act(theta, own, torch.ones_like(gain), assign=True)
@@ -242,6 +245,19 @@ class Bases:
         theta = self.fold(theta, [n for n in self.factors if n in element])
         perm = {n: p for n, p in element.items() if n not in self.factors}
         return self.act(self.permutations.permute(theta, perm), element)
+
+    def _check_shapes(self, theta: Theta) -> None:
+        """Raise ValueError for tensors of other shapes than in the network that this is of."""
+        if not isinstance(theta, Mapping):
+            raise ValueError(f"transform: got a {type(theta).__name__}, expected tensors by name")
+        shapes = self.permutations.shapes
+        for name in self.names:
+            if name not in theta or theta[name].shape != shapes.get(name, theta[name].shape):
+                got = [*theta[name].shape] if name in theta else "nothing"
+                raise ValueError(
+                    f"transform: {name!r}: got {got}, expected {[*shapes[name]]}: is it of another "
+                    "network?"
+                )
 
     def act(self, theta: Theta, element: Element) -> Theta:
         """What the factors alone do to parameters that are folded; unchecked, differentiable."""
@@ -346,7 +362,7 @@ class Bases:
 # How factors act
 
 
-def index(place: Place) -> Tensor:
+def entries(place: Place) -> Tensor:
     """[units, slots] of a place."""
     return torch.from_numpy(np.ascontiguousarray(place.index))
 
@@ -358,7 +374,7 @@ def act(theta: Theta, site: Site, how: Tensor, *, assign: bool = False) -> Theta
     """
     at = site.place
     flat = at.of(theta).movedim(at.axis, 0)
-    where = index(at).to(flat.device)
+    where = entries(at).to(flat.device)
     old = flat[where] + site.offset  # [units, slots, …]
     how = how.to(flat)
     if how.dim() == 2:
@@ -438,7 +454,7 @@ class Discovery:
         ]
         for p in slots:
             if self.captured.tied.get(p.name) == p.name:
-                self.seats.append(Seat(len(self.names), p.name, p.axes, index(p)))
+                self.seats.append(Seat(len(self.names), p.name, p.axes, entries(p)))
                 self.places.append(p)
         self.names.append(name)
 
