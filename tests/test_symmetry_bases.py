@@ -111,7 +111,7 @@ def llama(**options: Any) -> nn.Module:
 
 
 def llama_table() -> Table:
-    """By hand. A head's queries and keys: one scale for each frequency of the rotary positions."""
+    """By hand. A head's queries and keys: a scale and a phase for each rotary frequency."""
     stream = line(
         "model.embed_tokens.weight[1] +.self_attn.q_proj.weight[1] +.self_attn.k_proj.weight[1] "
         "+.self_attn.v_proj.weight[1] +.self_attn.o_proj.weight[0] +.mlp.gate_proj.weight[1] "
@@ -138,7 +138,7 @@ def llama_table() -> Table:
             (f"{attention}.q_proj[{h}]", "scales", 2): line(
                 "+.q_proj.weight[0] +.k_proj.weight[0]^-1", attention
             ),
-            (f"{attention}.q_proj[{h}]", "signs", 2): line(
+            (f"{attention}.q_proj[{h}]", "phases", 2): line(
                 "+.q_proj.weight[0] +.k_proj.weight[0]", attention
             ),
         }
@@ -148,7 +148,7 @@ def llama_table() -> Table:
 def test_llama() -> None:
     net, ids = llama(), torch.randint(20, (2, 5))
     found = check(net, ids, llama_table(), torch.randint(20, (3, 9)))
-    total = 24 * 23 // 2 + 20 + 2 * (16 + 2)
+    total = 24 * 23 // 2 + 20 + 2 * (16 + 2 + 2)
     assert sum(f.dimension for f in found.factors.values()) == total
     layers = found.dimensions().set_index("layer")
     assert layers.loc["model.layers.0", "rotations"] == 276
@@ -240,10 +240,13 @@ def test_vit() -> None:
 
 
 FAMILIES = {
-    "Gemma": ({"head_dim": 4, "num_key_value_heads": 2}, {"bases", "scales", "signs"}),
-    "Qwen2": ({"num_key_value_heads": 2}, {"bases", "rotations", "scales", "signs"}),
+    "Gemma": ({"head_dim": 4, "num_key_value_heads": 2}, {"bases", "scales", "signs", "phases"}),
+    "Qwen2": ({"num_key_value_heads": 2}, {"bases", "rotations", "scales", "signs", "phases"}),
     "Qwen3": ({"head_dim": 4, "num_key_value_heads": 2}, {"bases", "rotations", "scales", "signs"}),
-    "Mistral": ({"num_key_value_heads": 3}, {"bases", "rotations", "scales", "signs"}),
+    "Mistral": (
+        {"num_key_value_heads": 3},
+        {"bases", "rotations", "scales", "signs", "phases"},
+    ),
 }
 
 
@@ -444,6 +447,73 @@ def test_what_is_offered_holds(name: str) -> None:
     assert offered == HOSTILE[name].offered
     if found.factors:
         assert found.verify(net, x, others=[torch.rand(5, *x.shape[1:])]) < 1e-9
+
+
+# Rotary positions by hand: two heads of eight coordinates, the scores as the output
+
+
+def scores(s: Any, x: Tensor, angles: Tensor, sign: float = 1.0, turn_keys: bool = True) -> Tensor:
+    def turned(u: Tensor) -> Tensor:
+        half = torch.cat([-u[..., 4:], u[..., :4]], -1)
+        return u * angles.cos() + half * (sign * angles.sin())
+
+    q, k = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (s.q, s.k))
+    return (turned(q) @ (turned(k) if turn_keys else k).mT).exp().sum(1)
+
+
+def angles(x: Tensor, *shares: float) -> Tensor:
+    """[positions, 8]; shares: of each half."""
+    one = torch.arange(float(x.shape[1]))[:, None] * torch.tensor([1.0, 0.5, 0.2, 0.1])
+    return torch.cat([one * share for share in shares], -1)
+
+
+def doubled(x: Tensor) -> Tensor:
+    one = angles(x, 1.0)
+    return torch.cat([one, one], -1)
+
+
+def by_parameter(s: Any, x: Tensor) -> Tensor:
+    one = torch.arange(float(x.shape[1]))[:, None] * s.f
+    return torch.cat([one, one], -1)
+
+
+QK = {"q": lin(4, 16), "k": lin(4, 16)}
+TURNED, UNTURNED = {4: {"scales", "phases"}}, {4: {"scales", "signs"}}
+ROTARY = {
+    "as it should be": Case(lambda s, x: scores(s, x, doubled(x)), TURNED, 2, 5, 4, **QK),
+    "queries alone": Case(
+        lambda s, x: scores(s, x, doubled(x), turn_keys=False), TURNED, 2, 5, 4, **QK
+    ),
+    "halves that differ": Case(
+        lambda s, x: scores(s, x, angles(x, 1.0, 2.0)), UNTURNED, 2, 5, 4, **QK
+    ),
+    "halves that are not known to be equal": Case(
+        lambda s, x: scores(s, x, angles(x, 1.0, 1.0)), UNTURNED, 2, 5, 4, **QK
+    ),
+    "a gain for each coordinate": Case(
+        lambda s, x: scores(s, x, doubled(x)) + scores(s, x * s.g, doubled(x)),
+        TURNED, 2, 5, 4, g=par(4), **QK
+    ),
+    "a gain for each coordinate of heads": Case(
+        lambda s, x: ((s.q(x).unflatten(-1, (2, 8)).transpose(1, 2) * s.g)
+        @ s.k(x).unflatten(-1, (2, 8)).transpose(1, 2).mT).sum(1) + scores(s, x, doubled(x)),
+        UNTURNED, 2, 5, 4, g=par(8), **QK
+    ),
+    "learned frequencies": Case(
+        lambda s, x: scores(s, x, by_parameter(s, x)), UNTURNED, 2, 5, 4, f=par(4), **QK
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_what_commutes_with_rotary_positions(name: str) -> None:
+    net, x = ROTARY[name]()
+    found = symmetry.find(net, x, kinds=KINDS)
+    offered: dict[int, set[str]] = {}
+    for f in found.factors.values():
+        offered.setdefault(f.size, set()).add(f.kind)
+    assert offered == ROTARY[name].offered
+    assert found.verify(net, x, others=[torch.rand(3, 7, 4)]) < 1e-9
 
 
 # The value

@@ -348,6 +348,9 @@ class Search:
             for name, f in space.factors.items():
                 if f.kind == "signs":
                     self.b = self.bases.act(self.b, {name: self.signs(space, f, usable)})
+                if f.kind == "phases":
+                    angles = self.phases(f, f, usable).angle()
+                    self.b = self.bases.act(self.b, {name: angles})
 
     def products(self, one: Space, two: Space, usable: Usable) -> tuple[Tensor, list[Place]]:
         """For each place of two alike spaces the products of A's units and B's: [places, n, n]."""
@@ -377,6 +380,9 @@ class Search:
             _, f = one.mixing
             product = self.products(one, two, usable)[0].sum(0)
             return float((procrustes(f, product) * product).sum())
+        for f, g in zip(one.factors.values(), two.factors.values(), strict=True):
+            if f.kind == "phases":
+                return float(self.phases(f, g, usable).abs().sum())
         score = self.scores(one, two, usable)
         order = assign(score) if one.group else torch.arange(len(score))
         return float(score.gather(1, order.to(score.device)[:, None]).sum())
@@ -389,6 +395,22 @@ class Search:
                 one, two = (rows(end, s.place, s.offset) for end in (self.a, self.b))
                 agree = agree.to(one) + (one * two).sum(1)
         return torch.where(agree < 0, -1.0, 1.0).double()
+
+    def phases(self, f: Factor, g: Factor, usable: Usable) -> Tensor:
+        """The complex products of A's units and B's [n]: how far, and how well, B's may turn."""
+        total = torch.zeros(f.size, dtype=torch.complex128)
+        for s, t in zip(f.sites, g.sites, strict=True):
+            if usable(s.place.name):
+                one, two = planes(self.a, s.place), planes(self.b, t.place)
+                total = total.to(one) + (one * two.conj()).sum(1)
+        return total
+
+
+def planes(theta: Theta, place: Place) -> Tensor:
+    """The pairs of slots of each unit as complex numbers: [units, numbers]."""
+    flat = place.of(theta).movedim(place.axis, 0)
+    x, y = flat[entries(place).to(flat.device)].unflatten(1, (-1, 2)).unbind(2)
+    return torch.complex(x, y).flatten(1)
 
 
 def same(p: Place, q: Place) -> bool:
@@ -469,9 +491,9 @@ class GroupStep(train.Step):
 
 
 def exponential(f: Factor, x: Tensor) -> Tensor:
-    """The element of a group of which x is the logarithm; differentiable."""
-    if f.kind == "scales":
-        return x.exp()
+    """The element of a group of which x is the logarithm (of phases: angles); differentiable."""
+    if f.kind in ("scales", "phases"):
+        return x.exp() if f.kind == "scales" else x
     about_ones = f.kind == "rotations about 1"
     turning = x if f.kind == "bases" else x - x.T
     if about_ones:

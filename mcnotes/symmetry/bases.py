@@ -54,8 +54,8 @@ KINDS = ("permutations", "scales", "signs", "rotations", "bases")
 class Site:
     """Where a factor acts: on the units of a place, with a power, and on θ + offset.
 
-    A scale or sign s multiplies by sᵖ; of a matrix M, p = 1 is M, and p = −1 its inverse
-    transposed, as in what reads a space.
+    A scale or sign s multiplies by sᵖ. Of a matrix M, p = 1 is M, and p = −1 its inverse
+    transposed, as in what reads a space. A phase turns the pairs of slots of each unit by an angle.
     """
 
     place: Place
@@ -87,16 +87,19 @@ class Factor:
             "rotations about 1": (n - 1) * (n - 2) // 2,
             "scales": n,
             "signs": 0,
+            "phases": n,
         }[self.kind]
 
     @property
     def mixes(self) -> bool:
         """Whether its elements are matrices [n, n]; if not, vectors [n]."""
-        return LAWS[self.kind].mixes
+        return LAWS[self.kind].mixes and self.kind != "phases"
 
     def identity(self) -> Tensor:
         """The element that changes nothing, in float64."""
         n = self.size
+        if self.kind == "phases":
+            return torch.zeros(n).double()
         return torch.eye(n).double() if self.mixes else torch.ones(n).double()
 
     def random(self, generator: torch.Generator | None = None) -> Tensor:
@@ -107,6 +110,8 @@ class Factor:
         n = self.size
         if self.kind == "scales":
             return spread(n, generator)
+        if self.kind == "phases":
+            return 2 * math.pi * torch.rand(n, generator=generator, dtype=torch.float64)
         if self.kind == "signs":
             return torch.randint(2, (n,), generator=generator).double() * 2 - 1
         if self.kind == "bases":
@@ -126,6 +131,8 @@ class Factor:
             return f"got {got}, expected real numbers {list(shape)}"
         if not bool(x.isfinite().all()):
             return "got numbers that are not finite"
+        if self.kind == "phases":
+            return ""
         if self.kind == "scales":
             return "" if bool((x > 0).all()) else "got scales that are not positive"
         if self.kind == "signs":
@@ -267,6 +274,9 @@ class Bases:
             x = element[name]
             dual = torch.linalg.inv(x).mT if f.kind == "bases" else x
             for site in f.sites:
+                if f.kind == "phases":
+                    theta = act(theta, site, x, turn=True)
+                    continue
                 how = (x if site.power > 0 else dual) if f.mixes else x ** float(site.power)
                 theta = act(theta, site, how)
         return dict(theta)
@@ -367,17 +377,24 @@ def entries(place: Place) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(place.index))
 
 
-def act(theta: Theta, site: Site, how: Tensor, *, assign: bool = False) -> Theta:
+def act(
+    theta: Theta, site: Site, how: Tensor, *, assign: bool = False, turn: bool = False
+) -> Theta:
     """Parameters on which a matrix [n, n] has acted at a site, or numbers [n].
 
-    assign: the numbers take the place of what is there.
+    assign: the numbers take the place of what is there. turn: they are angles.
     """
     at = site.place
     flat = at.of(theta).movedim(at.axis, 0)
     where = entries(at).to(flat.device)
     old = flat[where] + site.offset  # [units, slots, …]
     how = how.to(flat)
-    if how.dim() == 2:
+    if turn:
+        pairs = old.unflatten(1, (-1, 2))
+        x, y = pairs.unbind(2)
+        cos, sin = (f(how).view(-1, *[1] * (x.dim() - 1)) for f in (torch.cos, torch.sin))
+        new = torch.stack([cos * x - sin * y, sin * x + cos * y], 2).flatten(1, 2)
+    elif how.dim() == 2:
         new = torch.einsum("ij,js...->is...", how, old)
     else:
         how = how.view(-1, *[1] * (old.dim() - 1)).expand_as(old)
@@ -595,9 +612,14 @@ def discover(
             mixed |= {*found} if law.mixes else set()
         for name in left:
             refused.setdefault(name, {})[kind] = searches[0].why(kind, name)
+    turns = phases(captured, sym) if "rotations" in kinds else {}
     for kind in ("scales", "signs"):
         if kind in kinds:
-            factors |= under_positions(captured, sym, kind)
+            more = under_positions(captured, sym, kind)
+            # A sign is half a turn.
+            turned = {f.space for f in turns.values()} if kind == "signs" else set()
+            factors |= {n: f for n, f in more.items() if f.space not in turned}
+    factors |= turns
     return factors, refused
 
 
@@ -628,6 +650,29 @@ def under_positions(captured: Capture, sym: Symmetry, kind: str) -> dict[str, Fa
                     search.add(name, places)
         found = search.factors(kind, {n for n in search.names if f"{n}:{kind}" not in factors}, {})
         factors |= {f"{name}:{kind}": f for name, (f, *_) in found.items()}
+    return factors
+
+
+def phases(captured: Capture, sym: Symmetry) -> dict[str, Factor]:
+    """Turns of the pairs of coordinates that rotary positions turn: one angle for each pair."""
+    search, whole = Discovery(captured, sym), dict[str, list[Place]]()
+    for g in sym.groups.values():
+        for head, places in enumerate(heads(sym, g, PAIRINGS["halves"]) if g.inner else ()):
+            if not places:
+                continue
+            name = f"{places[0].name.removesuffix('.weight')}[{head}]"
+            whole[name] = places
+            for pair in range(len(places[0].index)):
+                at = [(p, p.index[pair].reshape(-1, 2).T) for p in places]
+                search.add(f"{name}~{pair}", [Place(p.name, p.axes, i) for p, i in at])
+    found = search.factors("phases", search.names, {})
+    factors = {}
+    for name, places in whole.items():
+        pairs = [found.get(f"{name}~{k}", []) for k in range(len(places[0].index))]
+        acts = [[s.place.name for s in fs[0].sites] if len(fs) == 1 else [] for fs in pairs]
+        if acts[0] and all(a == acts[0] for a in acts):
+            sites = tuple(Site(p, 1) for n in acts[0] for p in places if p.name == n)
+            factors[f"{name}:phases"] = Factor(name, "phases", len(pairs), sites)
     return factors
 
 

@@ -50,12 +50,14 @@ class Law:
     """A kind of group. modulus: 2 if acting twice is acting not at all, 0 if powers are numbers.
 
     mixes: whether it mixes the units of a space; if not, it multiplies each. ones: whether its
-    matrices leave the vector of ones, and sums over the units, as they are.
+    matrices leave the vector of ones, and sums over the units, as they are. turns: whether they
+    turn a plane, and so let it be turned by rotary positions.
     """
 
     modulus: int
     mixes: bool
     ones: bool = False
+    turns: bool = False
 
 
 LAWS = {
@@ -64,6 +66,7 @@ LAWS = {
     "rotations about 1": Law(2, mixes=True, ones=True),
     "scales": Law(0, mixes=False),
     "signs": Law(2, mixes=False),
+    "phases": Law(2, mixes=True, turns=True),
 }
 """All kinds of groups, the larger ones first."""
 
@@ -175,16 +178,31 @@ def follow(
         if seat.name in ones or seat.name not in begun:
             follower.equations[seat.space].append(({k: Fraction(1)}, ""))
     graph = captured.graph
+    turned = [t for node in graph.graph.nodes if law.turns and (t := turning(node))]
+    skipped = {node: x for _, x, inner in turned for node in inner}
+    ends = {end: x for end, x, _ in turned}
     for node in graph.graph.nodes:
         name = starts.get(node)
+        if node in skipped:
+            follower.at = "rotary positions"
+            others = [
+                n for n in node.all_input_nodes if n not in skipped and n is not skipped[node]
+            ]
+            follower.vanish(leg for n in others for leg in env[n].legs)
+            env[node] = plain(node.meta["val"].shape)
+            continue
+        if node in ends:
+            follower.at = "rotary positions"
+            env[node] = follower.turn(env[ends[node]])
+            continue
         if node.op == "placeholder":
             env[node] = tree_map_only(Tensor, lambda x: plain(x.shape), node.meta["val"])
         elif node.op == "get_attr":
             env[node] = plain(getattr(graph, node.target).shape)
         elif node.op == "output":
             follower.at = "the output"
-            ends = [env[x] for x in tree_leaves(node.args) if isinstance(x, Node)]
-            for x in values_in(ends):
+            results = [env[x] for x in tree_leaves(node.args) if isinstance(x, Node)]
+            for x in values_in(results):
                 follower.vanish(x.legs)
         elif node.target is operator.getitem:
             env[node] = env[node.args[0]][node.args[1]]
@@ -198,6 +216,58 @@ def follow(
                 else value._replace(legs=follower.seated(value.shape, seated[name]))
             )
     return Found(follower.equations)
+
+
+def turning(node: Any) -> tuple[Node, Node, set[Node]] | None:
+    """Whether x · cos + half(x) · sin ends here: the node, that of x, and those between.
+
+    half(x) is (−x₂, x₁), the halves of the last axis, and cos and sin are alike in both halves.
+    """
+    products: list[Any] = [x for x in node.args if is_op(x, "mul")]
+    if not is_op(node, "add") or len(products) < 2 or node.kwargs:
+        return None
+    for plain_one, other in (products, products[::-1]):
+        for turned, sines in (other.args, other.args[::-1]):
+            if not is_op(turned, "cat"):
+                continue
+            parts, axis = turned.args[0], len(turned.meta["val"].shape) - 1
+            if len(parts) != 2 or turned.args[-1] not in (-1, axis) or not is_op(parts[0], "neg"):
+                continue
+            high, low = parts[0].args[0], parts[1]
+            if not (is_op(high, "slice") and is_op(low, "slice")) or high.args[0] != low.args[0]:
+                continue
+            x, half = high.args[0], turned.meta["val"].shape[-1] // 2
+            ends = [[*s.args[1:]] for s in (low, high)]
+            whole = x.meta["val"].shape[-1] == 2 * half
+            fits = ends[0] == [axis, 0, half] and ends[1][:2] == [axis, half]
+            inner = {*products, turned, parts[0], high, low}
+            own = all(len(n.users) == 1 for n in inner)
+            cosines = [c for c in plain_one.args if c is not x]
+            known = len(cosines) == 1 and all(alike(c, half) for c in (cosines[0], sines))
+            if whole and fits and own and known and ends[1][2] >= 2 * half:
+                return node, x, inner
+    return None
+
+
+def is_op(x: Any, name: str) -> bool:
+    """Whether x is the node of this operator."""
+    schema = hasattr(x.target, "_schema") if isinstance(x, Node) else False
+    return schema and op_name(x.target) == name
+
+
+def alike(x: Any, half: int) -> bool:
+    """Whether a node is made of `cat([y, y])` along its last axis, entry by entry."""
+    while hasattr(x, "meta") and "val" in x.meta and x.meta["val"].shape[-1:] == (2 * half,):
+        if is_op(x, "cat"):
+            parts, *dims = x.args
+            last = len(x.meta["val"].shape) - 1
+            return len(parts) == 2 and parts[0] is parts[1] and dims in ([-1], [last])
+        alone = sum(isinstance(a, Node) for a in x.args) == 1
+        names = {"cos", "sin", "mul", "unsqueeze"} | SAME
+        if not alone or not any(is_op(x, name) for name in names):
+            return False
+        x = x.args[0]
+    return False
 
 
 def values_in(xs: Iterable[Any]) -> list[Value]:
@@ -497,6 +567,20 @@ class Follower:
             for t, own in zip(shapes if many else [shapes], legs, strict=True)
         ]
         return out if many else out[0]
+
+    def turn(self, x: Value) -> Value:
+        """Rotary positions: coordinates j and j + d/2 are turned by one angle."""
+        half, kept = x.shape[-1] // 2, []
+        for leg in x.legs:
+            last = leg.codes.shape[-1]
+            low, high = leg.codes[..., :half], leg.codes[..., half:]
+            # The two units of each space lie half a head apart.
+            pairs = last == 2 * half and bool((low >= UNIT).all())
+            if pairs and bool((high - low == 1 << BITS).all()) and len(leg.parts) == 1:
+                first = self.starts[self.space_of(low)] == units_of(low)
+                kept += [leg] if bool(first.all()) else []
+        self.vanish(leg for leg in x.legs if not any(leg is k for k in kept))
+        return x._replace(legs=tuple(kept))
 
     def cat(self, values: Sequence[Value], dim: int) -> Value:
         """Units along `dim` stand side by side; those on other axes must be the same."""
