@@ -415,6 +415,14 @@ HOSTILE: dict[str, Case] = {
     "layer norm": Case(
         lambda s, x: s.b(s.n(s.a(x))), ABOUT_1, **AB | {"n": layernorm(8)}
     ),
+    "statistics of a norm along another axis": Case(
+        lambda s, x: s.b(torch.native_layer_norm(s.a(x).mT, (5,), None, None, 0.1)[1][..., 0]),
+        NOTHING, 2, 5, 4, **AB
+    ),
+    "a circle of units": Case(lambda s, x: s.b(s.a(x).roll(1, -1).tanh()), NOTHING, **AB),
+    "read as other numbers": Case(
+        lambda s, x: s.b(s.a(x).view(torch.int32).to(x.dtype)), NOTHING, **AB
+    ),
     "group norm": Case(
         lambda s, x: s.b(F.group_norm(s.a(x), 2)), NOTHING, **AB
     ),

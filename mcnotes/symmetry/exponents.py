@@ -638,12 +638,13 @@ class Follower:
         b = self.move(b, lambda t: t.unsqueeze(-3))
         return self.total(self.multiply(a, b), [-2], keep=False)
 
-    def normalised(self, x: Value, dims: Sequence[int], centred: bool) -> Value:
-        """RMSNorm along some axes, of what is first centred in LayerNorm."""
-        if centred:
-            x = self.add(x, self.total(x, dims))
+    def normalised(self, x: Value, dims: Sequence[int], centred: bool) -> list[Value]:
+        """RMSNorm along some axes, of what is first centred in LayerNorm: and its statistics."""
+        mean = [self.total(x, dims)] if centred else []
+        x = self.add(x, *mean) if centred else x
         size = self.total(self.multiply(x, x), dims)
-        return self.multiply(x, self.powered(self.scalar(size), Fraction(-1, 2)))
+        inverse = self.powered(self.scalar(size), None)
+        return [self.multiply(x, inverse), *mean, inverse]
 
     def scalar(self, x: Value) -> Value:
         """Something to which a number is added, such as an epsilon."""
@@ -714,7 +715,11 @@ class Follower:
         """The value that an operator makes, or None if it is not understood."""
         x: Any = given.get("self")
         other: Any = given.get("other")
-        if name in MOVES:
+        if name in ("roll", "flip"):
+            moved = {d % len(x.shape) for d in given["dims"]} or {*range(len(x.shape))}
+            if any(axes(leg.codes) & moved for leg in x.legs):
+                return None  # copies of units might come in another order for some
+        if name in MOVES and "dtype" not in given:
             rest = [v for k, v in given.items() if k != "self"]
             if name in ("view", "_unsafe_view"):
                 rest = [out.shape]
@@ -826,12 +831,11 @@ class Follower:
             return plain(out.shape)._replace(legs=tuple(legs))
         if name in ("native_layer_norm", "_fused_rms_norm"):
             dims = range(-len(given["normalized_shape"]), 0)
-            y = self.normalised(x, dims, centred=name == "native_layer_norm")
+            y, *statistics = self.normalised(x, dims, centred=name == "native_layer_norm")
             y = self.multiply(y, weight) if weight else y
             y = self.add(y, bias) if bias else y
-            return [
-                plain(o.shape)._replace(legs=y.legs) if k == 0 else o for k, o in enumerate(out)
-            ]
+            legs = [v.legs for v in (y, *statistics)]
+            return [plain(o.shape)._replace(legs=own) for o, own in zip(out, legs, strict=True)]
         if name == "native_batch_norm":
             channels = [given.get(k) for k in ("running_mean", "running_var")]
             if given.get("training") or not all(channels):
