@@ -420,9 +420,6 @@ HOSTILE: dict[str, Case] = {
         NOTHING, 2, 5, 4, **AB
     ),
     "a circle of units": Case(lambda s, x: s.b(s.a(x).roll(1, -1).tanh()), NOTHING, **AB),
-    "read as other numbers": Case(
-        lambda s, x: s.b(s.a(x).view(torch.int32).to(x.dtype)), NOTHING, **AB
-    ),
     "group norm": Case(
         lambda s, x: s.b(F.group_norm(s.a(x), 2)), NOTHING, **AB
     ),
