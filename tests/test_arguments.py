@@ -19,12 +19,13 @@ import mcnotes
 from mcnotes import api, attacks, curves, evaluate, matching, models, symmetry, train
 from mcnotes.curves import Curve, Theta
 from mcnotes.data import Split
-from mcnotes.matching import Descent, Pair, pam
+from mcnotes.matching import Descent, Learn, Pair, pam
 
 NET, DATA = plain(), task()
 A, B, C = (train.initialise(NET, seed) for seed in (1, 2, 3))
 SYM = symmetry.find(NET, DATA.example)
 LINE, BENT = curves.line(A, B), curves.bezier(A, B)
+BASES = symmetry.find(NET, DATA.example, kinds=symmetry.KINDS)
 PERM = SYM.random(torch.Generator().manual_seed(0))
 PAIR = Pair(NET, SYM, A, B)
 RECIPE = train.Recipe(1, batch_size=32)
@@ -56,6 +57,8 @@ right: dict[str, Any] = {
     "seed": 1,
     "pair": PAIR,
     "problem": PROBLEM,
+    "bases": BASES,
+    "element": BASES.random(torch.Generator().manual_seed(0)),
     "corners": (A, B, C),
     "wanted": evaluate.CLASSIFICATION,
     "ends": (A, B),
@@ -154,6 +157,19 @@ wrong: dict[str, Mapping[str, Any]] = {
     "example": {"text": "image", "a number": 3, "none": None},
     "train": FLAG,
     "layers": {"another": ["7"], "not at work": ["2"]},
+    "kinds": {"text": "scales", "another": ("scale",), "a number": [3]},
+    "bases": {"a symmetry": SYM, "none": None},
+    "rounds": COUNT,
+    "permute": FLAG,
+    "learn": {"a dictionary": {}, "text": "yes"},
+    "element": {
+        "of ones": {"1:scales": torch.ones(3)},
+        "negative": {"1:scales": -torch.ones(16)},
+        "another": {"5": torch.ones(3)},
+        "a list": [1],
+        "none": None,
+    },
+    "names": {"another": ["7"]},
     "every": FLAG,
     "how": {"text": "sinkhorn", "none": None},
     "start": PERMS,
@@ -242,6 +258,12 @@ FUNCTIONS = cases_of(
     matching.weight_matching,
     matching.loss_matching,
     matching.certify,
+    matching.match_bases,
+    Learn,
+    BASES.random,
+    BASES.transform,
+    BASES.fold,
+    BASES.verify,
     Pair,
     pam.Problem,
     pam.fit,
@@ -304,6 +326,14 @@ own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do no
         "others": {"a number": 3, "none": None, "numbers": [3], "a tensor": torch.rand(2, 6)},
         "tolerance": {n: x for n, x in POSITIVE.items() if n != "infinite"},
     },
+    "symmetry.bases.Bases.transform": {"theta": {n: STATES[n] for n in MISFITS}},
+    "symmetry.bases.Bases.fold": {"theta": {}},
+    "symmetry.bases.Bases.verify": {
+        "theta": {n: x for n, x in STATES.items() if n != "none"},
+        "others": {"a number": 3, "none": None, "numbers": [3], "a tensor": torch.rand(2, 6)},
+        "tolerance": {n: x for n, x in POSITIVE.items() if n != "infinite"},
+    },
+    "matching.bases.match_bases": {"images": {n: x for n, x in SETS.items() if n != "none"}},
     "matching.diagnose.diagnose": {"images": COUNT},
     "matching.certificate.certify": {"steps": WHOLE},
     "matching.weights.weight_matching": {"only": {"another": ["7"], "text": "x"}},

@@ -6,11 +6,12 @@ and `activations` first, which is neuron alignment; `assignment` solves what all
 down to; `weights` and `loss` are other ways to match, `methods` puts them behind one call;
 `doubly_stochastic` and `pam` are the paper's verification, `many` brings more than two networks
 into one order, `repair` and `diagnose` are for what can go wrong, and `certificate` says how good
-an order of weights could be at best.
+an order of weights could be at best. `bases` matches by rotations, scales and signs, too.
 """
 
 from mcnotes.matching.activations import At, Cost, Moments, stream
 from mcnotes.matching.assignment import Bundle, assign, bundles, solve
+from mcnotes.matching.bases import BasesMatching, Learn, match_bases
 from mcnotes.matching.certificate import Certificate, certify
 from mcnotes.matching.diagnose import ENDS, FAULTS, Fault, Finding, diagnose
 from mcnotes.matching.loss import ACTIONS, RATES, Descent, loss_matching, soft
@@ -28,12 +29,14 @@ __all__ = [
     "RATES",
     "AlignmentError",
     "At",
+    "BasesMatching",
     "Bundle",
     "Certificate",
     "Cost",
     "Descent",
     "Fault",
     "Finding",
+    "Learn",
     "Matching",
     "Moments",
     "Pair",
@@ -44,6 +47,7 @@ __all__ = [
     "diagnose",
     "loss_matching",
     "match",
+    "match_bases",
     "match_many",
     "repair",
     "soft",

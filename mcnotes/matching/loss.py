@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mcnotes import curves, train
+from mcnotes.calls import Batches
 from mcnotes.checks import a, one_of, require, whole
 from mcnotes.curves import Curve
 from mcnotes.data import Split
@@ -73,7 +74,7 @@ class Descent:
 class Shown(NamedTuple):
     """Images for the loop of `train`, as a `calls.Training`: none is held out or augmented."""
 
-    train: Split
+    train: Batches
     augment: None = None
 
     @property

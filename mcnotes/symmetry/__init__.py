@@ -7,18 +7,24 @@ through one run of the network by the `rules` of its operators, and `groups` sor
 network; `execute` is how both run it.
 """
 
-from mcnotes.symmetry.find import Perm, Symmetry, find
+from mcnotes.symmetry.bases import KINDS, Bases, Element, Factor, Site, find
+from mcnotes.symmetry.find import Perm, Symmetry
 from mcnotes.symmetry.groups import Group, Pinned, Place
 from mcnotes.symmetry.rules import RULES
 from mcnotes.symmetry.units import ExampleError, SymmetryError
 
 __all__ = [
+    "KINDS",
     "RULES",
+    "Bases",
+    "Element",
     "ExampleError",
+    "Factor",
     "Group",
     "Perm",
     "Pinned",
     "Place",
+    "Site",
     "Symmetry",
     "SymmetryError",
     "find",

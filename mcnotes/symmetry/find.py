@@ -12,7 +12,7 @@ groups that permute within each block, and these act first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -201,61 +201,13 @@ class Symmetry:
         statistics) cannot hide an error. Raises SymmetryError above `tolerance`, with the group
         that is worst alone; and if nothing can be compared.
         """
-        asked = {"net": net, "example": example, "others": others}
-        checks.require("verify", asked | {"tolerance": tolerance, "seed": seed}, RULES)
-        generator = torch.Generator().manual_seed(seed)
-        kept = {n: t for n, t in net.state_dict().items() if isinstance(t, Tensor)}
-        if theta is None and any(t.is_meta for t in kept.values()):
-            raise SymmetryError("verify: the network has shapes alone. Fix: give values as theta.")
-        state = calls.stated("verify", net, kept if theta is None else theta)
         movable = {p.name for g in self.groups.values() for p in g.places}
-        # Buffers that are not in the state_dict are constants of the network, as in `find`.
-        given = {
-            n: jitter(t, generator, n in movable) if n in kept else in_float64(t)
-            for n, t in state.items()
-        }
-        run = partial(float64_outputs, net, self.train, seed=seed)
 
-        def harm(p: Perm, x: Inputs, before: list[Tensor], scales: list[float]) -> float:
-            return relative_difference(before, run(self.permute(given, p), x), scales)
+        def cycle(generator: torch.Generator) -> Perm:
+            return {n: random_cycle(g.size, generator) for n, g in self.groups.items()}
 
-        perm = {n: random_cycle(g.size, generator) for n, g in self.groups.items()}
-        worst, visible, usual = 0.0, False, list[bool]()
-        for inputs, wanted in shown(calls.plain(example), map(calls.plain, others)):
-            try:
-                before = run(given, inputs)
-            except Exception as error:
-                if wanted:
-                    raise cannot_run(error) from error
-                continue
-            own = [len(z) == calls.count(inputs) for z in before if z.dim()]
-            usual = usual or own
-            if own != usual and not wanted:
-                continue  # `x.view(-1, n)` has made other samples of an image of another size
-            scales = changes(before, partial(run, given), inputs, generator)
-            visible |= any(scales)
-            compared = inputs, before, scales
-            if not (total := harm(perm, *compared)) <= tolerance:
-                if (again := harm({}, *compared)) > tolerance:
-                    raise SymmetryError(
-                        f"verify: a second run on the same inputs differs by {again:.1e}, so that "
-                        "nothing can be compared. Fix: let outputs be finite, and chance be drawn "
-                        "by PyTorch."
-                    )
-                alone = {n: harm({n: p}, *compared) for n, p in perm.items()}
-                name = max(alone, key=lambda n: alone[n])
-                raise SymmetryError(
-                    f"verify: outputs differ by {total:.1e} (relative, float64), allowed "
-                    f"{tolerance:.0e}; group {name!r} alone by {alone[name]:.1e}"
-                    + ("" if wanted else f"; on inputs of shapes {shapes(inputs)}")
-                )
-            worst = max(worst, total)
-        if self.groups and not visible:
-            raise SymmetryError(
-                "verify: the outputs do not depend on the inputs, so that nothing can be compared. "
-                "Fix: give an example, or parameters, for which they do."
-            )
-        return worst
+        trial = Trial(self.train, movable, cycle, self.permute)
+        return trial.run(net, example, theta, others, tolerance, seed)
 
     def tapper(
         self, net: nn.Module, at: Literal["post", "pre"] = "post"
@@ -349,6 +301,87 @@ def devices(inputs: Inputs) -> tuple[torch.device, ...]:
 
 
 # What `verify` computes
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A comparison of a network's outputs with those of transformed parameters; see `verify`.
+
+    movable: names of the parameters that change. draw: of a generator, an element, by groups.
+    move: what elements, or parts of one, do to parameters.
+    """
+
+    train: bool
+    movable: Collection[str]
+    draw: Callable[[torch.Generator], dict[str, Tensor]]
+    move: Callable[[Theta, dict[str, Tensor]], Theta]
+
+    def run(
+        self,
+        net: nn.Module,
+        example: Inputs,
+        theta: Theta | None,
+        others: Sequence[Inputs],
+        tolerance: float,
+        seed: int,
+    ) -> float:
+        """The largest relative difference; the arguments are those of `Symmetry.verify`."""
+        asked = {"net": net, "example": example, "others": others}
+        checks.require("verify", asked | {"tolerance": tolerance, "seed": seed}, RULES)
+        generator = torch.Generator().manual_seed(seed)
+        kept = {n: t for n, t in net.state_dict().items() if isinstance(t, Tensor)}
+        if theta is None and any(t.is_meta for t in kept.values()):
+            raise SymmetryError("verify: the network has shapes alone. Fix: give values as theta.")
+        state = calls.stated("verify", net, kept if theta is None else theta)
+        # Buffers that are not in the state_dict are constants of the network, as in `find`.
+        given = {
+            n: jitter(t, generator, n in self.movable) if n in kept else in_float64(t)
+            for n, t in state.items()
+        }
+        run = partial(float64_outputs, net, self.train, seed=seed)
+
+        def harm(
+            p: dict[str, Tensor], x: Inputs, before: list[Tensor], scales: list[float]
+        ) -> float:
+            return relative_difference(before, run(self.move(given, p), x), scales)
+
+        element = self.draw(generator)
+        worst, visible, usual = 0.0, False, list[bool]()
+        for inputs, wanted in shown(calls.plain(example), map(calls.plain, others)):
+            try:
+                before = run(given, inputs)
+            except Exception as error:
+                if wanted:
+                    raise cannot_run(error) from error
+                continue
+            own = [len(z) == calls.count(inputs) for z in before if z.dim()]
+            usual = usual or own
+            if own != usual and not wanted:
+                continue  # `x.view(-1, n)` has made other samples of an image of another size
+            scales = changes(before, partial(run, given), inputs, generator)
+            visible |= any(scales)
+            compared = inputs, before, scales
+            if not (total := harm(element, *compared)) <= tolerance:
+                if (again := harm({}, *compared)) > tolerance:
+                    raise SymmetryError(
+                        f"verify: a second run on the same inputs differs by {again:.1e}, so that "
+                        "nothing can be compared. Fix: let outputs be finite, and chance be drawn "
+                        "by PyTorch."
+                    )
+                alone = {n: harm({n: p}, *compared) for n, p in element.items()}
+                name = max(alone, key=lambda n: alone[n])
+                raise SymmetryError(
+                    f"verify: outputs differ by {total:.1e} (relative, float64), allowed "
+                    f"{tolerance:.0e}; group {name!r} alone by {alone[name]:.1e}"
+                    + ("" if wanted else f"; on inputs of shapes {shapes(inputs)}")
+                )
+            worst = max(worst, total)
+        if element and not visible:
+            raise SymmetryError(
+                "verify: the outputs do not depend on the inputs, so that nothing can be compared. "
+                "Fix: give an example, or parameters, for which they do."
+            )
+        return worst
 
 
 def random_cycle(size: int, generator: torch.Generator) -> Tensor:
