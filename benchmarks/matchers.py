@@ -10,11 +10,11 @@ parameters.
 For every row: the barrier and the lowest accuracy on the straight line (test images, BatchNorm
 recomputed on training images at every point), the mean correlation of matched units (training
 images), the cosine of the weights and a bound that no order exceeds (`certify`), the CPU seconds of
-the matching alone and the megabytes by which the process had to grow for it, the loss at the middle with the
-normalisation's statistics as they are mixed and mended (BatchNorm recomputed; REPAIR where there is
-none), and for TinyTen a short trained curve where `--curve-epochs` asks for one. No choice is made
-on test images: `--choose` tries settings of the two methods that descend by the validation loss at
-the middle, and ends.
+the matching alone and the megabytes by which the process had to grow for it, the loss at the middle
+with the normalisation's statistics as they are mixed and mended (BatchNorm recomputed; REPAIR where
+there is none), and for TinyTen a short trained curve where `--curve-epochs` asks for one. No choice
+is made on test images: `--choose` tries settings of the two methods that descend by the validation
+loss at the middle, and ends.
 
 One line of JSON for each row, loaded from the store if it is there (so a run that was stopped goes
 on); the last line is JSON: the mean barriers. `--save` computes nothing: it writes the rows that
