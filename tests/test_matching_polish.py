@@ -70,3 +70,7 @@ def test_polished_matching_is_one_flag() -> None:
         assert value(pair, better) > value(pair, plain)
     with pytest.raises(ValueError, match="no group 'nothing'"):
         polish(Pair(pair.net, pair.sym, pair.theta_a, pair.theta_b), {"nothing": torch.arange(3)})
+    broken = {name: x * float("nan") for name, x in pair.theta_b.items()}
+    for search in (lambda p: polish(p, p.sym.identity()), matching.frank_wolfe):
+        with pytest.raises(ValueError, match=r"not finite|NaN or infinite"):
+            search(Pair(pair.net, pair.sym, pair.theta_a, broken))

@@ -4,6 +4,7 @@ Weight matching ends where no group alone can be ordered better. It may still he
 units at a small loss, if another group can then be ordered so that more is won.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ def polish(pair: Pair, perm: Perm, *, tries: int = 50, sweeps: int = 100) -> Per
     the gains of all of them at once. Where there is none, it tries the `tries` exchanges that lose
     least, each followed by the best ones that then gain in any group, and keeps what gains in all.
     It ends when nothing does, at the latest after `sweeps`. Raises ValueError for a permutation
-    that does not fit.
+    that does not fit, and for weights that are not finite.
     """
     given = {"pair": pair, "tries": tries, "sweeps": sweeps}
     require("polish", given, PAIRED | {"tries": whole(0), "sweeps": whole(1)})
@@ -62,7 +63,10 @@ class _Order(NamedTuple):
     def of(cls, pair: Pair, perm: Perm) -> "_Order":
         fixed = weights.reference(pair)
         here = pair.sym.permute(weights.in_float64(pair.theta_b), perm)
-        return cls(pair.sym, fixed, perm, here, float(weights.agreement(fixed, here)))
+        value = float(weights.agreement(fixed, here))
+        if not math.isfinite(value):
+            raise ValueError("polish: weights of a network are not finite. Fix: look for NaN in it")
+        return cls(pair.sym, fixed, perm, here, value)
 
     def after(self, step: Perm) -> "_Order":
         """The order after one step more."""
