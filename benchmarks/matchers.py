@@ -1,20 +1,25 @@
 """Every way to match, on the same pairs of networks (chapter 9).
 
-Compares the methods of `mcnotes.matching.match`: the identity, a random order, activations,
-weights, the loss at the middle (straight through, and by Sinkhorn's scaling). Networks: TinyTen,
-ResNet20 and GoogLeNet with BatchNorm, a transformer with LayerNorm, multilayer perceptrons of seven
-widths and a deep one without normalisation, three pairs of seeds each, on the embedded data set.
+Compares what `mcnotes.matching` has (`CALLS`): orders that look at nothing, at activations, at
+weights and at the loss at the middle. Networks: perceptrons without normalisation, narrow, wide and
+deep, a convolutional network without BatchNorm, TinyTen, ResNet20 and GoogLeNet with BatchNorm, and
+a transformer with LayerNorm; three pairs of seeds each, on the embedded data set. Perceptrons of
+further widths have six of the methods. Each row names its two networks by the hash of their
+parameters.
 
-For every cell: the barrier and the lowest accuracy on the straight line (test images, BatchNorm
+For every row: the barrier and the lowest accuracy on the straight line (test images, BatchNorm
 recomputed on training images at every point), the mean correlation of matched units (training
-images), the CPU seconds of the matching alone, the loss at the middle with the normalisation's
-statistics as they are mixed and mended (BatchNorm recomputed; REPAIR where there is none), and for
-TinyTen a short trained curve. No choice is made on test images: `--choose` tries settings of the
-two methods that descend by the validation loss at the middle, and ends.
+images), the cosine of the weights and a bound that no order exceeds (`certify`), the CPU seconds of
+the matching alone and the megabytes by which the process had to grow for it, the loss at the middle
+with the normalisation's statistics as they are mixed and mended (BatchNorm recomputed; REPAIR where
+there is none), and for TinyTen a short trained curve where `--curve-epochs` asks for one. No choice
+is made on test images: `--choose` tries settings of the two methods that descend by the validation
+loss at the middle, and ends.
 
-One line of JSON for each cell, loaded from the store if it is there (so a run that was stopped goes
-on); the last line is JSON: the mean barriers. `--save` computes nothing: it writes the cells that
-the store has to data/results/matchers.json.
+One line of JSON for each row, loaded from the store if it is there (so a run that was stopped goes
+on); the last line is JSON: the mean barriers. `--save` computes nothing: it writes the rows that
+the store has to data/results/matchers.json, and keeps those there that the store lacks. Rows that
+were measured before a column was added have none of it.
 """
 
 from __future__ import annotations
@@ -22,14 +27,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import hashlib
+import itertools
 import json
 import re
 import statistics
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,13 +49,31 @@ from mcnotes.data import Split
 from mcnotes.lab import Experiment
 from mcnotes.lab.experiment import curve_seed
 from mcnotes.matching import Descent, Pair
+from mcnotes.matching.polish import best_of_starts
+from mcnotes.symmetry import Perm
 
-COMPARED = ("identity", "random", "activations", "weights", "straight-through", "sinkhorn")
+FIRST = ("identity", "random", "activations", "weights", "straight-through", "sinkhorn")
+CALLS: dict[str, dict[str, Any]] = {  # by name, how `match` is asked
+    **{method: {"method": method} for method in FIRST[:3]},
+    "cca": {"method": "cca"},
+    "weights": {"method": "weights"},
+    "weights, 10 starts": {"method": "weights", "restarts": 10},
+    "weights, polished": {"method": "weights", "polished": True},
+    "frank-wolfe": {"method": "frank-wolfe"},
+    "frank-wolfe, polished": {"method": "frank-wolfe", "polished": True},
+    **{method: {"method": method} for method in FIRST[4:]},
+    "straight-through-both": {"method": "straight-through-both"},
+    "sinkhorn-both": {"method": "sinkhorn-both"},
+}
 WIDTHS = (8, 16, 32, 64, 128, 256, 512)  # of two hidden layers
 PAIRS = ((1, 2), (3, 4), (5, 6))
 FEW = ((1, 2), (3, 4), (1, 4))  # of GoogLeNet, of which there are four
 Cell = tuple[str, tuple[int, int], str, int]
+FILE = cache.ROOT / "data" / "results" / "matchers.json"
+STEPS = 3  # of the bound
 POINTS, TESTED, KNOWN = 9, 2_000, 1_000  # of a path; test images; those for statistics
+WHOLE = ("TinyTen", "ResNet20", "GoogLeNet", "CNN", "transformer", "MLP 8", "MLP 64", "MLP 256",
+         "deep MLP")  # with every method  # fmt: skip
 LARGE = {"ResNet20", "GoogLeNet"}  # measured on half as many images of either kind
 
 
@@ -92,12 +119,29 @@ class Transformer(nn.Module):
         return logits
 
 
+class Plain(nn.Module):
+    """Three convolutions of stride 2 with biases, and no normalisation."""
+
+    def __init__(self, num_classes: int, channels: int, width: int) -> None:
+        super().__init__()
+        sizes = [channels, width, 2 * width, 4 * width]
+        convs = [nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in itertools.pairwise(sizes)]
+        self.convs, self.head = nn.ModuleList(convs), nn.Linear(4 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = models.normalise(x)
+        for conv in self.convs:
+            x = conv(x).relu()
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
 @dataclass(frozen=True)
 class Lab(Experiment):
     """An experiment that knows a transformer, and multilayer perceptrons of any depth."""
 
     rules = Experiment.rules | {
-        "network": checks.one_of([*models.BUILDERS, "transformer", "mlp-2", "mlp-5"])
+        "network": checks.one_of([*models.BUILDERS, "transformer", "cnn", "mlp-2", "mlp-5"])
     }
 
     @cached_property
@@ -107,6 +151,8 @@ class Lab(Experiment):
         classes, width = self.task.num_classes, int(self.width)
         if self.network == "transformer":
             return Transformer(classes, channels, size, width)
+        if self.network == "cnn":
+            return Plain(classes, channels, width)
         if self.network.startswith("mlp-"):
             depth = int(self.network.removeprefix("mlp-"))
             return models.MLP(classes, channels * size**2, [width] * depth)
@@ -118,6 +164,7 @@ CASES: dict[str, tuple[Lab, str]] = {  # an experiment, and how it normalises
     "TinyTen": (Lab(), "BatchNorm"),
     "ResNet20": (Lab(network="resnet20"), "BatchNorm"),
     "GoogLeNet": (Lab(network="googlenet", width=0.125, epochs=6), "BatchNorm"),
+    "CNN": (Lab(network="cnn", width=16, epochs=12, lr=0.05), "none"),
     "transformer": (Lab(network="transformer", width=32, epochs=20), "LayerNorm"),
     **{f"MLP {w}": (dataclasses.replace(MLP, width=w), "none") for w in WIDTHS},
     "deep MLP": (dataclasses.replace(MLP, network="mlp-5", width=64), "none"),
@@ -154,27 +201,73 @@ def walk(name: str, curve: curves.Curve) -> dict[str, Any]:
             "loss": path.loss.tolist(), "accuracy": path.accuracy.tolist()}  # fmt: skip
 
 
-def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> tuple[matching.Matching, float]:
-    """As `matching.match`; and the CPU seconds of the matching alone."""
+def search(pair: Pair, images: Split, method: str, seed: int) -> Perm:
+    """The permutation that `match` would find, without its report."""
+    call = CALLS[method]
+    if call["method"] in matching.EXACT:
+        return matching.match(pair, images, **call).perm
+    if call.get("restarts", 1) > 1:
+        perm = best_of_starts(pair, matching.SEARCHES[call["method"]], call["restarts"], seed)
+    else:
+        perm = matching.METHODS[call["method"]](pair, images, seed)
+    return matching.polish(pair, perm) if call.get("polished") else perm
+
+
+def memory(reset: bool = False) -> int | None:
+    """Bytes of memory of this process, at most since the last reset; None but for Linux."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", status)[0])
+
+
+def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> dict[str, Any]:
+    """The permutation; the CPU seconds and megabytes of the matching alone; how well it agrees."""
     pair, images = Pair(lab.net, lab.sym, a, b), lab.task.train.first(lab.match_images)
-    start = time.process_time()  # what runs beside it does not count
-    if method == "activations":
-        found = matching.match(pair, images)
-        return found, time.process_time() - start
-    perm = matching.METHODS[method](pair, images, seed)
-    seconds = time.process_time() - start
+    before, start = memory(reset=True), time.process_time()  # what runs beside it does not count
+    perm = search(pair, images, method, seed)
+    found: dict[str, Any] = {"seconds": round(time.process_time() - start, 3)}
+    found["megabytes"] = round((memory() - before) / 2**20, 1) if before else None
     placed = dataclasses.replace(pair, theta_b=pair.permuted(perm))
-    found = matching.match(placed, images, method="identity")
-    return dataclasses.replace(found, perm=perm), seconds
+    alike = matching.match(placed, images, method="identity").after
+    found["correlation"] = float(torch.cat([*alike.values()]).mean())
+    ends = (torch.cat([theta[n].double().flatten() for n in pair.names])
+            for theta in (a, placed.theta_b))  # fmt: skip
+    found["cosine"] = float(torch.cosine_similarity(*ends, dim=0))
+    return {"perm": perm} | found
+
+
+def bound(name: str, pair: tuple[int, int]) -> float:
+    """A number that the cosine of the weights exceeds in no order: of a pair of networks."""
+    lab, (a, b) = CASES[name][0], pair
+    config = {"what": "bench bound", "ends": [lab.endpoint_config(s) for s in pair], "steps": STEPS}
+
+    def compute() -> float:
+        both = Pair(lab.net, lab.sym, lab.endpoint(a), lab.endpoint(b))
+        return matching.certify(both, matching.frank_wolfe(both), steps=STEPS).bound
+
+    return float(cache.values(config, compute))
+
+
+def digest(theta: Theta) -> str:
+    """A hash of all numbers of a network."""
+    found = hashlib.sha256()
+    for name in sorted(theta):
+        found.update(name.encode() + theta[name].contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def cells(networks: list[str], pairs: int, methods: list[str], epochs: int) -> list[Cell]:
     """What is to be measured: network, pair of seeds, method, epochs of the curve."""
     return [
         (name, pair, method, epochs if name == "TinyTen" else 0)
-        for name in networks
-        for pair in (FEW if name == "GoogLeNet" else PAIRS)[:pairs]
         for method in methods
+        for name in networks
+        if method in FIRST or name in WHOLE
+        for pair in (FEW if name == "GoogLeNet" else PAIRS)[:pairs]
     ]
 
 
@@ -184,9 +277,11 @@ def configuration(cell: Cell) -> dict[str, Any]:
     lab = CASES[name][0]
     config: dict[str, Any] = {"what": "bench", "ends": [lab.endpoint_config(s) for s in pair],
                               "method": method, "match_images": lab.match_images, "clock": "CPU",
-                              "statistics": KNOWN, "points": POINTS, "tested": TESTED}  # fmt: skip
+                              "statistics": KNOWN, "points": POINTS, "tested": TESTED,
+                              "columns": ["cosine", "megabytes"]}  # fmt: skip
     config |= {"curve_epochs": curve_epochs} if curve_epochs else {}
-    config |= {"lr": matching.RATES[method]} if method in matching.RATES else {}
+    rate = matching.RATES.get(method.removesuffix("-both"))
+    config |= {"lr": rate} if rate else {}
     return config | ({"half": True} if name in LARGE else {})
 
 
@@ -197,11 +292,10 @@ def measure(cell: Cell) -> dict[str, Any]:
 
     def compute() -> dict[str, Any]:
         one, two = lab.endpoint(a), lab.endpoint(b)
-        found, seconds = match(lab, one, two, method, seed=curve_seed(a, b))
-        ends = one, lab.sym.permute(two, found.perm)
+        found = match(lab, one, two, method, seed=curve_seed(a, b))
+        ends = one, lab.sym.permute(two, found.pop("perm"))
         row: dict[str, Any] = {"network": name, "normalisation": normalisation, "pair": [a, b]}
-        row |= {"method": method, "seconds": round(seconds, 3)}
-        row["correlation"] = float(torch.cat([*found.after.values()]).mean())
+        row |= {"hashes": [digest(one), digest(two)], "method": method} | found
         row |= {"line": walk(name, curves.line(*ends)), "middle": middle(name, ends)}
         if curve_epochs:
             recipe, start = lab.recipe(curve_epochs), curves.bezier(*ends)
@@ -210,7 +304,8 @@ def measure(cell: Cell) -> dict[str, Any]:
         return row
 
     row: dict[str, Any] = cache.values(config, compute)
-    return row | {"width": lab.width, "provenance": cache.origin(config)}
+    limit = {"bound": bound(name, (a, b))} if name in WHOLE else {}
+    return row | limit | {"width": lab.width, "provenance": cache.origin(config)}
 
 
 def choose(name: str, rates: list[float], pairs: tuple[tuple[int, int], ...]) -> None:
@@ -231,19 +326,54 @@ def choose(name: str, rates: list[float], pairs: tuple[tuple[int, int], ...]) ->
             print(json.dumps(found), flush=True)
 
 
+def of_pair(row: dict[str, Any]) -> tuple[str, int, int]:
+    """The network, and the seeds of the pair."""
+    one, two = row["pair"]
+    return row["network"], one, two
+
+
+def same_networks(fresh: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]]) -> bool:
+    """Whether rows by method are of the same networks: by the line between them as they are.
+
+    Training the same seeds on another processor may give others.
+    """
+    lines = [some["identity"]["line"]["loss"] for some in (fresh, kept) if "identity" in some]
+    return len(lines) == 2 and np.allclose(*lines, rtol=0, atol=2e-5)
+
+
 def save(rows: list[dict[str, Any]]) -> None:
-    """Write the record that chapter 9 reads: one line for each cell, and where it was computed."""
-    origins = [row.pop("provenance") for row in rows]
+    """Write the record that chapter 9 reads: one line for each row, and where it was computed.
+
+    Rows of the file that are not among them stay, if they are of the same two networks.
+    """
+    old = json.loads(FILE.read_text("utf8"))
+    known: dict[Any, dict[str, Any]] = {}
+    for row in old["rows"]:
+        known.setdefault((row["network"], *row["pair"]), {})[row["method"]] = row
+    origins = []
+    for place, some in itertools.groupby(sorted(rows, key=of_pair), of_pair):
+        fresh, kept = {row["method"]: row for row in some}, known.get(place, {})
+        if not same_networks(fresh, kept):
+            if not {*FIRST} <= {*fresh}:
+                print(json.dumps({"left out until it is whole": place}))
+                continue
+            kept = {}
+        origins += [row.pop("provenance") for row in fresh.values()]
+        merged = kept | {
+            m: kept.get(m, {}) | row for m, row in fresh.items()
+        }  # it may hold a curve
+        known[place] = {m: merged[m] for m in CALLS if m in merged}
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    record = {"methods": COMPARED, "tested": TESTED, "points": POINTS, "statistics": KNOWN,
-              "rates": matching.RATES, "collected": today}  # fmt: skip
+    record = {"methods": [*CALLS], "first": FIRST, "whole": WHOLE, "tested": TESTED,
+              "points": POINTS, "statistics": KNOWN, "steps": STEPS, "rates": matching.RATES,
+              "collected": today}  # fmt: skip
     for name in ("hardware", "torch", "commit"):
-        record[name] = sorted({origin[name] for origin in origins})
+        record[name] = sorted({*old[name], *(origin[name] for origin in origins)})
     head = json.dumps(record | {"provenance": cache.provenance(0.0)}, indent=1)
-    text = ",\n".join(json.dumps(row) for row in rows)
+    text = ",\n".join(json.dumps(row) for some in known.values() for row in some.values())
     lines = re.sub(r"\d+\.\d{6,}", lambda number: f"{float(number[0]):.5f}", text)
     text = head.removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
-    cache.write_atomic(cache.ROOT / "data" / "results" / "matchers.json", text.encode())
+    cache.write_atomic(FILE, text.encode())
 
 
 def main() -> None:
@@ -251,10 +381,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--networks", nargs="+", default=[*CASES], choices=[*CASES], metavar="NAME")
     parser.add_argument(
-        "--methods", nargs="+", default=COMPARED, choices=COMPARED, metavar="METHOD"
+        "--methods", nargs="+", default=[*CALLS], choices=[*CALLS], metavar="METHOD"
     )
     parser.add_argument("--pairs", type=int, default=len(PAIRS), help="of seeds, at most three")
-    parser.add_argument("--curve-epochs", type=int, default=3, help="of TinyTen's curves; 0: none")
+    parser.add_argument(
+        "--curve-epochs", type=int, default=0, help="of TinyTen's curves; default none"
+    )
     parser.add_argument("--choose", nargs="+", type=float, metavar="LR", help="only try step sizes")
     parser.add_argument("--save", action="store_true", help="write what the store has")
     args = parser.parse_args()

@@ -12,11 +12,12 @@ from mcnotes.curves import Theta
 from mcnotes.matching import Descent, Pair, doubly_stochastic, loss
 
 
+@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize(("action", "lr"), [("straight-through", 0.2), ("sinkhorn", 0.1)])
-def test_the_loss_at_the_middle_falls(action: str, lr: float) -> None:
+def test_the_loss_at_the_middle_falls(action: str, lr: float, both: bool) -> None:
     net, data, (theta, *_), sym = trained()
     copy = sym.permute(theta, sym.random(torch.Generator().manual_seed(5)))
-    how = Descent(action, epochs=20, lr=lr, batch_size=16)
+    how = Descent(action, epochs=20, lr=lr, batch_size=16, both=both)
     pair = Pair(net, sym, theta, copy)
     perm = matching.loss_matching(pair, data.train, how, start=sym.identity())
 
@@ -44,6 +45,31 @@ def test_hardly_a_permutation_has_a_lower_loss_at_the_middle(action: str) -> Non
     how = Descent(action, epochs=20, lr=0.1, batch_size=16)
     found = matching.loss_matching(Pair(net, sym, a, b), data.train, how)
     assert every.index(middle(found[group])) < 12  # a tenth of them
+
+
+def test_both_ends_move_by_their_own_slopes() -> None:
+    """By differences: the slope in each end's matrix is that of the loss at the middle."""
+    net, data, (a, b, _), sym = trained()
+    pair, old = Pair(net, sym, a, b), sym.random(torch.Generator().manual_seed(1))
+    how, line = Descent("straight-through", both=True), curves.line(a, sym.permute(b, old))
+    step = loss.MiddleStep(pair, line, {0: sym.identity(), 1: old}, how, data.device)
+    step.act = lambda x: x  # the matrix itself acts
+    x, y = next(data.train.batches(96))
+    ((group, _),) = old.items()
+    before = {end: free[group].detach().clone() for end, free in step.matrices.items()}
+    step(x, y, torch.zeros(2), lr=0.0)
+    g = torch.Generator().manual_seed(2)
+    for end, free in step.matrices.items():
+        slope, way = free[group].grad, torch.randn(16, 16, generator=g, dtype=torch.float64)
+        values = []
+        for sign in (1, -1):
+            at = {k: {group: m + sign * 1e-3 * way * (k == end)} for k, m in before.items()}
+            ends = [sym.apply_matrices(theta, at[k]) for k, theta in enumerate((a, b))]
+            middle = curves.combine(ends, [0.5, 0.5])
+            values.append(evaluate.score(net, middle, data.train).loss)
+        assert slope is not None
+        expected = (values[0] - values[1]) / 2e-3
+        assert float((slope * way).sum()) == pytest.approx(expected, rel=0.05, abs=1e-3)
 
 
 def test_sinkhorn_scales_to_doubly_stochastic_and_slopes_pass() -> None:

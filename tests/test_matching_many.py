@@ -12,7 +12,7 @@ from mcnotes.matching import Pair
 from mcnotes.symmetry import Perm
 
 
-@pytest.mark.parametrize("method", ["activations", "weights"])
+@pytest.mark.parametrize("method", ["activations", "weights", "frank-wolfe"])
 @pytest.mark.parametrize("name", ["mlp", "resnet20", "attention"])
 def test_many_copies_of_one_network_come_into_one_order(name: str, method: str) -> None:
     net, images = NETWORKS[name](), pictures(64)
@@ -80,5 +80,5 @@ def test_many_errors() -> None:
     net, data, thetas, sym = trained()
     with pytest.raises(ValueError, match="got 1 networks, expected at least 2"):
         matching.match_many(net, thetas[:1], data.train, sym)
-    with pytest.raises(ValueError, match="method 'random', expected 'activations' or 'weights'"):
+    with pytest.raises(ValueError, match=r"method 'random', expected one of .*'frank-wolfe'"):
         matching.match_many(net, thetas, data.train, sym, method="random")

@@ -110,7 +110,7 @@ def test_batch_size_does_not_matter() -> None:
         assert margin < 0.1 / len(data.train), "an image left out would not be seen"
 
 
-@pytest.mark.parametrize("method", ["activations", *matching.METHODS])
+@pytest.mark.parametrize("method", [*matching.EXACT, *matching.METHODS])
 def test_each_method_answers_the_same_call(method: str) -> None:
     net, data, (a, b, _), sym = trained()
     found = matching.match(Pair(net, sym, a, b), data.train, method=method, seed=3)
@@ -125,6 +125,58 @@ def test_each_method_answers_the_same_call(method: str) -> None:
     same = matching.match(Pair(net, sym, a, undone), data.train, method="identity")
     (moments,) = matching.stream(Pair(net, sym, a, b), data.train)[group]
     agree(same.after[group], found.after[group], len(data.train), scale=lost(moments))
+
+
+@pytest.mark.parametrize("method", matching.EXACT)
+@pytest.mark.parametrize("name", ["mlp", "resnet20", "attention", "grouped"])
+def test_by_activations_nothing_is_left_to_gain(name: str, method: str) -> None:
+    """The duals prove it: the gap is 0 up to rounding, and that of any other order is not."""
+    net, images = NETWORKS[name](), pictures(64)
+    a, b = (train.initialise(net, seed) for seed in (1, 2))
+    sym = symmetry.find(net, next(images.batches(2))[0])
+    found = matching.match(Pair(net, sym, a, b), images, method=method)
+    units = sum(len(x) for x in found.after.values())
+    assert found.gap is not None
+    assert found.gap <= rounding(units, units, torch.float64)
+    assert replace(found, perm=sym.identity()).gap > 0.1
+    assert replace(found, perm=sym.random(torch.Generator().manual_seed(1))).gap > 0.1
+
+
+def test_the_gap_of_a_worse_order_is_what_it_loses() -> None:
+    net, data, (a, b, _), sym = trained()
+    found = matching.match(Pair(net, sym, a, b), data.train)
+    ((group, _),) = found.perm.items()
+    lost = found.after[group].sum() - found.before[group].sum()
+    assert replace(found, perm=sym.identity()).gap == pytest.approx(float(lost), abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 30])
+def test_the_duals_prove_an_assignment_the_best(size: int) -> None:
+    """Feasible everywhere, and tight where units are paired: complementary slackness."""
+    g = torch.Generator().manual_seed(size)
+    score = torch.randn(size, size, generator=g, dtype=torch.float64)
+    p = matching.assign(score)
+    u, v = matching.duals(score, p)
+    margin = rounding(size, float(score.abs().max()) * size, torch.float64)
+    assert (u[:, None] + v - score).min() >= -margin
+    torch.testing.assert_close(score.gather(1, p[:, None])[:, 0], u + v[p], atol=margin, rtol=0)
+    worse = torch.randperm(size, generator=g)
+    left = (u + v[worse] - score[range(size), worse]).sum()
+    best, reached = score.gather(1, p[:, None]).sum(), score[range(size), worse].sum()
+    assert float(left) == pytest.approx(float(best - reached), abs=margin)
+    u, v = matching.duals(score, worse)  # no best one: still above everything
+    assert (u[:, None] + v - score).min() >= -margin
+    assert u.sum() + v.sum() >= best - margin
+
+
+def test_by_weights_the_gap_is_that_of_the_certificate() -> None:
+    net, data, (a, b, _), sym = trained()
+    pair = Pair(net, sym, a, b)
+    for asked in ({"method": "weights"}, {"method": "frank-wolfe"}, {"polished": True}):
+        found = matching.match(pair, data.train, **asked)
+        assert found.gap == matching.certify(pair, found.perm).gap
+    for method in ("identity", "straight-through"):
+        assert matching.match(pair, data.train, method=method).gap is None
 
 
 def test_an_unknown_method_is_refused_before_any_work() -> None:

@@ -54,7 +54,7 @@ def test_no_pairing_of_heads_agrees_better() -> None:
     a, b = (train.initialise(net, s) for s in (1, 2))
     sym = symmetry.find(net, next(images.batches(2))[0])
     bundle = next(bundle for bundle in bundles(sym) if bundle.nested)
-    found = solve(bundle, *weights._pairings(sym, bundle, b, lambda x: dot(net, a, x)))
+    found = solve(bundle, *weights.pairings(sym, bundle, b, lambda x: dot(net, a, x)))
     groups = [bundle.name, *(g for block in bundle.blocks for g in block)]
     sizes = [range(sym.groups[g].size) for g in groups]
     best = max(

@@ -4,7 +4,7 @@ One pass over the images feeds both networks and accumulates, group by group, th
 units' activations; the permutation that maximises the summed similarity is a linear assignment.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 from mcnotes import evaluate
 from mcnotes.calls import Batch, Batches, count, stated
 from mcnotes.checks import one_of, optional, require, whole
-from mcnotes.matching.assignment import bundles
+from mcnotes.matching.assignment import bundles, solve
 from mcnotes.matching.pair import PAIRED, AlignmentError, Pair
+from mcnotes.matching.weights import weight_matching
+from mcnotes.symmetry import Perm
 
 Cost = Literal["correlation", "covariance", "l2"]
 At = Literal["post", "pre"]
@@ -117,6 +119,21 @@ def similarity(taps: list[Moments], cost: Cost) -> Tensor:
     """What the assignment maximises, summed over the taps: [U, U] on the CPU."""
     require("similarity", {"cost": cost}, RULES)
     return torch.stack([m.similarity(cost) for m in taps]).sum(0).cpu()
+
+
+def align(pair: Pair, similar: Mapping[str, Tensor]) -> Perm:
+    """The permutation of B's units that brings the most similarity together: exact, by group.
+
+    similar: [U, U] by group, of blocks over the units of all blocks. Groups that are not in it are
+    matched by weights.
+    """
+    perm, unseen = pair.sym.identity(), []
+    for bundle in bundles(pair.sym):
+        if all(names[0] in similar for names in bundle.kinds):
+            perm |= solve(bundle, [bundle.tiles(similar[names[0]]) for names in bundle.kinds])
+        else:
+            unseen.append(bundle.name)
+    return weight_matching(pair, start=perm, only=unseen) if unseen else perm
 
 
 def stream(

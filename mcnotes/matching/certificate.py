@@ -13,17 +13,21 @@ that slack from U to V and from V to U lowers the bound, step by step (Hahn and 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from mcnotes.checks import require, whole
+from mcnotes.matching.assignment import assign, bundles
 from mcnotes.matching.pair import PAIRED, Pair
-from mcnotes.symmetry import Perm
+from mcnotes.symmetry import Perm, Symmetry
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -234,8 +238,16 @@ def _best_sums(scores: Array) -> tuple[Array, Integers]:
 def _slack(scores: Array, chosen: Integers) -> Array:
     """By how much each of scores [..., m, m] could grow alone; chosen [..., m]: the best.
 
-    The reduced costs, from potentials of the columns: longest paths, by Bellman and Ford.
+    The reduced costs.
     """
+    own = np.take_along_axis(scores, chosen[..., None], -1)
+    columns = _potentials(scores, chosen)
+    rows = own - np.take_along_axis(columns, chosen, -1)[..., None]
+    return np.maximum(rows + columns[..., None, :] - scores, 0)
+
+
+def _potentials(scores: Array, chosen: Integers) -> Array:
+    """Of the columns of scores [..., m, m]: longest paths [..., m], by Bellman and Ford."""
     own = np.take_along_axis(scores, chosen[..., None], -1)
     columns = np.zeros(scores.shape[:-1])
     for _ in range(scores.shape[-1]):
@@ -244,5 +256,41 @@ def _slack(scores: Array, chosen: Integers) -> Array:
         if np.array_equal(longer, columns):
             break
         columns = longer
-    rows = own - np.take_along_axis(columns, chosen, -1)[..., None]
-    return np.maximum(rows + columns[..., None, :] - scores, 0)
+    return columns
+
+
+def duals(score: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers u, v [n] with u[i] + v[j] ≥ score[i, j] everywhere: Σu + Σv is above every sum.
+
+    score: [n, n]; p [n]: an assignment. If it is a best one, `score[i, p[i]]` is u[i] + v[p[i]] for
+    each i, up to rounding, which proves that it is (complementary slackness).
+    """
+    x = score.detach().cpu().double()
+    v = torch.from_numpy(_potentials(x.numpy(), p.numpy()))
+    return (x - v).max(1).values, v
+
+
+def shortfall(sym: Symmetry, similar: Mapping[str, Tensor], perm: Perm) -> float:
+    """By how much any permutation could bring more similarity together than `perm`, at most.
+
+    similar: by group [U, U], as in `assignment.solve`, of blocks over the units of all; groups that
+    are not in it do not count. By the duals of every assignment, so that nothing rests on the
+    search.
+    """
+    left = 0.0
+    for bundle in (b for b in bundles(sym) if all(names[0] in similar for names in b.kinds)):
+        count, reached = len(bundle.blocks), 0.0
+        score = torch.zeros(count, count, dtype=torch.float64)
+        for names in bundle.kinds:
+            tiles = bundle.tiles(similar[names[0]]).double()
+            for i, j in product(range(count), repeat=2):
+                score[i, j] += _dual_sum(tiles[i, j])
+            for i, j in enumerate(bundle.partners(perm)):
+                reached += float(tiles[i, j].gather(1, perm[names[j]][:, None]).sum())
+        left += _dual_sum(score) - reached
+    return max(left, 0.0)
+
+
+def _dual_sum(score: Tensor) -> float:
+    u, v = duals(score, assign(score))
+    return float(u.sum() + v.sum())

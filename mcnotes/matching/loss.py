@@ -1,6 +1,6 @@
 """Matching by the loss at the middle of the line between two networks (chapter 9)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mcnotes import curves, train
 from mcnotes.calls import Batches
-from mcnotes.checks import a, one_of, require, whole
+from mcnotes.checks import a, flag, one_of, require, whole
 from mcnotes.curves import Curve
 from mcnotes.data import Split
 from mcnotes.matching import doubly_stochastic, pam
@@ -52,9 +52,11 @@ class Descent:
     lr: float | None = None  # Adam's largest step size; None: `RATES[action]`
     batch_size: int = 100
     samples: int = 16  # Birkhoff–von Neumann terms that are tried at the end ("sinkhorn")
+    both: bool = False  # whether the units of A move as well
 
     def __post_init__(self) -> None:
-        require("Descent", vars(self), {"action": one_of(ACTIONS), "samples": whole(0)})
+        rules = {"action": one_of(ACTIONS), "samples": whole(0), "both": flag}
+        require("Descent", vars(self), rules)
         _ = self.recipe  # which checks the rest
 
     @property
@@ -86,29 +88,50 @@ class Shown(NamedTuple):
 class MiddleStep(train.Step):
     """A step of Adam on one free matrix for each group, by the loss at the middle of the line.
 
-    The middle is taken whatever t is drawn. The matrices begin at the permutation `start`, and
-    are never projected; what acts on B is `how.action` of them.
+    The middle is taken whatever t is drawn. The matrices are never projected; what acts on an end
+    is `how.action` of them. starts: by end (0: A, 1: B), the permutation that its matrices begin
+    at; an end that is left out stays.
     """
 
     def __init__(
-        self, pair: Pair, line: Curve, start: Perm, how: Descent, device: torch.device
+        self, pair: Pair, line: Curve, starts: dict[int, Perm], how: Descent, device: torch.device
     ) -> None:
         super().__init__(pair.net, line, slice(0, 0), how.recipe, device)
-        self.end = pam.MovedEnd(self, line, pair.theta_b, pair.sym)
+        self.ends, self.sym, self.names = (pair.theta_a, pair.theta_b), pair.sym, pair.names
         self.half = torch.full([2], 0.5).to(self.rows)  # the weights of both ends
-        self.act = ACTIONS[how.action]
-        self.matrices = {n: doubly_stochastic.matrix(p).requires_grad_() for n, p in start.items()}
-        self.adam = torch.optim.Adam(self.matrices.values())
+        self.how, self.act = how, ACTIONS[how.action]
+        self.matrices = {
+            end: {n: doubly_stochastic.matrix(p).requires_grad_() for n, p in start.items()}
+            for end, start in starts.items()
+        }
+        self.adam = torch.optim.Adam([m for end in self.matrices.values() for m in end.values()])
 
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor, lr: float) -> Tensor:
         """As `train.Step`."""
-        acting = {n: self.act(m) for n, m in self.matrices.items()}
-        loss, slopes = self.end.slopes(acting, self.matrices, x, y, self.half)
-        for name, matrix in self.matrices.items():
-            matrix.grad = slopes[name]
+        moved = {end: self.moved(end, free) for end, free in self.matrices.items()}
+        for end, flat in moved.items():
+            self.rows[end] = flat.detach()
+        loss, g = self.gradient(x, y, self.half)
+        for end, free in self.matrices.items():
+            slopes = torch.autograd.grad(moved[end], [*free.values()], self.half[end] * g)
+            for matrix, slope in zip(free.values(), slopes, strict=True):
+                matrix.grad = slope
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         return loss
+
+    def moved(self, end: int, free: dict[str, Tensor]) -> Tensor:
+        """The parameters [n] of an end where its matrices act."""
+        theta = self.sym.apply_matrices(self.ends[end], {n: self.act(m) for n, m in free.items()})
+        return torch.cat([theta[n].to(self.rows).flatten() for n in self.names])
+
+    def offers(self, end: int, start: Perm, generator: torch.Generator) -> Iterator[Perm]:
+        """Permutations near the matrices of an end: see `pam.candidates`."""
+        found, samples = {n: m.detach() for n, m in self.matrices[end].items()}, 0
+        if self.how.action == "sinkhorn":
+            found = {n: doubly_stochastic.project(soft(m)) for n, m in found.items()}
+            samples = self.how.samples
+        return pam.candidates(found, start, samples, generator)
 
 
 def loss_matching(
@@ -119,7 +142,9 @@ def loss_matching(
     Action "straight-through": the nearest permutation acts, and its slope moves a free matrix (as
     Ainsworth et al. 2023, 3.3, who keep free weights instead). "sinkhorn": a doubly stochastic
     matrix acts, Sinkhorn's scaling of a free one, and slopes run back through the unrolled rounds
-    (Peña et al. 2023 differentiate implicitly). Starts at the weight matching unless there is a
+    (Peña et al. 2023 differentiate implicitly). `both`: the units of A have matrices of their own,
+    so that both ends are learned towards each other (after Theus et al. 2025); P is then the order
+    of B seen from that of A. Starts at the weight matching unless there is a
     `start`. Of the start, the nearest permutation and Birkhoff–von Neumann terms, the one with the
     lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images). Raises
     TrainingError if the loss is not finite.
@@ -132,13 +157,9 @@ def loss_matching(
     pam.check_only_parameters_move(pair.net, pair.sym)
     old = weight_matching(pair, seed=seed) if start is None else pair.sym.complete(start)
     line = curves.line(pair.theta_a, pair.permuted(old))
-    step = MiddleStep(pair, line, old, how, images.device)
+    starts = {0: pair.sym.identity(), 1: old} if how.both else {1: old}
+    step = MiddleStep(pair, line, starts, how, images.device)
     train.run(step, line, Shown(images), seed, None)
-    found = {n: m.detach() for n, m in step.matrices.items()}
-    samples = 0
-    if how.action == "sinkhorn":
-        found = {n: doubly_stochastic.project(soft(m)) for n, m in found.items()}
-        samples = how.samples
     probe = images.first(1000)
 
     def at_the_middle(perm: Perm) -> float:
@@ -146,6 +167,8 @@ def loss_matching(
         return pam.objective(pair.net, line, probe, nodes=1)
 
     generator = torch.Generator().manual_seed(seed)
-    offers = pam.candidates(found, old, samples, generator)
-    _, perm, _ = pam.choose(offers, at_the_middle)
-    return perm
+    offers = {end: step.offers(end, start, generator) for end, start in starts.items()}
+    if not how.both:
+        return pam.choose(offers[1], at_the_middle)[1]
+    met = ((pair.sym.inverse(p), q) for p, q in zip(offers[0], offers[1], strict=True))
+    return pam.choose((pair.sym.compose(q, back) for back, q in met), at_the_middle)[1]

@@ -15,6 +15,7 @@ from mcnotes.checks import require, whole
 from mcnotes.curves import Theta, combine
 from mcnotes.matching.activations import RULES, At, Cost, similarity, stream
 from mcnotes.matching.assignment import Bundle, bundles, solve
+from mcnotes.matching.frank_wolfe import common_orders
 from mcnotes.matching.pair import Pair
 from mcnotes.matching.weights import weight_matching
 from mcnotes.symmetry import Perm, Symmetry
@@ -38,10 +39,12 @@ def match_many(
 ) -> list[Perm]:
     """For each network a permutation into one common order: that of the first, which stays.
 
-    They maximise the similarity summed over all pairs by coordinate ascent: one network at a time
-    is matched to all others as they lie, until nothing gains. No cycle contradicts itself then
-    (Crisostomi et al. 2024 ask for the same, by Frank–Wolfe over weights). Arguments as in
-    `matching.match`; method "weights" uses no images; without it, units that are not seen stay.
+    They maximise the similarity summed over all pairs, so that no cycle contradicts itself. Methods
+    "activations" and "weights": by coordinate ascent, one network at a time is matched to all
+    others as they lie, until nothing gains or after `sweeps`. "frank-wolfe": by their weights, all
+    layers of all networks at once (Crisostomi et al. 2024), in `sweeps` steps at most. Arguments as
+    in `matching.match`; the methods by weights use no images; with activations, units that are not
+    seen stay.
     Raises ValueError for fewer than two networks and for other methods, AlignmentError as there.
     """
     require("match_many", {"cost": cost, "sweeps": sweeps}, RULES | {"sweeps": whole(1)})
@@ -49,8 +52,10 @@ def match_many(
         raise ValueError(f"match_many: thetas: got a {type(thetas).__name__}, expected a list")
     if len(thetas) < 2:
         raise ValueError(f"match_many: got {len(thetas)} networks, expected at least 2")
-    if method not in ("activations", "weights"):
-        raise ValueError(f"match_many: got method {method!r}, expected 'activations' or 'weights'")
+    if method not in (known := ("activations", "weights", "frank-wolfe")):
+        raise ValueError(f"match_many: got method {method!r}, expected one of {known}")
+    if method == "frank-wolfe":
+        return common_orders(net, thetas, sym, steps=sweeps)
     if method == "weights":
         improve = _by_weights(net, thetas, sym)
     else:

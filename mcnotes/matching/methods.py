@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,11 +13,24 @@ from torch import Tensor
 
 from mcnotes import display
 from mcnotes.calls import Batches
-from mcnotes.checks import require
-from mcnotes.matching.activations import RULES, At, Cost, Moments, Streams, similarity, stream
-from mcnotes.matching.assignment import Bundle, bundles, solve
+from mcnotes.checks import flag, require, whole
+from mcnotes.matching.activations import (
+    RULES,
+    At,
+    Cost,
+    Moments,
+    Streams,
+    align,
+    similarity,
+    stream,
+)
+from mcnotes.matching.assignment import Bundle, bundles
+from mcnotes.matching.cca import canonical
+from mcnotes.matching.certificate import certify, shortfall
+from mcnotes.matching.frank_wolfe import frank_wolfe
 from mcnotes.matching.loss import ACTIONS, Descent, loss_matching
 from mcnotes.matching.pair import Pair
+from mcnotes.matching.polish import Search, best_of_starts, polish
 from mcnotes.matching.weights import weight_matching
 from mcnotes.names import suggest
 from mcnotes.symmetry import Perm, Symmetry
@@ -41,6 +55,18 @@ class Matching:
     dead: dict[str, Tensor]  # units of A that are constant; their partners are arbitrary
     ambiguous: dict[str, Tensor]  # units of A to which another of B is as similar within 0.01
     seconds: float
+    left: Callable[[Perm], float] | None = field(default=None, repr=False)  # see `gap`
+
+    @cached_property
+    def gap(self) -> float | None:
+        """How far from the best possible the permutation may be, at most, in what it aims at.
+
+        By activations, or their canonical correlations, in summed similarity: 0 up to rounding,
+        which the duals of the assignments prove (`certificate.duals`). By weights, in the cosine of
+        the weights (`certify`): computed when it is first asked for, in seconds to minutes. None
+        for methods of whose aim no bound is known: the loss, and the orders that aim at nothing.
+        """
+        return self.left(self.perm) if self.left else None
 
     def __repr__(self) -> str:
         if not self.before:
@@ -81,17 +107,27 @@ class Matching:
 Method = Callable[[Pair, Any, int], Perm]  # of the batches and a seed
 
 
-def _by_loss(action: str) -> Method:
-    return lambda pair, images, seed: loss_matching(pair, images, Descent(action), seed=seed)
+def _by_loss(action: str, both: bool) -> Method:
+    how = Descent(action, both=both)
+    return lambda pair, images, seed: loss_matching(pair, images, how, seed=seed)
 
 
+EXACT = ("activations", "cca")
+"""Methods that compare what units do: the best pairing of each group is found at once."""
+SEARCHES: dict[str, Search] = {
+    "weights": lambda pair, start, seed: weight_matching(pair, start=start, seed=seed),
+    "frank-wolfe": lambda pair, start, _: frank_wolfe(pair, start=start),
+}
+"""Methods that make the weights agree, each a search from a start that ends where it may."""
 METHODS: dict[str, Method] = {
     "weights": lambda pair, images, seed: weight_matching(pair, seed=seed),
-    **{action: _by_loss(action) for action in ACTIONS},
+    "frank-wolfe": lambda pair, images, seed: frank_wolfe(pair),
+    **{action: _by_loss(action, both=False) for action in ACTIONS},
+    **{f"{action}-both": _by_loss(action, both=True) for action in ACTIONS},
     "random": lambda pair, images, seed: pair.sym.random(torch.Generator().manual_seed(seed)),
     "identity": lambda pair, images, seed: pair.sym.identity(),
 }
-"""All but alignment, by the name that `match` knows."""
+"""All that are not in `EXACT`, by the name that `match` knows."""
 
 
 def match(
@@ -103,6 +139,8 @@ def match(
     cost: Cost = "correlation",
     batch_size: int | None = None,
     seed: int = 0,
+    restarts: int = 1,
+    polished: bool = False,
 ) -> Matching:
     """A permutation of B's units; by default that which makes them most similar to A's.
 
@@ -111,38 +149,53 @@ def match(
     "l2", which minimises E‖a − Pb‖², the discrete 2-Wasserstein matching. batch_size: as in
     `stream`. Groups that several layers share (residual streams) sum the evidence of all their
     taps. Blocks and the units within are solved jointly and exactly; units that are not seen (axes
-    of a table of coordinates), by their weights. method: "activations" or one of `METHODS`
-    (chapter 9), which draw from `seed`, ignore `at` and `cost`, and whose `seconds` leave out the
-    correlations of the report. Raises AlignmentError when there is nothing to correlate, or it is
-    not finite; ValueError for a method that is not known.
+    of a table of coordinates), by their weights. method: "activations"; "cca", which ignores
+    `cost`; or one of `METHODS` (chapter 9), which draw from `seed`, ignore `at` and `cost`, and
+    whose `seconds` leave out the correlations of the report. restarts: of "weights" and
+    "frank-wolfe", from how many starts to search; the closest weights win. polished: exchange units
+    afterwards while that brings the weights closer (`polish`). Raises AlignmentError when there is
+    nothing to correlate, or it is not finite; ValueError for a method that is not known, and for
+    restarts of one that has no start.
     """
-    require("match", {"cost": cost, "seed": seed}, RULES)  # `stream` looks at the others
-    if method not in (known := ["activations", *METHODS]):
+    given = {"cost": cost, "seed": seed, "restarts": restarts, "polished": polished}
+    require("match", given, RULES | {"restarts": whole(1), "polished": flag})
+    if method not in (known := [*EXACT, *METHODS]):  # `stream` looks at the other arguments
         raise ValueError(f"match: got method {method!r}{suggest(method, known)}")
+    if restarts > 1 and method not in SEARCHES:
+        raise ValueError(
+            f"match: got restarts {restarts} with method {method!r}, expected one of {[*SEARCHES]}"
+        )
     start = time.perf_counter()
     moments = stream(pair, images, at=at, batch_size=batch_size)
-    if method == "activations":
-        perm = _by_activations(pair, moments, cost)
+    left: Callable[[Perm], float] | None = None
+    if method in EXACT:
+        if method == "cca":
+            similar = canonical(pair, images, moments, at=at, batch_size=batch_size)
+        else:
+            similar = {n: similarity(taps, cost) for n, taps in moments.items() if taps}
+        perm, left = align(pair, similar), partial(shortfall, pair.sym, similar)
     else:
         start = time.perf_counter()
-        perm = METHODS[method](pair, images, seed)
+        if restarts > 1:
+            perm = best_of_starts(pair, SEARCHES[method], restarts, seed)
+        else:
+            perm = METHODS[method](pair, images, seed)
+    if polished:
+        perm = polish(pair, perm)
+    if polished or method in SEARCHES:
+        left = partial(_below_bound, pair)
     seconds = time.perf_counter() - start
-    return _report(perm, _seen(pair.sym, moments), moments, seconds)
+    report = _report(perm, _seen(pair.sym, moments), moments, seconds)
+    return replace(report, left=left)
+
+
+def _below_bound(pair: Pair, perm: Perm) -> float:
+    return certify(pair, perm).gap
 
 
 def _seen(sym: Symmetry, moments: Streams) -> list[Bundle]:
     """The bundles of which every unit is seen at a tap at least."""
     return [b for b in bundles(sym) if all(moments[names[0]] for names in b.kinds)]
-
-
-def _by_activations(pair: Pair, moments: Streams, cost: Cost) -> Perm:
-    """Neuron alignment (paper, algorithm 1); units that are not seen are matched by weights."""
-    perm, seen = pair.sym.identity(), _seen(pair.sym, moments)
-    for bundle in seen:
-        similar = [similarity(moments[names[0]], cost) for names in bundle.kinds]
-        perm |= solve(bundle, [bundle.tiles(matrix) for matrix in similar])
-    unseen = {bundle.name for bundle in bundles(pair.sym)} - {bundle.name for bundle in seen}
-    return weight_matching(pair, start=perm, only=unseen) if unseen else perm
 
 
 class _Agreement(NamedTuple):

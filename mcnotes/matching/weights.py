@@ -1,6 +1,7 @@
 """Weight matching: a permutation of B's units that brings its weights close to A's (chapter 9)."""
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,20 +36,24 @@ def weight_matching(
     given = {"pair": pair, "seed": seed, "sweeps": sweeps}
     require("weight_matching", given, PAIRED | {"sweeps": whole(1)})
     sym, parts = pair.sym, _named(bundles(pair.sym), only)
-    agreement = _agreement_with(pair)
-    theta_b = {n: x.double() if x.is_floating_point() else x for n, x in pair.theta_b.items()}
+    alone = {bundle.name: symmetry_of(sym, bundle) for bundle in parts}
+    fixed = reference(pair)
     generator = torch.Generator().manual_seed(seed)
     perm = sym.identity() if start is None else sym.complete(start)
-    best = float(agreement(sym.permute(theta_b, perm)))
+    here = sym.permute(in_float64(pair.theta_b), perm)
+    terms = products(fixed, here)
+    best = total(terms)
     for _ in range(sweeps):
         before = best
         for k in torch.randperm(len(parts), generator=generator).tolist():
-            here = sym.permute(theta_b, perm)
-            step = solve(parts[k], *_pairings(sym, parts[k], here, agreement))
-            trial = sym.compose(perm, step)
-            value = float(agreement(sym.permute(theta_b, trial)))
-            if value > best + 1e-9 * abs(best):
-                perm, best = trial, value
+            own = alone[parts[k].name]
+            near = {name: here[name] for name in own.shapes}
+            step = solve(parts[k], *pairings(own, parts[k], near, partial(agreement, fixed)))
+            moved = own.permute(near, step)
+            trial = terms | products(fixed, moved)
+            if (value := total(trial)) > best + 1e-9 * abs(best):
+                perm, best = sym.compose(perm, step), value
+                here, terms = here | moved, trial
         if best == before:
             break
     return perm
@@ -64,17 +69,41 @@ def _named(parts: list[Bundle], only: Collection[str] | None) -> list[Bundle]:
     return [bundle for bundle in parts if bundle.name in only]
 
 
-def _agreement_with(pair: Pair) -> Agreement:
-    """The inner product ⟨θ_A, θ⟩ over the parameters, in float64, as a function of θ."""
-    fixed = {name: pair.theta_a[name].double() for name in pair.names}
+def symmetry_of(sym: Symmetry, bundle: Bundle) -> Symmetry:
+    """The symmetry of the units of one bundle alone, over the tensors in which they stand."""
+    inside = {bundle.name, *(name for block in bundle.blocks for name in block)}
+    groups = {name: g for name, g in sym.groups.items() if name in inside}
+    standing = {place.name for g in groups.values() for place in g.places}
+    shapes = {name: shape for name, shape in sym.shapes.items() if name in standing}
+    return Symmetry(groups, train=sym.train, shapes=shapes)
 
-    def agreement(theta: Theta) -> Tensor:
-        return torch.stack([(x * theta[name]).sum() for name, x in fixed.items()]).sum()
 
-    return agreement
+def in_float64(theta: Theta) -> Theta:
+    """The same numbers, those of floating point in float64."""
+    return {n: x.double() if x.is_floating_point() else x for n, x in theta.items()}
 
 
-def _pairings(
+def reference(pair: Pair) -> Theta:
+    """The parameters of A in float64, with which those of B are compared."""
+    return {name: pair.theta_a[name].double() for name in pair.names}
+
+
+def products(fixed: Theta, theta: Theta) -> dict[str, Tensor]:
+    """The inner product with `fixed` [], tensor by tensor, of those that are in `theta`."""
+    return {name: (x * theta[name]).sum() for name, x in fixed.items() if name in theta}
+
+
+def total(terms: dict[str, Tensor]) -> float:
+    """The sum of `products`."""
+    return float(torch.stack([*terms.values()]).sum())
+
+
+def agreement(fixed: Theta, theta: Theta) -> Tensor:
+    """⟨fixed, θ⟩ over the tensors that both have, of which there may be none: []."""
+    return sum(products(fixed, theta).values(), torch.zeros((), dtype=torch.float64))
+
+
+def pairings(
     sym: Symmetry, bundle: Bundle, theta: Theta, agreement: Agreement
 ) -> tuple[list[Tensor], Tensor]:
     """The agreement that each pairing brings: what `solve` needs, as it needs it.
@@ -89,7 +118,7 @@ def _pairings(
     blocks = torch.zeros(count, count, dtype=torch.float64)
     for shift in range(count):
         order = torch.arange(count).roll(-shift)
-        slope = _slopes(sym, bundle, theta, agreement, order)
+        slope = slopes(sym, bundle, theta, agreement, order)
         for i, j in enumerate(order.tolist()):
             for tile, names in zip(units, bundle.kinds, strict=True):
                 tile[i, j] = slope[names[j]]
@@ -101,7 +130,7 @@ def _pairings(
     return units, blocks
 
 
-def _slopes(
+def slopes(
     sym: Symmetry, bundle: Bundle, theta: Theta, agreement: Agreement, order: Tensor
 ) -> dict[str, Tensor]:
     """By group, the slope [n, n] of the agreement in the matrix that acts on it.
