@@ -402,6 +402,22 @@ def count(inputs: Inputs) -> int:
     return size
 
 
+def doubled(inputs: Any) -> Any:
+    """An example of one sample, twice, so that what runs along the batch is seen.
+
+    Others are returned as they are: beside several samples, a tensor of one is for all of them.
+    """
+    try:
+        alone = count(inputs) == 1
+    except ValueError:  # no tensor has a batch
+        return inputs
+
+    def twice(x: Tensor) -> Tensor:
+        return torch.cat([x, x]) if alone and x.dim() and len(x) == 1 else x
+
+    return tree_map_only(Tensor, twice, inputs)
+
+
 def first(inputs: Inputs, n: int) -> Any:
     """The first `n` samples. A single vector, which may be one sample or many, is not cut."""
     wide = [len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 1]

@@ -280,3 +280,29 @@ def test_growth_is_linear_in_depth() -> None:
     one, two, four = (cost(n) for n in (2, 4, 8))
     for a, b, c in zip(one, two, four, strict=True):
         assert c - b < 2.2 * (b - a)
+
+
+class Masked(nn.Module):
+    """Attention of one head with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 8, bias=False), nn.Linear(6, 8, bias=False)
+        self.o = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        weights = (self.q(x) @ self.k(x).mT + mask).softmax(-1)
+        read: Tensor = self.o(weights @ x)
+        return read
+
+
+@pytest.mark.parametrize(
+    ("samples", "mask"), [(3, (1, 4, 4)), (3, (4, 4)), (3, (3, 4, 4)), (1, (1, 4, 4)), (1, (4, 4))]
+)
+def test_a_mask_may_be_for_all_samples(samples: int, mask: tuple[int, ...]) -> None:
+    net, example = Masked(), (torch.randn(samples, 4, 6), torch.randn(mask))
+    found = symmetry.find(net, example, kinds=symmetry.KINDS)
+    assert [g.size for g in found.permutations.groups.values()] == [8]
+    assert [f.kind for f in found.factors.values()] == ["bases"]
+    assert found.verify(net, example) < 1e-9
+    assert found.permutations.verify(net, example) < 1e-9

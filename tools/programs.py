@@ -206,9 +206,11 @@ def check_program(steps: list[tuple[str, int, int]], shorter: bool) -> None:
     net, x = Program(steps), torch.randn(2, LENGTH, INPUTS)
     with torch.no_grad():
         net(x)
-    sym = symmetry.find(net, x)
+    found = symmetry.find(net, x, kinds=symmetry.KINDS)
     others = [torch.randn(3, 9, INPUTS), torch.randn(1, 1, INPUTS), torch.randn(2, 2, INPUTS)]
-    sym.verify(net, x, others=others if shorter else others[:1])
+    others = others if shorter else others[:1]
+    found.permutations.verify(net, x, others=others)
+    found.verify(net, x, others=others)
 
 
 def try_programs(seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""Match two networks by all symmetries that are known, not by permutations alone (chapter 12).
+"""Match two networks by all symmetries that are known, not by permutations alone.
 
 First both networks are brought into one gauge: norm gains are folded, and scales and changes of
 basis balanced, so that what writes a space and what reads it have equal norms. What is then left of
@@ -9,6 +9,8 @@ order in which they become known: a space next to the inputs first, then what it
 `Learn` goes on from there by the loss at the middle of the line: matrices move as exponentials,
 scales too, permutations straight through. The middle of two ends that both move is that of one end
 that moves, moved itself, so that moving network B loses nothing.
+
+Sources: Zhang et al. 2025 (rotations of transformers), Theus et al. 2025 (learned symmetries).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from mcnotes.matching import doubly_stochastic, pam
 from mcnotes.matching.assignment import assign
 from mcnotes.matching.loss import RATES, Shown, through
 from mcnotes.matching.pair import PAIRED, AlignmentError, Pair
+from mcnotes.matching.weights import in_float64
 from mcnotes.symmetry import Bases, Element, Factor
 from mcnotes.symmetry.bases import beside_ones, entries, heads
 from mcnotes.symmetry.groups import Place
@@ -131,11 +134,6 @@ def match_bases(
         tuple(losses),
         time.perf_counter() - start,
     )
-
-
-def in_float64(theta: Theta) -> Theta:
-    """Real numbers in float64; others as they are."""
-    return {n: x.detach().double() if x.is_floating_point() else x for n, x in theta.items()}
 
 
 def like(theta: Theta, given: Theta) -> Theta:

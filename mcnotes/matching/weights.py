@@ -79,8 +79,8 @@ def symmetry_of(sym: Symmetry, bundle: Bundle) -> Symmetry:
 
 
 def in_float64(theta: Theta) -> Theta:
-    """The same numbers, those of floating point in float64."""
-    return {n: x.double() if x.is_floating_point() else x for n, x in theta.items()}
+    """The same numbers, without gradients, those of floating point in float64."""
+    return {n: x.detach().double() if x.is_floating_point() else x for n, x in theta.items()}
 
 
 def reference(pair: Pair) -> Theta:

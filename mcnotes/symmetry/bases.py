@@ -1,4 +1,4 @@
-"""Symmetries beyond permutations: scales, signs, rotations, changes of basis (chapter 12)::
+"""Symmetries beyond permutations: scales, signs, rotations, changes of basis::
 
     found = symmetry.find(net, example, kinds=symmetry.KINDS)
     found.verify(net, example)
@@ -6,7 +6,8 @@
 
 What `find` says of permutations tells which units make a space, and where they stand; `exponents`
 tells which larger groups act there. Norm gains that stand between a space and what reads it are
-*folded* first: they become 1, and the matrices that read them take them over.
+*folded* first: they become 1, and the matrices that read them take them over. Godfrey et al.
+(2022) describe such groups.
 """
 
 from __future__ import annotations
@@ -431,12 +432,12 @@ def find(
     space the largest group counts: "bases", any invertible matrix, then "rotations", orthogonal
     ones, then positive "scales" and "signs" of single units. ValueError for other kinds.
     """
+    wrong = isinstance(kinds, str) or any(k not in KINDS for k in kinds or ())
+    if wrong:
+        raise ValueError(f"find: got kinds {kinds!r}, expected some of {KINDS}")
     found = find_permutations(net, example, train)
     if kinds is None:
         return found
-    wrong = [*kinds] if isinstance(kinds, str) else [k for k in kinds if k not in KINDS]
-    if wrong:
-        raise ValueError(f"find: got kinds {kinds!r}, expected some of {KINDS}")
     captured = capture(net, calls.plain(example), train)
     factors, refused = discover(captured, found, kinds)
     if "permutations" not in kinds:

@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mcnotes.calls import Inputs, arranged
+from mcnotes.calls import Inputs, arranged, doubled
 from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
 from mcnotes.symmetry.units import (
     BITS,
@@ -116,11 +116,7 @@ def capture(net: nn.Module, inputs: Inputs, train: bool) -> Capture:
     first = {id(t): n for n, t in reversed(state.items())}
     tied = {n: first[id(t)] for n, t in state.items()}
     theta = {n: state[n].detach() for n in dict.fromkeys(tied.values())}
-    inputs = tree_map_only(
-        Tensor,
-        lambda x: torch.cat([x, x]) if x.dim() and len(x) == 1 else x,
-        arranged(net, inputs),
-    )
+    inputs = doubled(arranged(net, inputs))
 
     def run(given: dict[str, Tensor], x: Any) -> list[Tensor]:
         return outputs(net, given, x)

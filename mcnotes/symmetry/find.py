@@ -559,14 +559,7 @@ def jitter(t: Tensor, generator: torch.Generator, movable: bool = True) -> Tenso
 
 
 def find(net: nn.Module, example: Inputs, train: bool = False) -> Symmetry:
-    """The permutation symmetries of `net`, by following its units through one run.
-
-    example: an input with its batch in front, a tuple of inputs, or a mapping of keywords; only
-    shapes count. train: find those of training mode, in which auxiliary heads exist. The network is
-    not changed. Raises SymmetryError where it cannot be followed: control flow on data. What is not
-    understood is pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`;
-    `Symmetry.verify` proves.
-    """
+    """The permutation symmetries of `net`: `symmetry.find` without `kinds`."""
     given = {"net": net, "example": example, "train": train}
     checks.require("find", given, RULES, SymmetryError)
     foreign.check(net)

@@ -21,7 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.utils._pytree import tree_map_only
 
 from mcnotes import display
-from mcnotes.calls import Inputs, arranged
+from mcnotes.calls import Inputs, arranged, doubled
 from mcnotes.symmetry import foreign
 from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
 from mcnotes.symmetry.rules import MOVING, PASSING, RULES
@@ -154,7 +154,7 @@ def run_trace(
     constants = {id(b) for b in net.buffers()} - kept
     trace = Trace(RULES, MOVING, PASSING, modules, constants, merged)
     theta = labelled_parameters(net, trace)
-    given = tree_map_only(Tensor, partial(labelled_input, trace), inputs)
+    given = tree_map_only(Tensor, partial(labelled_input, trace), doubled(inputs))
     # PyTorch makes writing in place a chain of new tensors.
     run = dispatch_functionalize(partial(outputs, net), FunctionalTensorMode())
     with unfused_attention, torch.no_grad():
@@ -197,10 +197,8 @@ def labelled_parameters(net: nn.Module, trace: Trace) -> dict[str, Labelled]:
 
 
 def labelled_input(trace: Trace, x: Tensor) -> Labelled:
-    """An input, without the peculiarities of an example: repeated entries, a batch of one."""
-    x = x.contiguous() if 0 in x.stride() else x
-    x = torch.cat([x, x]) if x.dim() and len(x) == 1 else x
-    labelled = Labelled(trace, x, (), [Tap()])
+    """An input; that entries are repeated is a peculiarity of the example."""
+    labelled = Labelled(trace, x.contiguous() if 0 in x.stride() else x, (), [Tap()])
     labelled.given = True
     return labelled
 
