@@ -359,6 +359,12 @@ class TestRecord:
         expected = ["data/results/laptop.json"] if again else []
         assert batch.incomplete(config, batch.plan(config)) == expected
 
+    def test_a_file_of_other_measurements_is_collected_again(self, tmp_path: Path) -> None:
+        config = {"presets": ["laptop"], "results": str(tmp_path)}
+        assert batch.incomplete(config, batch.plan(config)) == []  # Snakemake sees what is missing
+        (tmp_path / "laptop.json").write_text('{"models": 80}')
+        assert batch.incomplete(config, batch.plan(config)) == [f"{tmp_path}/laptop.json"]
+
     def test_every_record_of_the_book_is_sound(self) -> None:
         results.load(ROOT / "data" / "results")
 

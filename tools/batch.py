@@ -219,10 +219,12 @@ def incomplete(config: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list[
     files = {preset: f"{asked['results']}/{preset}.json" for preset in runs}
     found = []
     for preset, file in files.items():
-        record = results.read(ROOT / file) if (ROOT / file).exists() else None
+        if not (ROOT / file).exists():
+            continue
+        record = results.read(ROOT / file)
         lab, pairs = presets.experiment(runs[preset]), runs[preset]["pairs"]
         wanted = (lab, pairs, asked["methods"], asked["shapes"])
-        if record and not results.holds(record, *wanted):
+        if record is None or not results.holds(record, *wanted):
             found.append(file)
     return found
 
