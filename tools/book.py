@@ -36,7 +36,7 @@ CARDS = {  # of the landing page: a chapter's number, and the figure that stands
     "08": "fig-08-main",
     "09": "fig-09-width",
     "10": "fig-10-paths",
-    "11": "fig-11-paper",
+    "11": "fig-11-column",
     "12": "fig-12-shell",
 }
 HERO = "03"  # the chapter whose living figure the landing page shows
