@@ -45,6 +45,8 @@ from mcnotes.symmetry.units import op_name
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+__all__ = ["KINDS", "Bases", "Element", "Factor", "Site", "find"]
+
 Element = dict[str, Tensor]  # index vectors by group, matrices [n, n] or vectors [n] by factor
 
 KINDS = ("permutations", "scales", "signs", "rotations", "bases")
