@@ -396,8 +396,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         r"lacks 7 tensors, such as '0.weight'; it has besides 7 .*build the architecture",
     ),
     "no tensors": (broken(lambda s: {"epoch": 3}), "lacks 7 tensors.*architecture"),
-    "one missing": (broken(lambda s: {n: s[n] for n in s if n != "6.bias"}), "lacks 1 .*'6.bias'"),
-    "one too many": (broken(lambda s: s | {"7.weight": s["6.bias"]}), "besides 1 .*'7.weight'"),
+    "one missing": (broken(lambda s: {n: s[n] for n in s if n != "6.bias"}), "lacks '6.bias'"),
+    "one too many": (broken(lambda s: s | {"7.weight": s["6.bias"]}), "has besides '7.weight'"),
     "another head": (
         broken(other_head(5)),
         r"'6.weight' is \[5, 54\], expected \[3, 54\].*the head differs, .*number of classes",
@@ -464,7 +464,7 @@ class TestRefusals:
         assert equal(found.theta, state)
         assert found.prefix == before
         torch.save(state | {before: torch.ones(1)}, tmp_path / "b.pt")
-        with pytest.raises(CheckpointError, match="besides 1 tensors") as caught:
+        with pytest.raises(CheckpointError, match="has besides '") as caught:
             checkpoints.load(tmp_path / "b.pt", small.normed())
         assert time.process_time() - start < 5, "squared, it takes minutes"
         assert len(str(caught.value)) < 1000
