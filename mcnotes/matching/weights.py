@@ -34,7 +34,8 @@ def weight_matching(
     """
     given = {"pair": pair, "seed": seed, "sweeps": sweeps}
     require("weight_matching", given, PAIRED | {"sweeps": whole(1)})
-    sym, parts = pair.sym, _named(bundles(pair.sym), only)
+    sym, named = pair.sym, _named(bundles(pair.sym), only)
+    parts = [part for bundle in named for part in _linear_parts(sym, bundle)]
     agreement = _agreement_with(pair)
     theta_b = {n: x.double() if x.is_floating_point() else x for n, x in pair.theta_b.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -62,6 +63,18 @@ def _named(parts: list[Bundle], only: Collection[str] | None) -> list[Bundle]:
     if isinstance(only, str) or not {*only} <= {*known}:
         raise ValueError(f"weight_matching: only: got {only!r}, expected names among {known}")
     return [bundle for bundle in parts if bundle.name in only]
+
+
+def _linear_parts(sym: Symmetry, bundle: Bundle) -> list[Bundle]:
+    """A bundle in parts, in the units of each of which the agreement is linear.
+
+    Heads that share keys and values act where the units within them act, and are matched alone.
+    """
+    if not bundle.nested:
+        return [bundle]
+    heads = [n for block in bundle.blocks for n in block if sym.groups[n].inner]
+    units = tuple(tuple(n for n in block if n not in heads) for block in bundle.blocks)
+    return [Bundle(bundle.name, units), *(Bundle(n, ((n,),)) for n in heads)]
 
 
 def _agreement_with(pair: Pair) -> Agreement:
