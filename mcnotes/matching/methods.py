@@ -13,7 +13,7 @@ from torch import Tensor
 from mcnotes import display
 from mcnotes.calls import Batches
 from mcnotes.checks import require
-from mcnotes.matching.activations import RULES, At, Cost, Moments, Streams, similarity, stream
+from mcnotes.matching.activations import ARGUMENTS, At, Cost, Moments, Streams, similarity, stream
 from mcnotes.matching.assignment import Bundle, bundles, solve
 from mcnotes.matching.loss import ACTIONS, Descent, loss_matching
 from mcnotes.matching.pair import Pair
@@ -116,7 +116,7 @@ def match(
     correlations of the report. Raises AlignmentError when there is nothing to correlate, or it is
     not finite; ValueError for a method that is not known.
     """
-    require("match", {"cost": cost, "seed": seed}, RULES)  # `stream` looks at the others
+    require("match", {"cost": cost, "seed": seed}, ARGUMENTS)  # `stream` looks at the others
     if method not in (known := ["activations", *METHODS]):
         raise ValueError(f"match: got method {method!r}{suggest(method, known)}")
     start = time.perf_counter()
