@@ -80,10 +80,8 @@ SPEECH = {
 }
 
 SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "mlp_ratio": 2.0}
-SWIN |= {
-    "drop_path_rate": 0.0,
-    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads")),
-}
+SWIN |= {"drop_path_rate": 0.0, "hidden_size": None, "head_dim": None}
+SWIN |= {"num_hidden_layers": None, "num_attention_heads": None}
 SEGFORMER = {
     "num_encoder_blocks": 2,
     "depths": [1, 1],
@@ -261,7 +259,7 @@ FAMILIES: dict[str, Family] = {
     "Marian": Family(
         "MTModel", groups(STREAM) + times(2, groups(INNER)) + times(3, ATTENTION), SEQ2SEQ, "pairs"
     ),
-    "XLNet": Family("LMHeadModel", BERT, XLNET),
+    "XLNet": Family("LMHeadModel", groups(STREAM, INNER, HEADS, *[DIM] * 2 * HEADS), XLNET),
     "BigBird": Family("ForMaskedLM", BERT, {"attention_type": "original_full"}),
     "Mamba": Family("ForCausalLM", groups(STREAM, INNER, 16, 2)),
     "Mamba2": Family(

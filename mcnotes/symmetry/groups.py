@@ -126,17 +126,22 @@ def discover(
     groups = dict(zip(group_names(found), found, strict=True))
     moved = classes.group_of_unit >= 0
     blocks, home = dict[str, Group](), np.full(len(moved), -1)
+    shared = shared_units(trace, classes)
     twins, alone = same_kind(found), lone_blocks(trace, moved)
     if twins or alone:
         merged = merge_groups(classes, twins, alone)
         outer_trace, outer_factors = run(merged)
         outer = classify(outer_trace, outer_factors)
-        home = outer.place_of_unit[units_of(merged).numpy()]
+        unit = units_of(merged).numpy()
+        home = outer.place_of_unit[unit]
+        for k in np.flatnonzero(shared_units(outer_trace, outer)):
+            if len(twins) + 2 <= k < len(twins) + len(alone) + 2:
+                shared[alone[k - len(twins) - 2]] = True
         members = names_in_blocks(outer, [[*groups][k] for k in twins])
         made = groups_of(outer_trace, outer, outer_factors)
         for block, inner in zip(made, members, strict=True):
             blocks[block_name(block, inner, groups | blocks)] = replace(block, inner=inner)
-    heads, shared = sharing_blocks(trace, classes, home)
+    heads = sharing_blocks(trace, shared, home)
     if heads:
         merged = hold_shared(classes, heads, shared)
         last_trace, last_factors = run(merged)
@@ -505,18 +510,15 @@ def block_name(group: Group, inner: Sequence[Sequence[str]], taken: Mapping[str,
 # Blocks that share units
 
 
-def sharing_blocks(
-    trace: Trace, classes: Classes, home: Integers
-) -> tuple[list[Integers], NDArray[np.bool_]]:
-    """Sets of units, as of a query head, where others are shared, and [units]: which are.
+def sharing_blocks(trace: Trace, shared: NDArray[np.bool_], home: Integers) -> list[Integers]:
+    """Sets of units, as of a query head, where others are shared.
 
-    home [units]: in which block of another trace each is, as a whole; -1: in none. Sets that are
-    all of a block's units but the shared ones are left out: they are known to be interchangeable.
+    shared [units]: whether each is; home [units]: in which block it is, -1: in none. A set that is
+    alone in its block is left out: it is known to be interchangeable.
     """
-    shared = shared_units(trace, classes)
     found = lone_blocks(trace, shared) if shared.any() else []
     count = Counter(int(home[units[0]]) for units in found)
-    return [u for u in found if home[u[0]] < 0 or count[int(home[u[0]])] > 1], shared
+    return [u for u in found if home[u[0]] < 0 or count[int(home[u[0]])] > 1]
 
 
 def shared_units(trace: Trace, classes: Classes) -> NDArray[np.bool_]:

@@ -448,10 +448,12 @@ class Trace(Tape):
 
         It may move as a whole where its units must keep their order, as in rotary positions.
         """
-        if self.merged is not None:
-            return
         self.read.append(units_in(factor).unique())
-        if axes(factor).intersection(dims) and axes(factor).difference(dims):
+        if (
+            self.merged is None
+            and axes(factor).intersection(dims)
+            and axes(factor).difference(dims)
+        ):
             rest = positions(factor.shape, axes(factor).difference(dims)).expand_as(factor)
             held = factor >= UNIT
             self.blocks.append((units_of(factor[held]), rest[held]))
