@@ -9,7 +9,8 @@ units differently) and in float16 groups must be the same, or the reason is kept
 no group is found, or whose output is constant, fails.
 
 Random programs (see `tools.programs`) are tried for --minutes, and counted. With --resume the rows
-of --out stay, and only what is missing is computed: so an hour of programs can be added later.
+of --out stay, and its runs of programs; only what is missing is computed, so that an hour of
+programs can be added later.
 
     python benchmarks/symmetry_transformers.py --minutes 60 --out data/results/FILE.json
 """
@@ -374,7 +375,8 @@ def main() -> int:
     warnings.simplefilter("ignore")  # of configurations that are small
     torch.set_num_threads(1)
     kept = args.resume and args.out and args.out.exists()
-    rows = json.loads(args.out.read_text())["rows"] if kept else []
+    before = json.loads(args.out.read_text()) if kept else {"rows": [], "random programs": []}
+    rows, runs = before["rows"], before["random programs"]
     done, code = {row["family"] for row in rows}, commit()
     symmetry.find(nn.Linear(2, 2), torch.rand(2, 2))
     for name in (name for name in args.families or FAMILIES if name not in done):
@@ -384,8 +386,9 @@ def main() -> int:
     print(json.dumps(summary(rows) | {"programs": tried}))
     if args.out:
         about = {"sizes": SIZES, **provenance(), "transformers": metadata.version("transformers")}
-        hold = {"programs": tried, "minutes": args.minutes, "commit": code}
-        record = {**about, "summary": summary(rows), "random programs": hold, "rows": rows}
+        if args.minutes:
+            runs.append({"programs": tried, "minutes": args.minutes, "commit": code})
+        record = {**about, "summary": summary(rows), "random programs": runs, "rows": rows}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     return int(any(row["error"] is None for row in rows))
 
