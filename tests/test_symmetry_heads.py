@@ -36,6 +36,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(WIDTH, HEADS * DIM)
         self.k, self.v = (nn.Linear(WIDTH, shared * DIM) for _ in range(2))
         self.o = nn.Linear(HEADS * DIM, 3)
+        self.register_buffer("which", torch.arange(HEADS) // self.times, way == "buffer")
         if way == "scaled":
             self.scale = nn.Parameter(torch.rand(HEADS) + 0.5)
 
@@ -46,6 +47,8 @@ class Attention(nn.Module):
             return x.repeat(1, n, 1, 1)
         if self.way == "index":
             return x[:, torch.arange(HEADS) // n]
+        if self.way == "buffer":
+            return x[:, self.which]
         if self.way == "expand":
             return x[:, :, None].expand(-1, -1, n, -1, -1).reshape(len(x), HEADS, -1, DIM)
         if self.way == "functions":  # of one head of keys, which differ
@@ -111,6 +114,11 @@ def test_heads_that_differ_in_what_they_meet_stay(way: str) -> None:
     _, units, blocks = found(Attention(way))
     assert units == [4, 4, 4, 4]
     assert blocks == ([2] if way == "functions" else [])
+
+
+def test_a_buffer_may_tell_other_heads_in_another_network() -> None:
+    _, units, blocks = found(Attention("buffer"))
+    assert 3 not in units + blocks
 
 
 @pytest.mark.parametrize("way", ["expand", "broadcast"])

@@ -72,8 +72,12 @@ def looked_up(known: Markers, x: Tensor, name: str, args: Sequence[Any]) -> Mark
     """The markers of a choice along one axis, by a vector of known indices."""
     where = {args[1] % x.dim(): args[2]} if name == "index_select" else dict(enumerate(args[1]))
     where = {k: i for k, i in where.items() if i is not None}
-    ((axis, index), *rest) = where.items()
-    if rest or isinstance(index, Labelled) or index.dim() != 1 or index.dtype != torch.int64:
+    if len(where) != 1:
+        return {}
+    ((axis, index),) = where.items()
+    if isinstance(index, Labelled):  # a buffer may be another one in another network
+        index = index.value if index.known else None
+    if index is None or index.dim() != 1 or index.dtype != torch.int64:
         return {}
     return known | {axis: marked(known, axis, x.shape[axis])[index.cpu()]}
 

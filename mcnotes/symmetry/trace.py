@@ -316,6 +316,7 @@ class Trace(Tape):
         name = op_name(func)
         if re.search("^new_|_like$", name):  # only the shape is taken
             return func(*tree_map_only(Labelled, zeros, args), **kwargs)
+        given = args
         if name in LOOK_UPS:
             args = self.looked_up(args, LOOK_UPS[name])
         xs = labelled_in((args, kwargs))
@@ -338,7 +339,7 @@ class Trace(Tape):
         out = self.run_without_values(func, args, kwargs, name)
         results = self.label(out, factors, xs, name)
         if isinstance(results, Labelled):
-            results.copies = self.copies_in(results, rule, func, args, kwargs)
+            results.copies = self.copies_in(results, rule, func, given, kwargs)
         if all(x.value is not None for x in xs):
             computed = func(*known_values(args), **known_values(kwargs))
             for x, y in zip(tree_leaves(results), tree_leaves(computed), strict=True):
