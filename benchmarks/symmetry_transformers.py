@@ -9,7 +9,8 @@ units differently) and in float16 groups must be the same, or the reason is kept
 no group is found, or whose output is constant, fails.
 
 Random programs (see `tools.programs`) are tried for --minutes, and counted. With --resume the rows
-of --out stay, and only what is missing is computed: so an hour of programs can be added later.
+of --out stay, and its runs of programs; only what is missing is computed, so that an hour of
+programs can be added later.
 
     python benchmarks/symmetry_transformers.py --minutes 60 --out data/results/FILE.json
 """
@@ -79,6 +80,39 @@ SPEECH = {
     "num_feat_extract_layers": 2,
 }
 
+SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "mlp_ratio": 2.0}
+SWIN |= {"drop_path_rate": 0.0, "hidden_size": None, "head_dim": None}
+SWIN |= {"num_hidden_layers": None, "num_attention_heads": None}
+SEGFORMER = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "sr_ratios": [2, 1],
+    "hidden_sizes": [8, 16],
+    "patch_sizes": [3, 3],
+    "strides": [2, 2],
+    "num_attention_heads": [2, 4],
+    "mlp_ratios": [2, 2],
+    "classifier_dropout_prob": 0.0,
+    "drop_path_rate": 0.0,
+    "num_hidden_layers": None,
+}
+CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "num_labels": 3}
+CONVNEXT |= {"patch_size": 2, "image_size": 16, "num_hidden_layers": None}
+LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 2,
+    "qk_nope_head_dim": DIM,
+    "v_head_dim": DIM,
+    "num_key_value_heads": HEADS,
+    "head_dim": None,
+}
+DEEPSEEK = {"n_routed_experts": 4, "moe_intermediate_size": INNER, "first_k_dense_replace": 1}
+DEEPSEEK |= {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1}
+XLNET = {"n_layer": 1, "n_head": HEADS, "d_inner": INNER, "d_head": DIM, "d_model": STREAM}
+XLNET["max_position_embeddings"] = None
+RECURRENT = {"lru_width": STREAM, "num_hidden_layers": 3, "attention_window_size": 32}
+
 Groups = Counter[str]  # how many there are of each size; of blocks: "6 blocks"
 Inputs = Callable[[int, int], Any]  # of a batch size and a length
 
@@ -101,6 +135,8 @@ QUERY_GROUPS = groups(blocks={HEADS // SHARED: SHARED})  # query heads of one ke
 GROUPED = groups(*[DIM] * SHARED, blocks={SHARED: 1}) + QUERY_GROUPS
 LLAMA = STREAM_AND_MLP + GROUPED
 BERT = STREAM_AND_MLP + ATTENTION
+STAGES = groups(8, 16, 16, 32, *[DIM] * 12, blocks={2: 1, 4: 1})  # 2 and 4 heads
+DINO = groups(STREAM, 2 * STREAM) + ATTENTION
 
 
 LIKE_LLAMA = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3", "Cohere", "Olmo"]
@@ -203,6 +239,29 @@ FAMILIES: dict[str, Family] = {
     # Two convolutions before the stream, whose positions come from a grouped convolution.
     "Wav2Vec2": Family("ForCTC", BERT + groups(8, 8), SPEECH, "sound"),
     "Hubert": Family("ForCTC", BERT + groups(8, 8), SPEECH, "sound"),
+    "Dinov2": Family("ForImageClassification", DINO, {**IMAGES, "mlp_ratio": 2}, "images"),
+    "Swin": Family("ForImageClassification", STAGES, {**IMAGES, **SWIN}, "images"),
+    "Swinv2": Family("ForImageClassification", STAGES, {**IMAGES, **SWIN}, "images"),
+    "Segformer": Family(  # keys and values of the first stage have a stream of their own
+        "ForImageClassification", STAGES + groups(8), {**IMAGES, **SEGFORMER}, "images"
+    ),
+    "ConvNext": Family("ForImageClassification", groups(8, 32, 16, 64), CONVNEXT, "images"),
+    "ConvNextV2": Family("ForImageClassification", groups(8, 32, 16, 64), CONVNEXT, "images"),
+    "DeepseekV2": Family("ForCausalLM", BERT + groups(8, 12), {**LATENT, **DEEPSEEK}),
+    "DeepseekV3": Family("ForCausalLM", BERT + groups(8, 12), {**LATENT, **DEEPSEEK}),
+    "RecurrentGemma": Family(  # positions turn one half of the units of a head
+        "ForCausalLM",
+        groups(STREAM, *[INNER // 2] * 3, 2, 2) + GROUPED + times(2, groups(HEADS, *[DIM] * HEADS)),
+        RECURRENT,
+    ),
+    "Cohere2": Family("ForCausalLM", LLAMA),
+    "Glm4": Family("ForCausalLM", LLAMA, {"partial_rotary_factor": 1.0}),
+    "GptOss": Family("ForCausalLM", LLAMA, {"num_local_experts": 4}),
+    "Marian": Family(
+        "MTModel", groups(STREAM) + times(2, groups(INNER)) + times(3, ATTENTION), SEQ2SEQ, "pairs"
+    ),
+    "XLNet": Family("LMHeadModel", groups(STREAM, INNER, HEADS, *[DIM] * 2 * HEADS), XLNET),
+    "BigBird": Family("ForMaskedLM", BERT, {"attention_type": "original_full"}),
     "Mamba": Family("ForCausalLM", groups(STREAM, INNER, 16, 2)),
     "Mamba2": Family(
         "ForCausalLM",
@@ -316,7 +375,8 @@ def main() -> int:
     warnings.simplefilter("ignore")  # of configurations that are small
     torch.set_num_threads(1)
     kept = args.resume and args.out and args.out.exists()
-    rows = json.loads(args.out.read_text())["rows"] if kept else []
+    before = json.loads(args.out.read_text()) if kept else {"rows": [], "random programs": []}
+    rows, runs = before["rows"], before["random programs"]
     done, code = {row["family"] for row in rows}, commit()
     symmetry.find(nn.Linear(2, 2), torch.rand(2, 2))
     for name in (name for name in args.families or FAMILIES if name not in done):
@@ -326,8 +386,9 @@ def main() -> int:
     print(json.dumps(summary(rows) | {"programs": tried}))
     if args.out:
         about = {"sizes": SIZES, **provenance(), "transformers": metadata.version("transformers")}
-        hold = {"programs": tried, "minutes": args.minutes, "commit": code}
-        record = {**about, "summary": summary(rows), "random programs": hold, "rows": rows}
+        if args.minutes:
+            runs.append({"programs": tried, "minutes": args.minutes, "commit": code})
+        record = {**about, "summary": summary(rows), "random programs": runs, "rows": rows}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     return int(any(row["error"] is None for row in rows))
 

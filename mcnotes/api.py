@@ -191,7 +191,7 @@ def _file(value: object) -> str:
     return got(str(value), "the path of a file") if os.path.isdir(value) else ""
 
 
-RULES: dict[str, Rule] = {
+ARGUMENTS: dict[str, Rule] = {
     "models": a(Sequence, "a list of models"),
     "named": mapping_of(a(nn.Module, "a model"), least=1),
     "curve": a(Connection, "the result of connect"),
@@ -223,7 +223,7 @@ def align(
     "activations" (chapter 4), or "weights", which uses the weights alone (chapter 9). device: where
     to compute; "auto" is CUDA if available, else the device of model A.
     """
-    require("align", {"device": device, "seed": seed}, RULES, InputError)
+    require("align", {"device": device, "seed": seed}, ARGUMENTS, InputError)
     _known("align", "method", method, CRITERIA)
     with prepare.untouched(batches, seed):
         ready = prepare.prepare("align", (model_a, model_b), batches, device, once=True)
@@ -252,7 +252,7 @@ def merge(
     `batches`. The other arguments are those of `align`.
     """
     given = {"models": models, "device": device, "seed": seed}
-    require("merge", given, RULES, InputError)
+    require("merge", given, ARGUMENTS, InputError)
     _known("merge", "method", method, CRITERIA)
     if len(models := list(models)) < 2:
         raise InputError(f"merge: got {len(models)} models, expected two or more")
@@ -292,7 +292,7 @@ def connect(
     the checkpoint of another run is refused.
     """
     given = {"device": device, "seed": seed, "checkpoint": checkpoint, "loss": loss}
-    require("connect", given, RULES, InputError)
+    require("connect", given, ARGUMENTS, InputError)
     _known("connect", "kind", kind, KINDS)
     recipe = train.Recipe(epochs, lr=lr, weight_decay=0.0, schedule="linear", augment=False)
     with prepare.untouched(batches, seed):
@@ -331,7 +331,7 @@ def profile(
     which the curve was trained).
     """
     given = {"curve": curve, "loss": loss, "metrics": metrics, "points": points}
-    require("profile", given, RULES, InputError)
+    require("profile", given, ARGUMENTS, InputError)
     net, loss, device = curve.net, loss or curve.loss, curve.batches.device
     with prepare.untouched(batches, 0):
         labels = loss is None and prepare.takes_labels(net)
@@ -359,7 +359,7 @@ def compare(
     outputs must have the same form. device: as in `align`.
     """
     given = {"named": models, "loss": loss, "metrics": metrics, "device": device}
-    require("compare", given, RULES, InputError)
+    require("compare", given, ARGUMENTS, InputError)
     with prepare.untouched(batches, 0):
         first = prepare.prepare(
             "compare", [*models.values()][:1], batches, device, labels=loss is None

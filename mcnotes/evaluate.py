@@ -61,7 +61,7 @@ def batched(value: object) -> str:
     return f"got a {type(value).__name__}, expected a data.Split or a data.Loader"
 
 
-RULES: dict[str, Rule] = {
+ARGUMENTS: dict[str, Rule] = {
     "net": a(nn.Module, "an nn.Module"),
     "data": batched,
     "split": batched,
@@ -119,7 +119,7 @@ def means(
     does not fit the network, and if there is no batch, or no target that counts.
     """
     given = {"data": data, "wanted": wanted, "batch_size": batch_size, "perturb": perturb}
-    require("evaluate", given, RULES)
+    require("evaluate", given, ARGUMENTS)
     theta = stated("evaluate", net, theta, data.device)
     total: Tensor | None = None
     with mode(net, training=False), torch.no_grad():
@@ -230,7 +230,7 @@ def probabilities(net: nn.Module, theta: Theta, split: Split, *, batch_size: int
 
     Raises ValueError for a state that does not fit the network, and for a split without images.
     """
-    require("probabilities", {"split": split, "batch_size": batch_size}, RULES)
+    require("probabilities", {"split": split, "batch_size": batch_size}, ARGUMENTS)
     theta = stated("probabilities", net, theta, split.device)
     if not len(split):
         raise ValueError("probabilities: got no image, expected at least one")
@@ -258,7 +258,7 @@ def batchnorm(
     ValueError for a state that does not fit the network, and if there is no batch.
     """
     given = {"split": split, "batch_size": batch_size, "perturb": perturb}
-    require("batchnorm", given, RULES)
+    require("batchnorm", given, ARGUMENTS)
     theta = batchnorm(net, theta, split, batch_size=batch_size) if perturb else theta
     fresh = with_singular_vectors(net, stated("batchnorm", net, theta, split.device))
     norms = [module for module in net.modules() if _tracks(module)]
@@ -485,7 +485,7 @@ def along(
     """
     given = {"curve": curve, "data": data, "wanted": wanted, "statistics": statistics}
     given |= {"points": points, "perturb": perturb, "perturb_statistics": perturb_statistics}
-    require("profile", given, RULES)
+    require("profile", given, ARGUMENTS)
     check_mixable("profile", net, [stated("profile", net, p, data.device) for p in curve.points])
     ts = torch.linspace(0, 1, points, dtype=torch.float64)
     bar = tqdm(ts.tolist(), desc="along the curve", leave=False)
@@ -536,7 +536,7 @@ def plane(
     ValueError as `profile` does, and if the three networks lie on one line.
     """
     given = {"split": split, "statistics": statistics, "resolution": resolution}
-    require("plane", given | {"margin": margin, "perturb": perturb}, RULES)
+    require("plane", given | {"margin": margin, "perturb": perturb}, ARGUMENTS)
     states = [stated("plane", net, p, split.device) for p in _three(corners)]
     check_mixable("plane", net, states)
     at = coordinates(net, corners)
@@ -584,7 +584,7 @@ def curvature(
     if there are not so many eigenvalues, and if a product is not finite.
     """
     given = {"split": split, "top": top, "tolerance": tolerance}
-    require("curvature", given, RULES | {"top": whole(0)})
+    require("curvature", given, ARGUMENTS | {"top": whole(0)})
     theta = stated("curvature", net, theta, split.device)
     n = sum(p.numel() for p in net.parameters())
     if not (len(split) and 1 <= top < n):
@@ -661,7 +661,7 @@ def mode(net: nn.Module, *, training: bool) -> Iterator[None]:
     parameters. Only one thread at a time may enter, because a network has one mode and one set of
     parameters.
     """
-    require("mode", {"net": net}, RULES)
+    require("mode", {"net": net}, ARGUMENTS)
     with _ONE:
         lock = _LOCKS.setdefault(net, RLock())
     with lock:

@@ -113,7 +113,7 @@ def trainable(value: object) -> str:
     return "" if fits else f"got a {type(value).__name__}, expected a data.Task or a data.Loader"
 
 
-RULES: dict[str, Rule] = {
+ARGUMENTS: dict[str, Rule] = {
     "net": a(nn.Module, "an nn.Module"),
     "curve": a(Curve, "a Curve"),
     "task": trainable,
@@ -154,7 +154,7 @@ def initialise(net: nn.Module, seed: int) -> Theta:
     Inner modules come first. Raises TrainingError, naming the parameter, if no module draws it;
     pass `init` to `fit` then.
     """
-    require("initialise", {"net": net, "seed": seed}, RULES)
+    require("initialise", {"net": net, "seed": seed}, ARGUMENTS)
     fresh = duplicate(net).cpu()
     for name, p in fresh.named_parameters():
         if nn.parameter.is_lazy(p):
@@ -195,7 +195,7 @@ def fit(
     epoch and ends with the same weights.
     """
     given = {"net": net, "task": task, "recipe": recipe, "seed": seed}
-    require("fit", given | {"perturb": perturb, "checkpoint": checkpoint}, RULES)
+    require("fit", given | {"perturb": perturb, "checkpoint": checkpoint}, ARGUMENTS)
     start = initialise(net, seed) if init is None else init
     start = {name: x.to(task.device) for name, x in stated("fit: init", net, start).items()}
     curve = Curve((start,))
@@ -226,7 +226,7 @@ def fit_curve(
     """
     given = {"net": net, "curve": curve, "task": task, "recipe": recipe, "seed": seed}
     given |= {"pull": pull, "perturb": perturb, "checkpoint": checkpoint, "loss": loss}
-    require("fit_curve", given, RULES)
+    require("fit_curve", given, ARGUMENTS)
     if curve.degree < 2:
         raise TrainingError(
             f"fit_curve: a curve of degree {curve.degree} has no inner point to train. Fix: use "

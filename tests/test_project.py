@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -42,6 +43,7 @@ ORDER = [
     "cache",
     "symmetry.permutations",
     "symmetry.units",
+    "symmetry.copies",
     "symmetry.foreign",
     "symmetry.execute",
     "symmetry.trace",
@@ -95,6 +97,7 @@ INNER = {
     "display",
     "prepare",
     "symmetry.units",
+    "symmetry.copies",
     "symmetry.foreign",
     "symmetry.execute",
     "symmetry.trace",
@@ -159,6 +162,12 @@ class TestPackage:
         name = module_name(path)
         wrong = imports(path.read_text("utf8"), ORDER) - {*ORDER[: ORDER.index(name)]}
         assert not wrong, f"{name} imports {sorted(wrong)}, which stand above it in ORDER"
+
+    def test_one_name_means_one_thing(self) -> None:
+        """RULES are those of operators; what arguments may be is called ARGUMENTS."""
+        modules = [importlib.import_module(f"mcnotes.{name}") for name in ORDER]
+        rules = {id(m.RULES) for m in modules if hasattr(m, "RULES")}
+        assert rules == {id(importlib.import_module("mcnotes.symmetry.rules").RULES)}
 
     def test_importing_the_package_does_no_work(self) -> None:
         """But for type checkers; what it loads when it is asked, tests/test_api.py tells."""

@@ -48,9 +48,9 @@ def made(family: str, heads: int) -> Any:
 def test_heads_under_rotary_positions(family: str, heads: int, more: set[str]) -> None:
     net, ids = made(family, heads), torch.randint(20, (2, 5))
     sym = symmetry.find(net, ids)
-    sizes = [4] * heads + [heads, INNER, HIDDEN]
+    sizes = [4] * heads + [heads, INNER, HIDDEN] + [6 // heads] * (heads if heads < 6 else 0)
     assert sorted(g.size for g in sym.groups.values()) == sorted(sizes)
-    (blocks,) = [g for g in sym.groups.values() if g.inner]
+    (blocks,) = [g for g in sym.groups.values() if g.inner and g.inner[0]]
     names = {p.name.removeprefix("model.layers.0.self_attn.") for p in blocks.places}
     assert names == {f"{k}_proj.weight" for k in "qkvo"} | more
     assert sym.verify(net, ids, others=[torch.randint(20, (3, 9))]) < 1e-9

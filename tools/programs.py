@@ -76,6 +76,15 @@ def attention(p: Program, a: Tensor, b: Tensor) -> Tensor:
     return joined
 
 
+def shared_heads(p: Program, a: Tensor, b: Tensor) -> Tensor:
+    """Six query heads, of which each three share keys and values."""
+    q, k, v = (x @ p.take(WIDTH, n) for x, n in ((a, 12), (b, 4), (b, 4)))
+    q, k, v = (x.unflatten(-1, (-1, 2)).transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(3, 1) for x in (k, v))
+    joined: Tensor = (q @ k.mT).softmax(-1) @ v
+    return joined.transpose(1, 2).flatten(2) @ p.take(12, WIDTH)
+
+
 def grouped(p: Program, a: Tensor, b: Tensor) -> Tensor:
     return F.conv1d(a.mT, p.take(WIDTH, 2, 1), p.take(WIDTH), groups=3).mT
 
@@ -168,6 +177,12 @@ OPERATIONS: dict[str, Operation] = {
     "outer": lambda p, a, b: torch.einsum("nti,ntj->nij", a, b).sum(1)[:, None] + a,
     "write": write_half,
     "attention": attention,
+    "shared heads": shared_heads,
+    "repeat": lambda p, a, b: a * b[..., :2].repeat_interleave(3, -1),
+    "tile": lambda p, a, b: a + b.unflatten(-1, (2, 3)).mean(-2).repeat(1, 1, 2),
+    "spread": lambda p, a, b: (
+        b.unflatten(-1, (2, 3)).mean(-1, True) * a.unflatten(-1, (2, 3))
+    ).flatten(2),
     "grouped": grouped,
     "complex": complex_product,
     "circular": circular,

@@ -25,7 +25,7 @@ from mcnotes.symmetry import Perm
 
 Cost = Literal["correlation", "covariance", "l2"]
 At = Literal["post", "pre"]
-RULES = {
+ARGUMENTS = {
     "at": one_of(get_args(At)),
     "cost": one_of(get_args(Cost)),
     "batch_size": optional(whole(1)),
@@ -117,7 +117,7 @@ class Moments:
 
 def similarity(taps: list[Moments], cost: Cost) -> Tensor:
     """What the assignment maximises, summed over the taps: [U, U] on the CPU."""
-    require("similarity", {"cost": cost}, RULES)
+    require("similarity", {"cost": cost}, ARGUMENTS)
     return torch.stack([m.similarity(cost) for m in taps]).sum(0).cpu()
 
 
@@ -147,7 +147,7 @@ def stream(
     that are not finite.
     """
     given = {"pair": pair, "images": images, "at": at, "batch_size": batch_size}
-    require("match", given, RULES | PAIRED)
+    require("match", given, ARGUMENTS | PAIRED)
     device = images.device
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     size = _share_size(device, cores, batch_size)

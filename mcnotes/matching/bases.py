@@ -110,7 +110,7 @@ def match_bases(
     """
     given = {"pair": pair, "bases": bases, "images": images, "learn": learn, "rounds": rounds}
     rules = {
-        "bases": a(Bases, "a symmetry.Bases"), "images": optional(evaluate.RULES["data"]),
+        "bases": a(Bases, "a symmetry.Bases"), "images": optional(evaluate.ARGUMENTS["data"]),
         "learn": optional(a(Learn, "a matching.Learn")), "rounds": whole(1), "loss": function,
     }  # fmt: skip
     require("match_bases", given | {"loss": loss, "seed": seed}, PAIRED | rules)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mcnotes.calls import Batches
 from mcnotes.checks import require, whole
 from mcnotes.curves import Theta, combine
-from mcnotes.matching.activations import RULES, At, Cost, similarity, stream
+from mcnotes.matching.activations import ARGUMENTS, At, Cost, similarity, stream
 from mcnotes.matching.assignment import Bundle, bundles, solve
 from mcnotes.matching.frank_wolfe import common_orders
 from mcnotes.matching.pair import Pair
@@ -47,7 +47,7 @@ def match_many(
     seen stay.
     Raises ValueError for fewer than two networks and for other methods, AlignmentError as there.
     """
-    require("match_many", {"cost": cost, "sweeps": sweeps}, RULES | {"sweeps": whole(1)})
+    require("match_many", {"cost": cost, "sweeps": sweeps}, ARGUMENTS | {"sweeps": whole(1)})
     if not isinstance(thetas, list | tuple):
         raise ValueError(f"match_many: thetas: got a {type(thetas).__name__}, expected a list")
     if len(thetas) < 2:

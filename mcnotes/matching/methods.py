@@ -15,7 +15,7 @@ from mcnotes import display
 from mcnotes.calls import Batches
 from mcnotes.checks import flag, require, whole
 from mcnotes.matching.activations import (
-    RULES,
+    ARGUMENTS,
     At,
     Cost,
     Moments,
@@ -158,7 +158,7 @@ def match(
     restarts of one that has no start.
     """
     given = {"cost": cost, "seed": seed, "restarts": restarts, "polished": polished}
-    require("match", given, RULES | {"restarts": whole(1), "polished": flag})
+    require("match", given, ARGUMENTS | {"restarts": whole(1), "polished": flag})
     if method not in (known := [*EXACT, *METHODS]):  # `stream` looks at the other arguments
         raise ValueError(f"match: got method {method!r}{suggest(method, known)}")
     if restarts > 1 and method not in SEARCHES:

@@ -114,7 +114,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         rules = {"sym": a(Symmetry, "a Symmetry"), "settings": a(Settings, "pam.Settings")}
-        require("pam", vars(self), train.RULES | rules)
+        require("pam", vars(self), train.ARGUMENTS | rules)
 
     def __repr__(self) -> str:
         return f"Problem({type(self.net).__name__}, {self.task!r}, {self.settings!r})"
@@ -153,7 +153,7 @@ def fit(
     TrainingError as `train`.
     """
     given = {"problem": problem, "curve": curve, "seed": seed, "checkpoint": checkpoint}
-    require("pam", given, train.RULES | {"problem": a(Problem, "a pam.Problem")})
+    require("pam", given, train.ARGUMENTS | {"problem": a(Problem, "a pam.Problem")})
     run = _Run(problem, curve, seed, checkpoint)
     while len(run.history) < len(problem.settings.epochs) or run.halfway:
         if run.halfway:

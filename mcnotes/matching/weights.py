@@ -35,8 +35,12 @@ def weight_matching(
     """
     given = {"pair": pair, "seed": seed, "sweeps": sweeps}
     require("weight_matching", given, PAIRED | {"sweeps": whole(1)})
-    sym, parts = pair.sym, _named(bundles(pair.sym), only)
-    alone = {bundle.name: symmetry_of(sym, bundle) for bundle in parts}
+    sym = pair.sym
+    parts = [
+        (part, symmetry_of(sym, bundle))
+        for bundle in _named(bundles(sym), only)
+        for part in _linear_parts(sym, bundle)
+    ]
     fixed = reference(pair)
     generator = torch.Generator().manual_seed(seed)
     perm = sym.identity() if start is None else sym.complete(start)
@@ -46,9 +50,9 @@ def weight_matching(
     for _ in range(sweeps):
         before = best
         for k in torch.randperm(len(parts), generator=generator).tolist():
-            own = alone[parts[k].name]
+            part, own = parts[k]
             near = {name: here[name] for name in own.shapes}
-            step = solve(parts[k], *pairings(own, parts[k], near, partial(agreement, fixed)))
+            step = solve(part, *pairings(own, part, near, partial(agreement, fixed)))
             moved = own.permute(near, step)
             trial = terms | products(fixed, moved)
             if (value := total(trial)) > best + 1e-9 * abs(best):
@@ -67,6 +71,18 @@ def _named(parts: list[Bundle], only: Collection[str] | None) -> list[Bundle]:
     if isinstance(only, str) or not {*only} <= {*known}:
         raise ValueError(f"weight_matching: only: got {only!r}, expected names among {known}")
     return [bundle for bundle in parts if bundle.name in only]
+
+
+def _linear_parts(sym: Symmetry, bundle: Bundle) -> list[Bundle]:
+    """A bundle in parts, in the units of each of which the agreement is linear.
+
+    Heads that share keys and values act where the units within them act, and are matched alone.
+    """
+    if not bundle.nested:
+        return [bundle]
+    heads = [n for block in bundle.blocks for n in block if sym.groups[n].inner]
+    units = tuple(tuple(n for n in block if n not in heads) for block in bundle.blocks)
+    return [Bundle(bundle.name, units), *(Bundle(n, ((n,),)) for n in heads)]
 
 
 def symmetry_of(sym: Symmetry, bundle: Bundle) -> Symmetry:

@@ -37,7 +37,7 @@ from mcnotes.symmetry.exponents import (
     follow,
     solutions,
 )
-from mcnotes.symmetry.find import RULES, Symmetry, Trial
+from mcnotes.symmetry.find import ARGUMENTS, Symmetry, Trial
 from mcnotes.symmetry.find import find as find_permutations
 from mcnotes.symmetry.groups import Group, Place
 from mcnotes.symmetry.units import op_name
@@ -207,7 +207,7 @@ class Bases:
 
     def random(self, generator: torch.Generator | None = None) -> Element:
         """An element of the whole group; see `Factor.random` (CPU generator)."""
-        checks.require("random", {"generator": generator}, RULES)
+        checks.require("random", {"generator": generator}, ARGUMENTS)
         perm = self.permutations.random(generator)
         return perm | {n: f.random(generator) for n, f in self.factors.items()}
 

@@ -53,7 +53,7 @@ def examples(value: object) -> str:
     return next((fault for x in value if (fault := exemplary(x))), "")
 
 
-RULES: dict[str, checks.Rule] = {
+ARGUMENTS: dict[str, checks.Rule] = {
     "net": checks.a(nn.Module, "an nn.Module"),
     "example": exemplary,
     "others": examples,
@@ -93,7 +93,7 @@ class Symmetry:
 
     def random(self, generator: torch.Generator | None = None) -> Perm:
         """An independent, uniformly random permutation of every group (CPU generator)."""
-        checks.require("random", {"generator": generator}, RULES)
+        checks.require("random", {"generator": generator}, ARGUMENTS)
         return {name: permutations.random(g.size, generator) for name, g in self.groups.items()}
 
     def complete(self, perm: Perm) -> Perm:
@@ -219,7 +219,7 @@ class Symmetry:
         Raises SymmetryError if `net` has other groups than this symmetry. Do not rebuild it in
         place after `find`: it is traced again only for inputs of another form.
         """
-        checks.require("tapper", {"net": net, "at": at}, RULES)
+        checks.require("tapper", {"net": net, "at": at}, ARGUMENTS)
         readers: dict[Any, Reader] = {}
         lock = Lock()
 
@@ -327,7 +327,7 @@ class Trial:
     ) -> float:
         """The largest relative difference; the arguments are those of `Symmetry.verify`."""
         asked = {"net": net, "example": example, "others": others}
-        checks.require("verify", asked | {"tolerance": tolerance, "seed": seed}, RULES)
+        checks.require("verify", asked | {"tolerance": tolerance, "seed": seed}, ARGUMENTS)
         generator = torch.Generator().manual_seed(seed)
         kept = {n: t for n, t in net.state_dict().items() if isinstance(t, Tensor)}
         if theta is None and any(t.is_meta for t in kept.values()):
@@ -561,7 +561,7 @@ def jitter(t: Tensor, generator: torch.Generator, movable: bool = True) -> Tenso
 def find(net: nn.Module, example: Inputs, train: bool = False) -> Symmetry:
     """The permutation symmetries of `net`: `symmetry.find` without `kinds`."""
     given = {"net": net, "example": example, "train": train}
-    checks.require("find", given, RULES, SymmetryError)
+    checks.require("find", given, ARGUMENTS, SymmetryError)
     foreign.check(net)
     inputs = calls.plain(example)
     shapes = {n: x.shape for n, x in net.state_dict().items() if isinstance(x, Tensor)}

@@ -2,11 +2,12 @@
 
 `discover` traces the network twice. In the first trace each unit is one of its own; in the second,
 whole groups that act on the same axes stand for units, so that blocks of units, such as attention
-heads, are found to be interchangeable as well.
+heads, are found to be interchangeable as well. Where blocks share other units, as query heads share
+keys and values, a third trace holds what is shared, and finds which blocks may change places then.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -118,22 +119,47 @@ def discover(
     net: nn.Module, inputs: Inputs, train: bool
 ) -> tuple[dict[str, Group], tuple[Pinned, ...]]:
     """The groups of `net` by name, and what stays; see `symmetry.find`."""
-    trace, factors = run_trace(net, inputs, train)
+    run = partial(run_trace, net, inputs, train)
+    trace, factors = run()
     classes = classify(trace, factors)
     found = groups_of(trace, classes, factors)
     groups = dict(zip(group_names(found), found, strict=True))
     moved = classes.group_of_unit >= 0
-    twins, alone = same_kind(found), lone_blocks(trace, classes)
-    if twins or len(alone):
+    blocks, home = dict[str, Group](), np.full(len(moved), -1)
+    shared = shared_units(trace, classes)
+    twins, alone = same_kind(found), lone_blocks(trace, moved)
+    if twins or alone:
         merged = merge_groups(classes, twins, alone)
-        outer_trace, outer_factors = run_trace(net, inputs, train, merged)
+        outer_trace, outer_factors = run(merged)
         outer = classify(outer_trace, outer_factors)
-        moved |= outer.group_of_unit[units_of(merged).numpy()] >= 0
-        blocks = groups_of(outer_trace, outer, outer_factors)
+        unit = units_of(merged).numpy()
+        home = outer.place_of_unit[unit]
+        for k in np.flatnonzero(shared_units(outer_trace, outer)):
+            if len(twins) + 2 <= k < len(twins) + len(alone) + 2:
+                shared[alone[k - len(twins) - 2]] = True
         members = names_in_blocks(outer, [[*groups][k] for k in twins])
-        for block, inner in zip(blocks, members, strict=True):
-            groups[block_name(block, inner, groups)] = replace(block, inner=inner)
-    return groups, what_stays(classes, factors, moved)
+        made = groups_of(outer_trace, outer, outer_factors)
+        for block, inner in zip(made, members, strict=True):
+            blocks[block_name(block, inner, groups | blocks)] = replace(block, inner=inner)
+    heads = sharing_blocks(trace, shared, home)
+    if heads:
+        merged = hold_shared(classes, heads, shared)
+        last_trace, last_factors = run(merged)
+        last = of_blocks(classify(last_trace, last_factors), len(heads))
+        found = groups_of(trace, classes, factors, activations_of(last_trace, last))
+        groups = dict(zip(groups, found, strict=True))
+        made = groups_of(last_trace, last, last_factors, activations_of(trace, classes))
+        unit = units_of(merged).numpy()
+        unit[:2] = 0  # these are none
+        homes = [np.unique(home[np.isin(last.of[unit], g)]) for g in last.groups]
+        names = [f"{name}[*]" for name in group_names(made)]
+        made = [replace(g, inner=((),) * g.size) for g in made]
+        within = dict(zip(names, zip(made, homes, strict=True), strict=True))
+        blocks = with_heads(groups, blocks, within)
+        kept = [k for k, name in enumerate(names) if name in blocks]
+        moved |= np.isin(last.group_of_unit[unit], kept)
+    moved |= home >= 0
+    return groups | blocks, what_stays(classes, factors, moved)
 
 
 # The run
@@ -221,6 +247,11 @@ class Classes(NamedTuple):
         """[units]: the group of each; -1: none."""
         return self.group[self.of]
 
+    @property
+    def place_of_unit(self) -> Integers:
+        """[units]: the group of each and the number within it, as one; -1: none."""
+        return np.where(self.group < 0, -1, self.group << BITS | self.number)[self.of]
+
 
 class Facts(NamedTuple):
     """What was recorded, each [facts]: at a slot of a unit there stands another code."""
@@ -247,8 +278,12 @@ def classify(trace: Trace, factors: Iterable[Factor]) -> Classes:
     for units, reason in [*trace.pins, *unseen(trace, of, factors)]:
         for c in np.unique(of[units.numpy()]).tolist():
             why.setdefault(c, reason)
-    groups = alike(facts, of, rank, why)
-    group, number = np.full((2, count), -1)
+    return grouped(of, rank, why, alike(facts, of, rank, why))
+
+
+def grouped(of: Integers, rank: Integers, why: dict[int, str], groups: list[list[int]]) -> Classes:
+    """Classes of units with these groups."""
+    group, number = np.full((2, len(of)), -1)
     for g, classes in enumerate(groups):
         group[classes], number[classes] = g, np.arange(len(classes))
     return Classes(of, rank, why, groups, group, number)
@@ -315,14 +350,19 @@ def alike(facts: Facts, of: Integers, rank: Integers, pinned: Mapping[int, str])
 # Where groups act
 
 
-def groups_of(trace: Trace, classes: Classes, factors: Iterable[Factor]) -> list[Group]:
-    """The groups, with their places in the factors of the parameters, and their taps."""
+def groups_of(
+    trace: Trace, classes: Classes, factors: Iterable[Factor], avoid: Collection[str] = ()
+) -> list[Group]:
+    """The groups, with their places in the factors of the parameters, and their taps.
+
+    avoid: activations at which they are read only if they are seen nowhere else.
+    """
     acts: list[dict[tuple[str, tuple[int, ...]], Place]] = [{} for _ in classes.groups]
     for name, f in factors:
         for g, place, _ in places_in(name, f, classes):
             acts[g].setdefault((name, place.axes), place)
-    post = tapped(trace, classes, trace.contracted)
-    pre = tapped(trace, classes, dict.fromkeys(t.pre or t for t in trace.contracted))
+    post = tapped(trace, classes, trace.contracted, avoid)
+    pre = tapped(trace, classes, before(trace.contracted), avoid)
     sizes = map(len, classes.groups)
     return [
         Group(size, tuple(at.values()), after, before)
@@ -330,19 +370,43 @@ def groups_of(trace: Trace, classes: Classes, factors: Iterable[Factor]) -> list
     ]
 
 
-def tapped(trace: Trace, classes: Classes, taps: Iterable[Tap]) -> list[tuple[Place, ...]]:
+def before(taps: Iterable[Tap]) -> Iterable[Tap]:
+    """What entered the nonlinearities of these."""
+    return dict.fromkeys(t.pre or t for t in taps)
+
+
+def activations_of(trace: Trace, classes: Classes) -> set[str]:
+    """The names of all activations at which a group is seen."""
+    return {
+        name
+        for taps in (trace.contracted, before(trace.contracted))
+        for name, tap in named(trace, taps)
+        for f in tap.factors
+        if (classes.group_of_unit[units_in(f).numpy()] >= 0).any()
+    }
+
+
+def named(trace: Trace, taps: Iterable[Tap]) -> Iterator[tuple[str, Tap]]:
+    """Taps that have names, with these as `Place` has them."""
+    for tap in taps:
+        if tap.name:
+            yield f"{tap.name}/{trace.count[tap.name.split(':')[0]]}", tap
+
+
+def tapped(
+    trace: Trace, classes: Classes, taps: Iterable[Tap], avoid: Collection[str]
+) -> list[tuple[Place, ...]]:
     """The places of each group in activations."""
     found: list[list[tuple[Place, bool]]] = [[] for _ in classes.groups]
     # What is made of parameters alone shows a group that nothing else shows, and by itself: in
     # weights between two groups, the samples of one are units of the other.
-    for tap in sorted(taps, key=lambda t: not t.given):
-        if tap.name:
-            name = f"{tap.name}/{trace.count[tap.name.split(':')[0]]}"
-            held = [p for f in tap.factors for p in places_in(name, f, classes)]
-            shown = [g for g, _, _ in held]
-            for g, place, alone in held:
-                if tap.given or (not found[g] and len({*shown}) == 1):
-                    found[g].append((place, alone))
+    for name, tap in named(trace, sorted(taps, key=lambda t: not t.given)):
+        held = [p for f in tap.factors for p in places_in(name, f, classes)]
+        shown = [g for g, _, _ in held]
+        for g, place, alone in held:
+            if tap.given or (not found[g] and len({*shown}) == 1):
+                found[g].append((place, alone))
+    found = [[p for p in seen if p[0].name not in avoid] or seen for seen in found]
     # A group is seen by itself; if nowhere, then at the first place among others.
     return [
         tuple([place for place, alone in seen if alone] or [place for place, _ in seen[:1]])
@@ -387,9 +451,9 @@ def same_kind(groups: Iterable[Group]) -> list[int]:
     return [k for k, kind in enumerate(kinds) if count[kind] > 1]
 
 
-def lone_blocks(trace: Trace, classes: Classes) -> list[Integers]:
-    """Sets of units that may be interchangeable as a whole, though no unit of them is by itself."""
-    taken, found = classes.group_of_unit >= 0, list[Integers]()
+def lone_blocks(trace: Trace, taken: NDArray[np.bool_]) -> list[Integers]:
+    """Sets of units, none of them taken [units], that may be interchangeable as a whole."""
+    taken, found = taken.copy(), list[Integers]()
     for units, places in ((u.numpy(), p.numpy()) for u, p in trace.blocks):
         if not taken[units].any():  # those that share a unit are one
             size = (trace.unit_count, int(places.max()) + 1)
@@ -439,6 +503,117 @@ def block_name(group: Group, inner: Sequence[Sequence[str]], taken: Mapping[str,
     while (name := f"{name}[*]") in taken:
         pass
     return name
+
+
+# Blocks that share units
+
+
+def sharing_blocks(trace: Trace, shared: NDArray[np.bool_], home: Integers) -> list[Integers]:
+    """Sets of units, as of a query head, where others are shared.
+
+    shared [units]: whether each is; home [units]: in which block it is, -1: in none. A set that is
+    alone in its block is left out: it is known to be interchangeable.
+    """
+    found = lone_blocks(trace, shared) if shared.any() else []
+    count = Counter(int(home[units[0]]) for units in found)
+    return [u for u in found if home[u[0]] < 0 or count[int(home[u[0]])] > 1]
+
+
+def shared_units(trace: Trace, classes: Classes) -> NDArray[np.bool_]:
+    """[units]: which of them meet several units of one tensor, as keys meet several queries.
+
+    Of each class some tensor holds few units alone, and another one holds more of them.
+    """
+    fewest = np.full(len(classes.of), np.iinfo(np.int64).max)
+    for units in (u.numpy() for u in trace.read):
+        _, which, count = np.unique(classes.of[units], return_inverse=True, return_counts=True)
+        fewest[units] = np.minimum(fewest[units], count[which])
+    seen = fewest < np.iinfo(np.int64).max
+    most = np.zeros(len(classes.of), np.int64)
+    np.maximum.at(most, classes.of[seen], fewest[seen])
+    return fewest < most[classes.of]
+
+
+def hold_shared(classes: Classes, heads: Sequence[Integers], shared: NDArray[np.bool_]) -> Tensor:
+    """[units]: the code of each when these sets are units, 2 and following.
+
+    What they share is fixed, and so are other groups; units that stand beside what is shared, as
+    the columns that read the heads' results, are units.
+    """
+    beside = np.zeros(len(classes.group), bool)
+    beside[classes.of[shared]] = True
+    loose = classes._replace(group=np.where(beside, -1, classes.group))
+    codes = merge_groups(loose, [], heads)
+    codes[torch.from_numpy(shared)] = 0
+    return codes
+
+
+def of_blocks(classes: Classes, count: int) -> Classes:
+    """Without the groups that hold others than the units 2 and following, `count` of them."""
+    blocks = {*classes.of[2 : count + 2].tolist()}
+    groups = [g for g in classes.groups if blocks.issuperset(g)]
+    return grouped(classes.of, classes.rank, classes.why, groups)
+
+
+def with_heads(
+    groups: Mapping[str, Group],
+    blocks: Mapping[str, Group],
+    heads: Mapping[str, tuple[Group, Integers]],
+) -> dict[str, Group]:
+    """The blocks, and those `heads` that go together with the other groups, in blocks or alone.
+
+    heads: by name, with the blocks (see `Classes.place_of_unit`) in which their units are.
+    """
+    acting: dict[str, list[Place]] = {}
+    for place in (p for g in groups.values() for p in g.places):
+        acting.setdefault(place.name, []).append(place)
+    at: dict[int, list[str]] = {}
+    for name, (head, home) in heads.items():
+        free = all(commute(p, q) for p in head.places for q in acting.get(p.name, []))
+        if free and len(home) == 1 and name not in groups and name not in blocks:
+            at.setdefault(int(home[0]), []).append(name)
+    within, around = {name: heads[name][0] for name in at.get(-1, [])}, {**blocks}
+    for k, (name, block) in enumerate(blocks.items()):
+        inside = [at.get(k << BITS | i, []) for i in range(block.size)]
+        rows = [[heads[name][0] for name in names] for names in inside]
+        if rows[0] and all(carries(block, i, rows[0], row) for i, row in enumerate(rows)):
+            within |= {name: heads[name][0] for names in inside for name in names}
+            inner = zip(block.inner, inside, strict=True)
+            around[name] = replace(block, inner=tuple((*own, *names) for own, names in inner))
+    return within | around  # those within blocks act first
+
+
+def carries(block: Group, k: int, first: Sequence[Group], others: Sequence[Group]) -> bool:
+    """Whether the groups in the first block become those in block k, unit by unit."""
+    goes = {
+        (p.name, p.axes): dict(zip(p.index[0].tolist(), p.index[k].tolist(), strict=True))
+        for p in block.places
+    }
+    brought = []
+    for p in (p for g in first for p in g.places):
+        to = goes.get((p.name, p.axes), {})
+        brought.append((p.name, p.axes, [[to.get(i) for i in unit] for unit in p.index.tolist()]))
+    return brought == [(p.name, p.axes, p.index.tolist()) for g in others for p in g.places]
+
+
+def commute(p: Place, q: Place) -> bool:
+    """Whether two groups that act on one tensor may act there in any order."""
+    if p.axes != q.axes:
+        return not {*p.axes} & {*q.axes}
+    size = 1 + max(p.index.max(), q.index.max())
+    return all(np.array_equal(x[y], y[x]) for x in generators(p, size) for y in generators(q, size))
+
+
+def generators(at: Place, size: int) -> list[Integers]:
+    """Orders of `size` positions of which all permutations of the units there are made."""
+    swap, cycle = np.arange(len(at.index)), np.arange(len(at.index))
+    swap[:2] = 1, 0
+    found = []
+    for p in (swap, np.roll(cycle, 1)):
+        order = np.arange(size)
+        order[at.index] = at.index[p]
+        found.append(order)
+    return found
 
 
 # What is in no group

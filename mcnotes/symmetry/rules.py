@@ -22,7 +22,7 @@ from mcnotes.symmetry.units import (
     Labelled,
     axes,
     factors_of,
-    is_uniform,
+    is_constant,
     labelled_in,
     op_name,
     without_values,
@@ -187,7 +187,7 @@ def line(trace: Trace, x: Tensor, dims: Collection[int]) -> Labelled:
     for k in dims:
         like = like.narrow(k, 0, min(1, x.shape[k]))
     one = Labelled(trace, like, [f for f in factors_of(x) if not axes(f).intersection(dims)])
-    one.constant = x.constant if isinstance(x, Labelled) else is_uniform(x)
+    one.constant = is_constant(x)
     return one
 
 

@@ -22,6 +22,7 @@ from torch._decomp import decomposition_table
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mcnotes.symmetry import copies
 from mcnotes.symmetry.foreign import first_line, place
 from mcnotes.symmetry.units import (
     BITS,
@@ -35,6 +36,7 @@ from mcnotes.symmetry.units import (
     factors_of,
     functional,
     independent,
+    is_constant,
     is_uniform,
     labelled_in,
     op_name,
@@ -98,6 +100,7 @@ class Trace(Tape):
         self.pins: list[tuple[Tensor, str]] = []  # units, and why they must stay
         self.seen: list[Tensor] = []  # units, see `see`
         self.contracted: dict[Tap, None] = {}  # what contractions read, in order
+        self.read: list[Tensor] = []  # the units of each tensor that a sum or a product reads
         self.blocks: list[tuple[Tensor, Tensor]] = []  # units, and in which block, see `block`
 
     def parameter(self, tensor: Tensor, groups: int) -> Labelled:
@@ -237,8 +240,13 @@ class Trace(Tape):
         result: list[Tensor] = []
         for x in tensors:
             result = self.meet(self.reconcile(factors_of(x), len(shape)), result)
-        fixed = sorted({k for x in tensors for k in fixed_axes(x, len(shape))})
-        result = self.meet([positions(shape, {k}) * 0 for k in fixed], result)
+        fixed = [axis for x in tensors for axis in fixed_axes(x, len(shape))]
+        whole = sorted({k for k, equal in fixed if equal is None})
+        result = self.meet([positions(shape, {k}) * 0 for k in whole], result)
+        for k, equal in fixed:
+            for f in result:
+                if equal is not None and k in axes(f):  # units may move where they meet the same
+                    self.record(f, 0, equal.view([-1 if i == k else 1 for i in range(f.dim())]))
         return [f for f in result if bool((f >= UNIT).any())]
 
     def reconcile(self, factors: Iterable[Tensor], dims: int) -> list[Tensor]:
@@ -308,6 +316,7 @@ class Trace(Tape):
         name = op_name(func)
         if re.search("^new_|_like$", name):  # only the shape is taken
             return func(*tree_map_only(Labelled, zeros, args), **kwargs)
+        given = args
         if name in LOOK_UPS:
             args = self.looked_up(args, LOOK_UPS[name])
         xs = labelled_in((args, kwargs))
@@ -329,11 +338,24 @@ class Trace(Tape):
                 self.pin_all(x, f"{name} has no rule (use others, or see symmetry.RULES)")
         out = self.run_without_values(func, args, kwargs, name)
         results = self.label(out, factors, xs, name)
+        if isinstance(results, Labelled):
+            results.copies = self.copies_in(results, rule, func, given, kwargs)
         if all(x.value is not None for x in xs):
             computed = func(*known_values(args), **known_values(kwargs))
             for x, y in zip(tree_leaves(results), tree_leaves(computed), strict=True):
                 x.value, x.stored = y, True
         return results
+
+    def copies_in(
+        self, out: Tensor, rule: Any, func: Any, args: Any, kwargs: Any
+    ) -> copies.Markers:
+        """Where the result of an operator is known to repeat itself."""
+        if rule is not self.rules["pointwise"]:
+            return copies.moved(func, op_name(func), args, out.shape)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return {}
+        xs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        return copies.met(xs, out.shape)
 
     def compute(self, func: Any, args: Any, kwargs: Any, name: str) -> Any:
         """The results of an operator on tensors without units, of which all is known."""
@@ -427,6 +449,7 @@ class Trace(Tape):
 
         It may move as a whole where its units must keep their order, as in rotary positions.
         """
+        self.read.append(units_in(factor).unique())
         if (
             self.merged is None
             and axes(factor).intersection(dims)
@@ -517,14 +540,17 @@ def zeros(x: Tensor) -> Tensor:
     return torch.zeros(x.shape, dtype=x.dtype)
 
 
-def fixed_axes(x: Tensor, dims: int) -> Iterator[int]:
-    """The axes, of `dims` after broadcasting, along which entries differ that are no units."""
-    if x.constant if isinstance(x, Labelled) else is_uniform(x):
+def fixed_axes(x: Tensor, dims: int) -> Iterator[tuple[int, Tensor | None]]:
+    """The axes, of `dims` after broadcasting, along which entries differ that are no units.
+
+    And which of these are equal, if it is known.
+    """
+    if is_constant(x):
         return
     live = frozenset[int]().union(*map(axes, factors_of(x)))
     for k, n in enumerate(x.shape):
         if n > 1 and x.stride(k) and k not in live:
-            yield k + dims - x.dim()
+            yield k + dims - x.dim(), copies.marker(x, k)
 
 
 def partners(own: list[Tensor], others: list[Tensor]) -> dict[int, int]:

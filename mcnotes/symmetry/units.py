@@ -52,7 +52,7 @@ class Labelled(Tensor):
     must be pinned when it is used. value: its entries as this run computes them, where they depend
     neither on inputs nor on parameters. stored: whether they come from the state dict, and so may
     be others in another network. constant: whether all entries are one number, whatever shapes the
-    inputs have.
+    inputs have. copies: see the module of this name.
     """
 
     trace: Any  # has a method `operator`
@@ -64,6 +64,7 @@ class Labelled(Tensor):
     value: Tensor | None
     stored: bool
     constant: bool
+    copies: dict[int, Tensor]
 
     @staticmethod
     def __new__(
@@ -73,7 +74,7 @@ class Labelled(Tensor):
         self = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=like.dtype)
         self.trace, self.taps, self.sources = trace, taps, ()
         self.given = self.used = self.stored = self.constant = False
-        self.value = None
+        self.value, self.copies = None, {}
         self.factors = [padded(f, like.dim()) for f in factors]
         return self
 
@@ -119,6 +120,11 @@ def labelled_in(values: Any) -> list[Labelled]:
 def is_uniform(x: Tensor) -> bool:
     """Whether all entries are one number."""
     return not x.numel() or bool((x == x.flatten()[0]).all())
+
+
+def is_constant(x: Tensor) -> bool:
+    """Whether all entries are one number, whatever shapes the inputs have."""
+    return x.constant if isinstance(x, Labelled) else is_uniform(x)
 
 
 def factors_of(x: Any) -> list[Tensor]:
