@@ -312,7 +312,10 @@ def test_channels_of_images(name: str) -> None:
 
 
 def test_experts_that_the_data_choose() -> None:
-    """Of all experts, units move together; which expert is which is the router's own order."""
+    """Of all experts, units move together; which expert is which is the router's own order.
+
+    Two query heads share each of two heads of keys and values.
+    """
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -326,7 +329,7 @@ def test_experts_that_the_data_choose() -> None:
     )
     net, ids = transformers.MixtralForCausalLM(config), torch.randint(20, (2, 5))
     sym = symmetry.find(net, ids)
-    assert sorted(g.size for g in sym.groups.values()) == [2, 6, 6, 20, 24]
+    assert sorted(g.size for g in sym.groups.values()) == [2, 2, 2, 6, 6, 20, 24]
     assert sym.verify(net, ids, others=[torch.randint(20, (3, 9))]) < 1e-9
 
 

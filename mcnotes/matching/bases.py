@@ -34,7 +34,7 @@ from mcnotes.matching.loss import RATES, Shown, through
 from mcnotes.matching.pair import PAIRED, AlignmentError, Pair
 from mcnotes.matching.weights import in_float64
 from mcnotes.symmetry import Bases, Element, Factor
-from mcnotes.symmetry.bases import beside_ones, entries, heads
+from mcnotes.symmetry.bases import beside_ones, entries, heads, outermost
 from mcnotes.symmetry.groups import Place
 
 Usable = Callable[[str], bool]  # whether what else acts on a parameter is known
@@ -223,7 +223,7 @@ class Space(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What is solved at once: a space; or blocks of spaces and, in `group`, their permutations."""
+    """What is solved at once: spaces; or blocks of spaces and, in `group`, their permutations."""
 
     group: str
     blocks: tuple[tuple[Space, ...], ...]
@@ -252,19 +252,27 @@ def steps(bases: Bases) -> Iterator[Step]:
             factors,
         )
 
-    for name, g in groups.items():
-        if not g.inner:
-            continue
-        left = list(heads(bases.permutations, g, lambda j, d: j))
+    def alone(name: str) -> Space:
+        """Blocks, such as query heads, in an order of their own: with all that moves with them."""
+        return Space(name, tuple((p, 0.0) for p in groups[name].places), {})
+
+    outer = outermost(bases.permutations)
+    for name, g in outer.items():
         blocks = []
-        for block, rest in zip(g.inner, left, strict=True):
+        for block, rest in zip(g.inner, heads(bases.permutations, g, lambda j, d: j), strict=True):
             spaces = [space(n) for n in block if not groups[n].inner]
             own = [n for n in by_space if n not in groups and inside(by_space[n], rest)]
             spaces += [space(n) for n in own] or (
                 [Space("", tuple((p, 0.0) for p in rest), {})] * bool(rest)
             )
             blocks.append(tuple(spaces))
-        yield Step(name, tuple(blocks))
+        within = [alone(n) for block in g.inner for n in block if groups[n].inner]
+        if any(s.group or s.factors for block in blocks for s in block):
+            yield Step(name, tuple(blocks))
+        else:
+            within = [alone(name)]
+        if within:
+            yield Step("", tuple((s,) for s in within))
     inner = {n for g in groups.values() for block in g.inner for n in block}
     for name in [n for n in groups if not groups[n].inner and n not in inner] + [*by_space]:
         if name in by_space or name in groups:

@@ -142,7 +142,7 @@ class Mixture:
         for bundle in (b for b in self.parts if b.nested):
             own, rest = self.nested[bundle.name], self.placed(but=bundle.name)
             near = {n: rest[n].detach() for n in own.shapes}
-            order |= solve(bundle, *weights.pairings(own, bundle, near, compare))
+            order |= weights.best_order(own, bundle, near, compare)
         return order
 
     def rounded(self) -> Perm:

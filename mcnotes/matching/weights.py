@@ -39,7 +39,7 @@ def weight_matching(
     parts = [
         (part, symmetry_of(sym, bundle))
         for bundle in _named(bundles(sym), only)
-        for part in _linear_parts(sym, bundle)
+        for part in linear_parts(sym, bundle)
     ]
     fixed = reference(pair)
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +73,7 @@ def _named(parts: list[Bundle], only: Collection[str] | None) -> list[Bundle]:
     return [bundle for bundle in parts if bundle.name in only]
 
 
-def _linear_parts(sym: Symmetry, bundle: Bundle) -> list[Bundle]:
+def linear_parts(sym: Symmetry, bundle: Bundle) -> list[Bundle]:
     """A bundle in parts, in the units of each of which the agreement is linear.
 
     Heads that share keys and values act where the units within them act, and are matched alone.
@@ -83,6 +83,18 @@ def _linear_parts(sym: Symmetry, bundle: Bundle) -> list[Bundle]:
     heads = [n for block in bundle.blocks for n in block if sym.groups[n].inner]
     units = tuple(tuple(n for n in block if n not in heads) for block in bundle.blocks)
     return [Bundle(bundle.name, units), *(Bundle(n, ((n,),)) for n in heads)]
+
+
+def best_order(sym: Symmetry, bundle: Bundle, theta: Theta, agreement: Agreement) -> Perm:
+    """The order of a bundle, of which this is the symmetry, with the largest agreement.
+
+    Exact but for heads that share keys and values: they are ordered after their blocks.
+    """
+    perm = sym.identity()
+    for part in linear_parts(sym, bundle):
+        step = solve(part, *pairings(sym, part, sym.permute(theta, perm), agreement))
+        perm = sym.compose(perm, step)
+    return perm
 
 
 def symmetry_of(sym: Symmetry, bundle: Bundle) -> Symmetry:

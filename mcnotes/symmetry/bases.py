@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -646,11 +647,8 @@ def under_positions(captured: Capture, sym: Symmetry, kind: str) -> dict[str, Fa
     factors: dict[str, Factor] = {}
     for pairing in PAIRINGS.values():
         search = Discovery(captured, sym)
-        for g in sym.groups.values():
-            for head, places in enumerate(heads(sym, g, pairing) if g.inner else ()):
-                if places:
-                    name = f"{places[0].name.removesuffix('.weight')}[{head}]"
-                    search.add(name, places)
+        for name, places in under(sym, pairing).items():
+            search.add(name, places)
         found = search.factors(kind, {n for n in search.names if f"{n}:{kind}" not in factors}, {})
         factors |= {f"{name}:{kind}": f for name, (f, *_) in found.items()}
     return factors
@@ -658,16 +656,11 @@ def under_positions(captured: Capture, sym: Symmetry, kind: str) -> dict[str, Fa
 
 def phases(captured: Capture, sym: Symmetry) -> dict[str, Factor]:
     """Turns of the pairs of coordinates that rotary positions turn: one angle for each pair."""
-    search, whole = Discovery(captured, sym), dict[str, list[Place]]()
-    for g in sym.groups.values():
-        for head, places in enumerate(heads(sym, g, PAIRINGS["halves"]) if g.inner else ()):
-            if not places:
-                continue
-            name = f"{places[0].name.removesuffix('.weight')}[{head}]"
-            whole[name] = places
-            for pair in range(len(places[0].index)):
-                at = [(p, p.index[pair].reshape(-1, 2).T) for p in places]
-                search.add(f"{name}~{pair}", [Place(p.name, p.axes, i) for p, i in at])
+    search, whole = Discovery(captured, sym), under(sym, PAIRINGS["halves"])
+    for name, places in whole.items():
+        for pair in range(len(places[0].index)):
+            at = [(p, p.index[pair].reshape(-1, 2).T) for p in places]
+            search.add(f"{name}~{pair}", [Place(p.name, p.axes, i) for p, i in at])
     found = search.factors("phases", search.names, {})
     factors = {}
     for name, places in whole.items():
@@ -677,6 +670,23 @@ def phases(captured: Capture, sym: Symmetry) -> dict[str, Factor]:
             sites = tuple(Site(p, 1) for n in acts[0] for p in places if p.name == n)
             factors[f"{name}:phases"] = Factor(name, "phases", len(pairs), sites)
     return factors
+
+
+def outermost(sym: Symmetry) -> dict[str, Group]:
+    """The groups of blocks that are in no other's blocks, as query heads that share keys are."""
+    inside = {n for g in sym.groups.values() for block in g.inner for n in block}
+    return {n: g for n, g in sym.groups.items() if g.inner and n not in inside}
+
+
+def under(sym: Symmetry, pairing: Callable[[Tensor, int], Tensor]) -> dict[str, list[Place]]:
+    """By name, the places of the coordinates of each outermost block, as `heads` gives them."""
+    found, count = dict[str, list[Place]](), Counter[str]()
+    for g in outermost(sym).values():
+        for places in filter(None, heads(sym, g, pairing)):
+            stem = places[0].name.removesuffix(".weight")
+            found[f"{stem}[{count[stem]}]"] = places
+            count[stem] += 1
+    return found
 
 
 def heads(
