@@ -1,5 +1,6 @@
 """Weight matching: planted permutations, brute force over orders of units and of heads."""
 
+from collections.abc import Callable
 from itertools import permutations, product
 
 import pytest
@@ -11,6 +12,7 @@ from mcnotes import matching, symmetry, train
 from mcnotes.curves import Theta
 from mcnotes.matching import Pair, weights
 from mcnotes.matching.assignment import bundles, solve
+from mcnotes.symmetry import Perm
 
 
 def dot(net: nn.Module, a: Theta, b: Theta) -> Tensor:
@@ -46,6 +48,35 @@ def test_units_that_stand_in_buffers_alone_keep_their_places() -> None:
         alone = standing == {"first", "second"}
         expected = sym.identity()[group]
         assert torch.equal(perm[group] if alone else found[group], expected), group
+
+
+class Masked(nn.Module):
+    """Hidden units with a mask and a number each, which are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.register_buffer("kept", torch.arange(8) % 3 > 0)
+        self.register_buffer("number", torch.arange(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.a(x).relu() * self.kept * self.number
+        return self.b(hidden)
+
+
+@pytest.mark.parametrize("method", [matching.weight_matching, matching.frank_wolfe])
+def test_units_may_have_masks_and_whole_numbers(method: Callable[[Pair], Perm]) -> None:
+    net = Masked()
+    theta, sym = dict(net.state_dict()), symmetry.find(net, torch.rand(2, 5))
+    assert {"kept", "number"} <= {p.name for g in sym.groups.values() for p in g.places}
+    planted = sym.random(torch.Generator().manual_seed(2))
+    moved = sym.permute(theta, planted)
+    found = sym.compose(planted, method(Pair(net, sym, theta, moved)))
+    assert all(torch.equal(p, torch.arange(len(p))) for p in found.values())
+    exact = {n: torch.eye(len(p))[p] for n, p in planted.items()}
+    for name, x in sym.apply_matrices(theta, exact).items():
+        assert x.dtype == theta[name].dtype
+        assert torch.equal(x, moved[name]), name
 
 
 def test_no_pairing_of_heads_agrees_better() -> None:

@@ -6,7 +6,9 @@ within heads, where nothing tells them apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +24,9 @@ from mcnotes.matching.assignment import solve
 HEADS, DIM, WIDTH = 6, 4, 5
 
 
-def rotated(x: Tensor) -> Tensor:
+def rotated(x: Tensor, speed: int = 1) -> Tensor:
     """Rotary positions [N, heads, T, 4]."""
-    t = torch.arange(x.shape[2])[:, None] * torch.tensor([1.0, 0.1]).repeat(2)
+    t = speed * torch.arange(x.shape[2])[:, None] * torch.tensor([1.0, 0.1]).repeat(2)
     turned = torch.cat([-x[..., 2:], x[..., :2]], -1)
     return x * t.cos() + turned * t.sin()
 
@@ -152,6 +154,37 @@ def test_planted_orders_of_heads_are_found(way: str, rotary: bool, method: str) 
         assert torch.equal(p, torch.arange(len(p))), group
 
 
+def planted(net: nn.Module) -> tuple[Pair, symmetry.Bases]:
+    """A network, and a copy of it that any of its symmetries may have made."""
+    bases = symmetry.find(net, X, kinds=symmetry.KINDS)
+    theta = {n: t.double() if t.is_floating_point() else t for n, t in net.state_dict().items()}
+    copy = bases.transform(theta, bases.random(torch.Generator().manual_seed(1)))
+    return Pair(net.double(), bases.permutations, theta, copy), bases
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize(("way", "shared"), [("broadcast", 1), ("scaled", 2), ("fused", 3)])
+def test_larger_groups_and_orders_of_heads_are_found_together(
+    way: str, shared: int, rotary: bool
+) -> None:
+    torch.manual_seed(0)
+    pair, bases = planted(Attention(way, shared, rotary))
+    result = matching.match_bases(pair, bases)
+    assert result.before > 0.5
+    assert result.after < 1e-6
+
+
+@pytest.mark.parametrize("shared", [2, 3])
+def test_all_layers_at_once_find_planted_heads(shared: int) -> None:
+    torch.manual_seed(0)
+    net = Attention("fused", shared, rotary=True)
+    sym, theta = symmetry.find(net, X), dict(net.state_dict())
+    made = sym.random(torch.Generator().manual_seed(2))
+    found = matching.frank_wolfe(Pair(net, sym, theta, sym.permute(noisy(theta, 3), made)))
+    for group, p in sym.compose(made, found).items():
+        assert torch.equal(p, torch.arange(len(p))), group
+
+
 def test_no_order_of_heads_agrees_better_than_that_of_a_step() -> None:
     """Each of the parts that weights are matched in is solved exactly."""
     net = Attention("expand", rotary=True)
@@ -171,3 +204,169 @@ def test_no_order_of_heads_agrees_better_than_that_of_a_step() -> None:
             other = sym.random(torch.Generator().manual_seed(seed))
             other = {n: p for n, p in other.items() if n in step}
             assert float(compare(sym.permute(b, other))) <= best + 1e-9
+
+
+# What tells heads apart, or seems to. Of each case the sizes of what is found, of groups of units
+# and of groups of blocks, and the kinds of larger groups.
+
+Run = Callable[[Any, Tensor], Tensor]
+
+
+class Case(nn.Module):
+    """Six query heads, and two of keys and values; `steps` change what its names say."""
+
+    def __init__(self, steps: dict[str, Run], parts: dict[str, Callable[[], Any]]) -> None:
+        super().__init__()
+        self.steps, self.data = steps, X
+        self.q = nn.Linear(WIDTH, HEADS * DIM)
+        self.k, self.v = (nn.Linear(WIDTH, 2 * DIM) for _ in range(2))
+        self.o = nn.Linear(HEADS * DIM, 3)
+        for name, make in parts.items():
+            part = make()
+            if isinstance(part, tuple):
+                self.register_buffer(name, *part)
+            else:
+                setattr(self, name, part)
+
+    def after(self, step: str, x: Tensor) -> Tensor:
+        return self.steps[step](self, x) if step in self.steps else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.data = x
+        q, k, v = (f(x).unflatten(-1, (-1, DIM)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k = self.after("q", q), self.after("k", k)
+        k = self.steps["copied"](self, k) if "copied" in self.steps else thrice(k)
+        scores = self.after("scores", q @ k.mT).softmax(-1)
+        return self.o(self.after("out", scores @ thrice(v)).transpose(1, 2).flatten(2))
+
+
+def thrice(x: Tensor) -> Tensor:
+    return x.repeat_interleave(3, 1)
+
+
+def apart(scores: Tensor) -> Tensor:
+    """How far positions are from each other: [T, T]."""
+    t = torch.arange(scores.shape[-1])
+    return (t[:, None] - t).abs()
+
+
+def on_one(s: Any, x: Tensor) -> Tensor:
+    return torch.cat([x[:, :1] + s.b, x[:, 1:]], 1)
+
+
+def own_frequencies(s: Any, x: Tensor) -> Tensor:
+    return torch.cat([rotated(x[:, h : h + 1], h + 1) for h in range(x.shape[1])], 1)
+
+
+def windows(per: int) -> Run:
+    """How far heads see: each `per` in a row equally far."""
+
+    def masked(_: Any, scores: Tensor) -> Tensor:
+        width = 1 + torch.arange(HEADS)[:, None, None] // per
+        return scores.masked_fill(apart(scores) >= width, -1e9)
+
+    return masked
+
+
+TURNED: dict[str, Run] = {"q": lambda s, x: rotated(x), "k": lambda s, x: rotated(x)}
+NORMED: dict[str, Run] = {"q": lambda s, x: s.n(x), "k": lambda s, x: s.n(x)}
+SLOPES: dict[str, Run] = {"scores": lambda s, x: x + s.m[:, None, None] * apart(x)}
+ALL, STAY = [2, 3, 3], list[int]()
+FOUR, TWO = [4] * 4, [4] * 2
+FREE, FLIPPED = {"bases"}, {"bases", "scales", "signs"}
+
+Expected = tuple[list[int], list[int], set[str]]
+CASES: dict[str, tuple[dict[str, Run], dict[str, Callable[[], Any]], Expected]] = {
+    "positions": (TURNED, {}, (TWO, ALL, FLIPPED)),
+    "positions of each head": ({"q": own_frequencies, "k": TURNED["k"]}, {}, (TWO, STAY, FREE)),
+    "a norm of each head": (
+        NORMED,
+        {"n": lambda: nn.RMSNorm(DIM)},
+        ([4] * 3, [3, 3], {"bases", "signs"}),
+    ),
+    "a gain of each head": (
+        {"q": lambda s, x: F.rms_norm(x, (DIM,)) * s.g},
+        {"g": lambda: nn.Parameter(torch.rand(HEADS, 1, DIM))},
+        (TWO, [2], FREE),
+    ),
+    "a bias on one head": (
+        {"q": on_one},
+        {"b": lambda: nn.Parameter(torch.rand(1, DIM))},
+        ([4] * 3, [2, 3], FREE),
+    ),
+    "a result's bias on one head": (
+        {"out": on_one},
+        {"b": lambda: nn.Parameter(torch.rand(1, DIM))},
+        ([4] * 3, [2, 3], FREE),
+    ),
+    "slopes of the state": (SLOPES, {"m": lambda: (torch.ones(HEADS), True)}, (FOUR, ALL, FREE)),
+    "slopes beside the state": (
+        SLOPES,
+        {"m": lambda: (torch.ones(HEADS), False)},
+        (FOUR, STAY, FREE),
+    ),
+    "relative biases": (
+        {"scores": lambda s, x: x + s.e(apart(x).clamp(max=3)).permute(2, 0, 1)},
+        {"e": lambda: nn.Embedding(4, HEADS)},
+        (FOUR, ALL, FREE),
+    ),
+    "relative biases of keys": (
+        {"scores": lambda s, x: x + thrice(s.e(apart(x).clamp(max=3)).permute(2, 0, 1)[None])},
+        {"e": lambda: nn.Embedding(4, 2)},
+        (FOUR, [2], FREE),
+    ),
+    "windows": ({"scores": windows(1)}, {}, (FOUR, STAY, FREE)),
+    "windows of keys": ({"scores": windows(3)}, {}, (FOUR, STAY, FREE)),
+    "gates that the data set": (
+        {"out": lambda s, x: x * s.g(s.data).sigmoid().mT[..., None]},
+        {"g": lambda: nn.Linear(WIDTH, HEADS)},
+        (FOUR, ALL, FREE),
+    ),
+    "gates across groups": (
+        {"out": lambda s, x: x * s.g(s.data).sigmoid().mT.repeat(1, 3, 1)[..., None]},
+        {"g": lambda: nn.Linear(WIDTH, 2)},
+        (FOUR, STAY, FREE),
+    ),
+    "temperatures": (
+        {"scores": lambda s, x: x * s.t.exp()} | TURNED,
+        {"t": lambda: nn.Parameter(torch.rand(HEADS, 1, 1))},
+        (TWO, ALL, FREE),
+    ),
+    "a negative copy": (
+        {
+            "copied": lambda s, k: (
+                thrice(k) * (1 - 2.0 * (torch.arange(HEADS) % 3 == 1))[:, None, None]
+            )
+        },
+        {},
+        (FOUR, STAY, FREE),
+    ),
+    "one copy of the other": (
+        {"copied": lambda s, k: torch.cat([thrice(k)[:, :5], k[:, :1]], 1)},
+        {},
+        ([4] * 3, STAY, FREE),
+    ),
+    "other copies of keys than of values": (
+        {"copied": lambda s, k: k.repeat(1, 3, 1, 1)},
+        {},
+        (FOUR, [2, 2], FREE),
+    ),
+    "a sum over heads": ({"out": lambda s, x: x + x.roll(1, 1)}, {}, ([4] * 3, STAY, FREE)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_tells_heads_apart(name: str) -> None:
+    """All that is found, larger groups too, holds for other numbers in all parameters."""
+    steps, parts, expected = CASES[name]
+    torch.manual_seed(0)
+    net = Case(steps, parts).double()
+    bases = symmetry.find(net, X.double(), kinds=symmetry.KINDS)
+    groups = bases.permutations.groups.values()
+    units = sorted(g.size for g in groups if not g.inner)
+    blocks = sorted(g.size for g in groups if g.inner)
+    assert (units, blocks, {f.kind for f in bases.factors.values()}) == expected
+    theta = {n: torch.randn_like(t) for n, t in net.state_dict().items()}
+    others = [torch.rand(3, 7, WIDTH), torch.rand(2, 1, WIDTH)]
+    assert bases.permutations.verify(net, X.double(), theta, others=others) < 1e-9
+    assert bases.verify(net, X.double(), theta, others=others) < 1e-9

@@ -27,20 +27,16 @@ def weight_matching(
     """Weight matching: a permutation P that makes ⟨θ_A, Pθ_B⟩ large (Ainsworth et al. 2023, 3.2).
 
     No data is needed. Block coordinate ascent: one group at a time, the others held fixed, is a
-    linear assignment (blocks come with the units within, as in alignment); in random order, drawn
-    from `seed`, until a sweep gains nothing, but at most `sweeps` times. It begins at `start`
-    (default: the identity) and ends in a local optimum. Where a group stands on both axes of a
-    tensor, the assignment is that of the linear part. only: the names (of `bundles`) that may
-    change. Raises ValueError for weights that are not finite.
+    linear assignment (blocks come with the units within, as in alignment; see `best_order`); in
+    random order, drawn from `seed`, until a sweep gains nothing, but at most `sweeps` times. It
+    begins at `start` (default: the identity) and ends in a local optimum. Where a group stands on
+    both axes of a tensor, the assignment is that of the linear part. only: the names (of `bundles`)
+    that may change. Raises ValueError for weights that are not finite.
     """
     given = {"pair": pair, "seed": seed, "sweeps": sweeps}
     require("weight_matching", given, PAIRED | {"sweeps": whole(1)})
-    sym = pair.sym
-    parts = [
-        (part, symmetry_of(sym, bundle))
-        for bundle in _named(bundles(sym), only)
-        for part in linear_parts(sym, bundle)
-    ]
+    sym, parts = pair.sym, _named(bundles(pair.sym), only)
+    alone = {bundle.name: symmetry_of(sym, bundle) for bundle in parts}
     fixed = reference(pair)
     generator = torch.Generator().manual_seed(seed)
     perm = sym.identity() if start is None else sym.complete(start)
@@ -50,9 +46,9 @@ def weight_matching(
     for _ in range(sweeps):
         before = best
         for k in torch.randperm(len(parts), generator=generator).tolist():
-            part, own = parts[k]
+            own = alone[parts[k].name]
             near = {name: here[name] for name in own.shapes}
-            step = solve(part, *pairings(own, part, near, partial(agreement, fixed)))
+            step = best_order(own, parts[k], near, partial(agreement, fixed))
             moved = own.permute(near, step)
             trial = terms | products(fixed, moved)
             if (value := total(trial)) > best + 1e-9 * abs(best):
@@ -73,6 +69,24 @@ def _named(parts: list[Bundle], only: Collection[str] | None) -> list[Bundle]:
     return [bundle for bundle in parts if bundle.name in only]
 
 
+def best_order(sym: Symmetry, bundle: Bundle, theta: Theta, agreement: Agreement) -> Perm:
+    """The order of a bundle, of which this is the symmetry, with the largest agreement.
+
+    Exact, but for blocks with heads that share keys and values: there it is the better of two that
+    are found part by part, from where units stand, and from the best of a linear estimate.
+    """
+    linear = solve(bundle, *pairings(sym, bundle, theta, agreement))
+    if len(parts := linear_parts(sym, bundle)) == 1:
+        return linear
+    found = []
+    for perm in (sym.identity(), linear):
+        for part in parts:
+            here = sym.permute(theta, perm)
+            perm = sym.compose(perm, solve(part, *pairings(sym, part, here, agreement)))
+        found.append(perm)
+    return max(found, key=lambda perm: float(agreement(sym.permute(theta, perm))))
+
+
 def linear_parts(sym: Symmetry, bundle: Bundle) -> list[Bundle]:
     """A bundle in parts, in the units of each of which the agreement is linear.
 
@@ -83,18 +97,6 @@ def linear_parts(sym: Symmetry, bundle: Bundle) -> list[Bundle]:
     heads = [n for block in bundle.blocks for n in block if sym.groups[n].inner]
     units = tuple(tuple(n for n in block if n not in heads) for block in bundle.blocks)
     return [Bundle(bundle.name, units), *(Bundle(n, ((n,),)) for n in heads)]
-
-
-def best_order(sym: Symmetry, bundle: Bundle, theta: Theta, agreement: Agreement) -> Perm:
-    """The order of a bundle, of which this is the symmetry, with the largest agreement.
-
-    Exact but for heads that share keys and values: they are ordered after their blocks.
-    """
-    perm = sym.identity()
-    for part in linear_parts(sym, bundle):
-        step = solve(part, *pairings(sym, part, sym.permute(theta, perm), agreement))
-        perm = sym.compose(perm, step)
-    return perm
 
 
 def symmetry_of(sym: Symmetry, bundle: Bundle) -> Symmetry:
@@ -152,7 +154,7 @@ def pairings(
                 tile[i, j] = slope[names[j]]
             if bundle.nested:
                 blocks[i, j] = slope[bundle.name][i, j]
-    if bundle.nested:  # the slope of a block holds what its units bring where they stand
+    if bundle.nested and units:  # the slope of a block holds what its units bring where they stand
         standing = [tile.diagonal(dim1=2, dim2=3).sum(2) for tile in units]
         blocks -= torch.stack(standing).sum(0)
     return units, blocks

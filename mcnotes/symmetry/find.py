@@ -12,6 +12,7 @@ groups that permute within each block, and these act first.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -177,7 +178,10 @@ class Symmetry:
         for name, group in self.groups.items():
             for at in group.places if name in matrices else ():
                 flat, index = at.of(out).movedim(at.axis, 0), torch.from_numpy(at.index)
-                mixed = torch.einsum("ij,js...->is...", matrices[name].to(flat), flat[index])
+                whole = not (flat.is_floating_point() or flat.is_complex())  # or a mask
+                like = matrices[name] if whole else flat
+                parts = matrices[name].to(like), flat[index].to(like)
+                mixed = torch.einsum("ij,js...->is...", *parts).to(flat)
                 flat = flat.index_put((index.to(flat.device),), mixed)
                 out[at.name] = flat.movedim(0, at.axis).reshape(theta[at.name].shape)
         return out
@@ -270,7 +274,7 @@ class Symmetry:
         """A row for each group, or for groups of one name that differ in their number [k] only."""
         rows: dict[tuple[str, int], dict[str, Any]] = {}
         for name, g in self.groups.items():
-            stem = name if name.endswith("[*]") else name.split("[")[0]
+            stem = re.sub(r"\[\d+\]", "", name)
             where = ", ".join(f"{p.name}[{p.axis}]" for p in g.places)
             row = {"group": stem, "groups": 0, "units": g.size, "acts on [axis]": where}
             rows.setdefault((stem, g.size), row)["groups"] += 1
