@@ -102,7 +102,8 @@ def match_bases(
 ) -> BasesMatching:
     """Bring network B close to A by all that `bases` holds; both keep their functions.
 
-    The pair's own symmetry is not used, but that of `bases`. rounds: at most so many passes over
+    The pair's own symmetry is not used, but that of `bases`. Query heads that share keys and values
+    are ordered once these are matched, and again in each round. rounds: at most so many passes over
     all spaces by weights, until one gains nothing. learn: then descend, on `images`, from `seed`;
     the result is kept if it has a smaller loss there than what weights gave. loss: of outputs and
     targets. Raises AlignmentError for parameters that are not finite; ValueError where a factor

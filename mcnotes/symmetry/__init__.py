@@ -2,9 +2,9 @@
 
 `find` gives a `Symmetry`, a value that permutes parameters and verifies itself. Read `permutations`
 first, then `find`; behind them `units` labels the entries of tensors, `trace` follows the labels
-through one run of the network by the `rules` of its operators, and `groups` sorts what it saw.
-`foreign` says what cannot be followed. `activations` reads the units' activations out of a running
-network; `execute` is how both run it.
+through one run of the network by the `rules` of its operators, `copies` knows where tensors repeat
+themselves, and `groups` sorts what was seen. `foreign` says what cannot be followed. `activations`
+reads the units' activations out of a running network; `execute` is how both run it.
 """
 
 from mcnotes.symmetry.bases import KINDS, Bases, Element, Factor, Site, find
