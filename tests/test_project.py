@@ -81,6 +81,7 @@ ORDER = [
     "matching",
     "lab.parameters",
     "lab.frames",
+    "lab.prose",
     "lab.experiment",
     "lab.results",
     "lab.figures",

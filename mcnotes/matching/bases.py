@@ -1,4 +1,4 @@
-"""Match two networks by all symmetries that are known, not by permutations alone.
+"""Match two networks by all symmetries that are known, not by permutations alone (chapter 13).
 
 First both networks are brought into one gauge: norm gains are folded, and scales and changes of
 basis balanced, so that what writes a space and what reads it have equal norms. What is then left of
