@@ -18,8 +18,11 @@ from mcnotes.matching import bases as module
 from mcnotes.symmetry import KINDS, Bases
 
 SIZES = {
-    "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6,
-}  # fmt: skip
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+}
 
 
 def llama() -> tuple[nn.Module, Tensor]:
@@ -200,6 +203,8 @@ def test_balancing_gives_one_gauge() -> None:
     one, two = (module.balanced(found, x) for x in (pair.theta_a, pair.theta_b))
     for name in ("0.weight", "1.weight", "2.weight"):
         agree(
-            torch.linalg.svdvals(two[name]), torch.linalg.svdvals(one[name]), 100,
+            torch.linalg.svdvals(two[name]),
+            torch.linalg.svdvals(one[name]),
+            100,
             dtype=torch.float32,
-        )  # fmt: skip
+        )

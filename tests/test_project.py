@@ -180,6 +180,12 @@ class TestRepository:
         largest = sorted(sizes, key=lambda path: -sizes[path])[:5]
         assert sum(sizes.values()) < REPOSITORY_BYTES, largest
 
+    def test_no_code_is_kept_from_the_formatter(self) -> None:
+        """What looks bad when it is formatted is opened up until it reads from top to bottom."""
+        code = [path for path in tracked() if path.suffix in (".py", ".ipynb")]
+        kept = [p.name for p in code if re.search(r"# fmt: (skip|off)", p.read_text("utf8"))]
+        assert not kept
+
     def test_no_file_holds_a_path_of_the_machine_it_was_made_on(self) -> None:
         pattern = re.compile(r"(?<![\w.:/+-])/(?:home|Users|root|tmp|work|private|mnt)/\w")
         image = re.compile(r'"image/\w+": "[^"]*"')  # base64 may spell anything

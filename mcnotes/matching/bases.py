@@ -111,9 +111,12 @@ def match_bases(
     """
     given = {"pair": pair, "bases": bases, "images": images, "learn": learn, "rounds": rounds}
     rules = {
-        "bases": a(Bases, "a symmetry.Bases"), "images": optional(evaluate.RULES["data"]),
-        "learn": optional(a(Learn, "a matching.Learn")), "rounds": whole(1), "loss": function,
-    }  # fmt: skip
+        "bases": a(Bases, "a symmetry.Bases"),
+        "images": optional(evaluate.RULES["data"]),
+        "learn": optional(a(Learn, "a matching.Learn")),
+        "rounds": whole(1),
+        "loss": function,
+    }
     require("match_bases", given | {"loss": loss, "seed": seed}, PAIRED | rules)
     if learn and not (images and any(True for _ in images.batches(learn.batch_size))):
         raise ValueError("match_bases: images: got none, expected those to learn from")
