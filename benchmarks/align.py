@@ -164,12 +164,16 @@ def main() -> None:
     few = ["--device", args.device, "--images", str(args.images), "--rounds", str(args.rounds)]
     other = json.loads(plain(args, *few, "--as-it-is"))
     found["as_it_is"] = {name: other[name] for name in RATIOS}
-    print(f"{args.network}, {args.images:,} images of 32 x 32 x 3, {args.device}, "
-          f"{torch.get_num_threads()} threads")  # fmt: skip
-    print(f"two forwards {found['two_forwards_s']} s; alignment takes at batch {args.batch} "
-          f"{found['ratio_to_two_forwards']} times as long, in micro-batches of 64 "
-          f"{found['ratio_micro_batches']} times; limits {found['limit_ratio']} and "
-          f"{found['limit_micro_batches']}; usual allocator: {found['as_it_is']}")  # fmt: skip
+    print(
+        f"{args.network}, {args.images:,} images of 32 x 32 x 3, {args.device}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    print(
+        f"two forwards {found['two_forwards_s']} s; alignment takes at batch {args.batch} "
+        f"{found['ratio_to_two_forwards']} times as long, in micro-batches of 64 "
+        f"{found['ratio_micro_batches']} times; limits {found['limit_ratio']} and "
+        f"{found['limit_micro_batches']}; usual allocator: {found['as_it_is']}"
+    )
     print(json.dumps(found | {"network": args.network, "device": args.device}))
 
 

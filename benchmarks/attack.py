@@ -66,11 +66,17 @@ def main() -> None:
     ratio = statistics.median(r["robust"] / r["plain"] for r in rounds)
     limit = args.attack_steps + 1
     print(f"{args.network}, batch {args.batch}, PGD-{args.attack_steps}, {device}")
-    print(f"plain step {plain:.1f} ms, robust step {robust:.1f} ms, ratio {ratio:.2f}, "
-          f"{limit} passes")  # fmt: skip
-    print(json.dumps({"ratio": round(ratio, 3), "limit": limit, "plain_ms": round(plain, 2),
-                      "robust_ms": round(robust, 2), "network": args.network,
-                      "device": str(device)}))  # fmt: skip
+    print(f"plain step {plain:.1f} ms, robust step {robust:.1f} ms")
+    print(f"ratio {ratio:.2f}, {limit} passes")
+    found = {
+        "ratio": round(ratio, 3),
+        "limit": limit,
+        "plain_ms": round(plain, 2),
+        "robust_ms": round(robust, 2),
+        "network": args.network,
+        "device": str(device),
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

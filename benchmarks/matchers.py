@@ -72,8 +72,17 @@ Cell = tuple[str, tuple[int, int], str, int]
 FILE = cache.ROOT / "data" / "results" / "matchers.json"
 STEPS = 3  # of the bound
 POINTS, TESTED, KNOWN = 9, 2_000, 1_000  # of a path; test images; those for statistics
-WHOLE = ("TinyTen", "ResNet20", "GoogLeNet", "CNN", "transformer", "MLP 8", "MLP 64", "MLP 256",
-         "deep MLP")  # with every method  # fmt: skip
+WHOLE = (  # with every method
+    "TinyTen",
+    "ResNet20",
+    "GoogLeNet",
+    "CNN",
+    "transformer",
+    "MLP 8",
+    "MLP 64",
+    "MLP 256",
+    "deep MLP",
+)
 LARGE = {"ResNet20", "GoogLeNet"}  # measured on half as many images of either kind
 
 
@@ -197,8 +206,12 @@ def walk(name: str, curve: curves.Curve) -> dict[str, Any]:
     """Along a path."""
     known, test = splits(name)
     path = evaluate.profile(CASES[name][0].net, curve, test, statistics=known, points=POINTS)
-    return {"barrier": path.barrier, "min_accuracy": path.min_accuracy,
-            "loss": path.loss.tolist(), "accuracy": path.accuracy.tolist()}  # fmt: skip
+    return {
+        "barrier": path.barrier,
+        "min_accuracy": path.min_accuracy,
+        "loss": path.loss.tolist(),
+        "accuracy": path.accuracy.tolist(),
+    }
 
 
 def search(pair: Pair, images: Split, method: str, seed: int) -> Perm:
@@ -234,8 +247,10 @@ def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> dict[str, Any
     placed = dataclasses.replace(pair, theta_b=pair.permuted(perm))
     alike = matching.match(placed, images, method="identity").after
     found["correlation"] = float(torch.cat([*alike.values()]).mean())
-    ends = (torch.cat([theta[n].double().flatten() for n in pair.names])
-            for theta in (a, placed.theta_b))  # fmt: skip
+    ends = (
+        torch.cat([theta[n].double().flatten() for n in pair.names])
+        for theta in (a, placed.theta_b)
+    )
     found["cosine"] = float(torch.cosine_similarity(*ends, dim=0))
     return {"perm": perm} | found
 
@@ -275,10 +290,17 @@ def configuration(cell: Cell) -> dict[str, Any]:
     """All that a cell depends on."""
     name, pair, method, curve_epochs = cell
     lab = CASES[name][0]
-    config: dict[str, Any] = {"what": "bench", "ends": [lab.endpoint_config(s) for s in pair],
-                              "method": method, "match_images": lab.match_images, "clock": "CPU",
-                              "statistics": KNOWN, "points": POINTS, "tested": TESTED,
-                              "columns": ["cosine", "megabytes"]}  # fmt: skip
+    config: dict[str, Any] = {
+        "what": "bench",
+        "ends": [lab.endpoint_config(s) for s in pair],
+        "method": method,
+        "match_images": lab.match_images,
+        "clock": "CPU",
+        "statistics": KNOWN,
+        "points": POINTS,
+        "tested": TESTED,
+        "columns": ["cosine", "megabytes"],
+    }
     config |= {"curve_epochs": curve_epochs} if curve_epochs else {}
     rate = matching.RATES.get(method.removesuffix("-both"))
     config |= {"lr": rate} if rate else {}
@@ -364,9 +386,17 @@ def save(rows: list[dict[str, Any]]) -> None:
         }  # it may hold a curve
         known[place] = {m: merged[m] for m in CALLS if m in merged}
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    record = {"methods": [*CALLS], "first": FIRST, "whole": WHOLE, "tested": TESTED,
-              "points": POINTS, "statistics": KNOWN, "steps": STEPS, "rates": matching.RATES,
-              "collected": today}  # fmt: skip
+    record = {
+        "methods": [*CALLS],
+        "first": FIRST,
+        "whole": WHOLE,
+        "tested": TESTED,
+        "points": POINTS,
+        "statistics": KNOWN,
+        "steps": STEPS,
+        "rates": matching.RATES,
+        "collected": today,
+    }
     for name in ("hardware", "torch", "commit"):
         record[name] = sorted({*old[name], *(origin[name] for origin in origins)})
     head = json.dumps(record | {"provenance": cache.provenance(0.0)}, indent=1)
@@ -407,8 +437,9 @@ def main() -> None:
     means: dict[str, dict[str, float]] = {}
     for name in args.networks:
         for method in args.methods:
-            found = [r["line"]["barrier"] for r in rows
-                     if (r["network"], r["method"]) == (name, method)]  # fmt: skip
+            found = [
+                r["line"]["barrier"] for r in rows if (r["network"], r["method"]) == (name, method)
+            ]
             if found:
                 means.setdefault(name, {})[method] = round(statistics.mean(found), 4)
     print(json.dumps({"mean_barrier": means, "pairs": args.pairs}))

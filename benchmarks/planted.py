@@ -85,8 +85,9 @@ def match(pair: Pair, images: Split, method: str) -> tuple[Perm, dict[str, list[
     return found.perm, {name: units.tolist() for name, units in found.dead.items()}
 
 
-def trial(name: str, net: nn.Module, sym: Symmetry, images: Split, noise: float, seed: int,
-          method: str) -> dict[str, Any]:  # fmt: skip
+def trial(
+    name: str, net: nn.Module, sym: Symmetry, images: Split, noise: float, seed: int, method: str
+) -> dict[str, Any]:
     """Plant, match, compare: whether all units are home, and the names of those that cannot be."""
     theta = start(net, images, seed)
     planted = sym.random(torch.Generator().manual_seed(1000 + seed))
@@ -100,10 +101,17 @@ def trial(name: str, net: nn.Module, sym: Symmetry, images: Split, noise: float,
     lost = {n: [u for u in units if u not in dead.get(n, ())] for n, units in away.items()}
     whole = twins or not any(lost.values())
     named = away if whole else {}
-    return {"network": name, "noise": noise, "method": method, "seed": seed, "whole": whole,
-            "astray": sum(map(len, lost.values())) if not whole else 0,
-            "twins": named if twins else {}, "dead": {} if twins else named,
-            "seconds": round(seconds, 2)}  # fmt: skip
+    return {
+        "network": name,
+        "noise": noise,
+        "method": method,
+        "seed": seed,
+        "whole": whole,
+        "astray": sum(map(len, lost.values())) if not whole else 0,
+        "twins": named if twins else {},
+        "dead": {} if twins else named,
+        "seconds": round(seconds, 2),
+    }
 
 
 def take(tally: dict[str, Any], row: dict[str, Any]) -> None:
@@ -124,12 +132,13 @@ def loaded(resume: bool) -> list[dict[str, Any]]:
     """A tally for each network, noise and method: from the file, or empty."""
     stored = json.loads(FILE.read_text("utf8"))["rows"] if resume and FILE.exists() else []
     known = {(row["network"], row["noise"], row["method"]): row for row in stored}
-    empty = {"trials": 0, "recovered": 0, "seconds": 0.0}
-    return [
-        known.get(kind, dict(zip(("network", "noise", "method"), kind, strict=True))
-                  | empty | {"failed": {}, "twins": {}, "dead": {}})
-        for kind in product(KINDS, NOISE, METHODS)
-    ]  # fmt: skip
+    tallies = []
+    for network, noise, method in product(KINDS, NOISE, METHODS):
+        empty: dict[str, Any] = {"network": network, "noise": noise, "method": method}
+        empty |= {"trials": 0, "recovered": 0, "seconds": 0.0}
+        empty |= {"failed": {}, "twins": {}, "dead": {}}
+        tallies.append(known.get((network, noise, method), empty))
+    return tallies
 
 
 def save(tallies: list[dict[str, Any]]) -> None:
@@ -151,16 +160,19 @@ def main() -> None:
     tallies = loaded(args.resume)
     built = {name: build() for name, (build, _) in KINDS.items()}
     some = Experiment().task.train.first(IMAGES)
-    seen = {n: dataclasses.replace(some, images=some.images[..., ::k, ::k].contiguous())
-            for n, (_, k) in KINDS.items()}  # fmt: skip
+    seen = {
+        n: dataclasses.replace(some, images=some.images[..., ::k, ::k].contiguous())
+        for n, (_, k) in KINDS.items()
+    }
     syms = {n: symmetry.find(net, next(seen[n].batches(2))[0]) for n, net in built.items()}
     for seed in range(args.trials):
         for tally in (t for t in tallies if t["trials"] == seed):
             if time.process_time() > 60 * args.minutes:
                 break
             name = tally["network"]
-            row = trial(name, built[name], syms[name], seen[name], tally["noise"], seed,
-                        tally["method"])  # fmt: skip
+            row = trial(
+                name, built[name], syms[name], seen[name], tally["noise"], seed, tally["method"]
+            )
             take(tally, row)
             print(json.dumps({n: x for n, x in row.items() if n != "dead"}), flush=True)
         else:
@@ -168,8 +180,11 @@ def main() -> None:
             continue
         break
     save(tallies)
-    print(json.dumps({f"{t['network']}, noise {t['noise']}, {t['method']}":
-                      f"{t['recovered']} of {t['trials']}" for t in tallies}))  # fmt: skip
+    summary = {}
+    for t in tallies:
+        kind = f"{t['network']}, noise {t['noise']}, {t['method']}"
+        summary[kind] = f"{t['recovered']} of {t['trials']}"
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

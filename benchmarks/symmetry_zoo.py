@@ -194,8 +194,10 @@ def main() -> int:
     every = torchvision.models.list_models(module=torchvision.models)
     every += [f"timm:{name}" for name in TIMM.split()]
     names, place = args.models or every, {name: k for k, name in enumerate(every)}
-    print(f"{'model':30} {'groups':>6} {'units':>7} {'touched':>8} {'error':>10}"
-          f" {'log10 copies':>12} {'still':>6} {'seconds':>8}")  # fmt: skip
+    print(
+        f"{'model':30} {'groups':>6} {'units':>7} {'touched':>8} {'error':>10}"
+        f" {'log10 copies':>12} {'still':>6} {'seconds':>8}"
+    )
     symmetry.find(torch.nn.Linear(2, 2), torch.rand(2, 2))
     kept = args.resume and args.out and args.out.exists()
     rows = json.loads(args.out.read_text())["rows"] if kept else []

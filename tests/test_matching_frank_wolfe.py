@@ -46,9 +46,11 @@ def test_a_mixture_is_the_mean_of_what_its_orders_give(name: str) -> None:
     """Where one bundle moves: the agreement is linear in each."""
     pair = pair_of(name, 1, 2)
     sym, theta = pair.sym, weights.in_float64(pair.theta_b)
-    part = matching.bundles(sym)[-1] if name == "mlp" else next(
-        bundle for bundle in matching.bundles(sym) if bundle.nested
-    )  # fmt: skip
+    part = (
+        matching.bundles(sym)[-1]
+        if name == "mlp"
+        else next(bundle for bundle in matching.bundles(sym) if bundle.nested)
+    )
     g = torch.Generator().manual_seed(0)
     inside = {part.name, *(n for block in part.blocks for n in block)}
     one, two = ({n: p for n, p in sym.random(g).items() if n in inside} for _ in range(2))
@@ -92,8 +94,9 @@ def test_the_agreement_is_a_polynomial_of_the_degree_that_is_fitted() -> None:
         order = pair.sym.random(torch.Generator().manual_seed(1))
         fixed = weights.reference(pair)
         t = torch.linspace(0, 1, mixture.degree + 2, dtype=torch.float64)
-        found = [float(weights.agreement(fixed, mixture.towards(order, float(s)).placed()))
-                 for s in t]  # fmt: skip
+        found = [
+            float(weights.agreement(fixed, mixture.towards(order, float(s)).placed())) for s in t
+        ]
         differences = torch.tensor(found, dtype=torch.float64)
         for _ in range(mixture.degree + 1):
             differences = differences.diff()

@@ -97,9 +97,12 @@ def test_residual_network() -> None:
 # Transformers, as their classes come
 
 SIZES = {
-    "vocab_size": 20, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1,
+    "vocab_size": 20,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
     "num_attention_heads": 6,
-}  # fmt: skip
+}
 ATTENTION = "+.q_proj.weight[1] +.k_proj.weight[1] +.v_proj.weight[1] +.o_proj.weight[0] "
 LLAMA = "model.layers.0"
 
@@ -170,9 +173,14 @@ def test_gpt2() -> None:
     """One matrix makes queries, keys and values; embeddings are tied, so the stream stays."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=20, n_embd=24, n_layer=1, n_head=3, n_positions=16,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=20,
+        n_embd=24,
+        n_layer=1,
+        n_head=3,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     net, ids = transformers.GPT2LMHeadModel(config), torch.randint(20, (2, 5))
     h = "transformer.h.0"
     rows: Table = {}
@@ -210,9 +218,13 @@ def test_vit() -> None:
     """LayerNorm centres its input, so that rotations must keep the vector of ones."""
     torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=20,
-        image_size=8, patch_size=4,
-    )  # fmt: skip
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        intermediate_size=20,
+        image_size=8,
+        patch_size=4,
+    )
     net, x = transformers.ViTForImageClassification(config), torch.rand(2, 3, 8, 8)
     at = "vit.layers.0"
     stream = line(
@@ -319,15 +331,11 @@ HOSTILE: dict[str, Case] = {
     "clamp below": Case(lambda s, x: s.b(s.a(x).clamp(min=0)), SCALED, **AB),
     "clamp below, not at 0": Case(lambda s, x: s.b(s.a(x).clamp(min=-9)), NOTHING, **AB),
     "relu plus a number": Case(lambda s, x: s.b(F.relu(s.a(x)) + 1), NOTHING, **AB),
-    "bias after relu": Case(
-        lambda s, x: s.b(F.relu(s.a(x)) + s.c), SCALED, c=par(8), **AB
-    ),
+    "bias after relu": Case(lambda s, x: s.b(F.relu(s.a(x)) + s.c), SCALED, c=par(8), **AB),
     "an even function": Case(lambda s, x: s.b(s.a(x).cos()), FLIPPED, **AB),
     "odd, then even": Case(lambda s, x: s.b(s.a(x).tanh().abs()), {8: {"signs"}}, **AB),
     "softsign": Case(lambda s, x: s.b(F.softsign(s.a(x))), FLIPPED, **AB),
-    "a stream with a relu": Case(
-        lambda s, x: s.b(unit(F.relu(s.a(x)))), NOTHING, **AB
-    ),
+    "a stream with a relu": Case(lambda s, x: s.b(unit(F.relu(s.a(x)))), NOTHING, **AB),
     "rms norm": Case(lambda s, x: s.b(s.n(s.a(x))), ROTATED, **NORMED),
     "rms norm without a gain": Case(lambda s, x: s.b(unit(s.a(x))), ROTATED, **AB),
     "the gain is read twice": Case(
@@ -336,9 +344,7 @@ HOSTILE: dict[str, Case] = {
     "the gain is shared by a nonlinear reader": Case(
         lambda s, x: s.b(s.n(s.a(x)).sin()), FLIPPED, **NORMED
     ),
-    "a bias after the norm": Case(
-        lambda s, x: s.b(s.n(s.a(x)) + s.c), ROTATED, c=par(8), **NORMED
-    ),
+    "a bias after the norm": Case(lambda s, x: s.b(s.n(s.a(x)) + s.c), ROTATED, c=par(8), **NORMED),
     "a number after the norm": Case(lambda s, x: s.b(s.n(s.a(x)) + 1), FLIPPED, **NORMED),
     "the norm returns to the stream": Case(
         lambda s, x: s.b(unit(s.a(x) + s.n(s.a(x)))), FLIPPED, **NORMED
@@ -354,16 +360,16 @@ HOSTILE: dict[str, Case] = {
     ),
     "a norm over half": Case(
         lambda s, x: s.b(s.a(x) * s.a(x)[:, :4].pow(2).sum(-1, keepdim=True)),
-        {4: {"rotations", "bases"}}, **AB
+        {4: {"rotations", "bases"}},
+        **AB,
     ),
     "halves": Case(lambda s, x: s.b(torch.cat(s.a(x).chunk(2, -1)[::-1], -1)), HALVES, **AB),
     "half a relu": Case(
         lambda s, x: s.b(torch.cat([s.a(x)[:, :4].relu(), s.a(x)[:, 4:]], -1)),
-        {4: {"scales", "bases"}}, **AB
+        {4: {"scales", "bases"}},
+        **AB,
     ),
-    "dropout": Case(
-        lambda s, x: s.b(F.dropout(s.a(x), 0.5, s.training)), FREE, **AB
-    ),
+    "dropout": Case(lambda s, x: s.b(F.dropout(s.a(x), 0.5, s.training)), FREE, **AB),
     "a mask of the input": Case(
         lambda s, x: s.b(s.a(x).masked_fill(x.sum(1, keepdim=True) > 1, 0.0)), NOTHING, **AB
     ),
@@ -399,47 +405,41 @@ HOSTILE: dict[str, Case] = {
     "a table of positions": Case(
         lambda s, x: s.b(unit(s.a(x) + s.p[: x.shape[1]])), ROTATED, 2, 5, 4, p=par(16, 8), **AB
     ),
-    "a ramp": Case(
-        lambda s, x: s.b(unit(s.a(x) * torch.arange(1.0, 9.0))), NOTHING, **AB
-    ),
+    "a ramp": Case(lambda s, x: s.b(unit(s.a(x) * torch.arange(1.0, 9.0))), NOTHING, **AB),
     "an epsilon for each unit": Case(
         lambda s, x: s.b(s.a(x) / (s.a(x).pow(2) + s.c)), {8: {"scales", "signs"}}, c=par(8), **AB
     ),
-    "bilinear": Case(
-        lambda s, x: s.a(x).mul(s.c(x)).sum(1), FREE, c=lin(4, 8), a=lin(4, 8)
-    ),
+    "bilinear": Case(lambda s, x: s.a(x).mul(s.c(x)).sum(1), FREE, c=lin(4, 8), a=lin(4, 8)),
     "bilinear with itself": Case(lambda s, x: s.a(x).mul(s.a(x)).sum(1), ROTATED, a=lin(4, 8)),
     "cosine": Case(
         lambda s, x: F.cosine_similarity(s.a(x), s.c(x)), ROTATED, a=lin(4, 8), c=lin(4, 8)
     ),
-    "layer norm": Case(
-        lambda s, x: s.b(s.n(s.a(x))), ABOUT_1, **AB | {"n": layernorm(8)}
-    ),
+    "layer norm": Case(lambda s, x: s.b(s.n(s.a(x))), ABOUT_1, **AB | {"n": layernorm(8)}),
     "statistics of a norm along another axis": Case(
         lambda s, x: s.b(torch.native_layer_norm(s.a(x).mT, (5,), None, None, 0.1)[1][..., 0]),
-        NOTHING, 2, 5, 4, **AB
+        NOTHING,
+        2,
+        5,
+        4,
+        **AB,
     ),
     "a circle of units": Case(lambda s, x: s.b(s.a(x).roll(1, -1).tanh()), NOTHING, **AB),
-    "group norm": Case(
-        lambda s, x: s.b(F.group_norm(s.a(x), 2)), NOTHING, **AB
-    ),
+    "group norm": Case(lambda s, x: s.b(F.group_norm(s.a(x), 2)), NOTHING, **AB),
     "norm over the batch": Case(
         lambda s, x: s.b(s.a(x) / (s.a(x).norm(dim=0, keepdim=True) + 1e-3)), FLIPPED, **AB
     ),
-    "the units' sum": Case(
-        lambda s, x: s.b(s.a(x)) + s.a(x).sum(1, keepdim=True), ABOUT_1, **AB
-    ),
+    "the units' sum": Case(lambda s, x: s.b(s.a(x)) + s.a(x).sum(1, keepdim=True), ABOUT_1, **AB),
     "an output too": Case(lambda s, x: (s.b(s.a(x)), s.a(x)), NOTHING, **AB),
     "sorted": Case(lambda s, x: s.b(s.a(x).sort(-1).values), NOTHING, **AB),
     "softmax": Case(lambda s, x: s.b(s.a(x).softmax(-1)), NOTHING, **AB),
-    "in place": Case(
-        lambda s, x: s.b(s.a(x).relu_().mul_(2).add_(s.c)), SCALED, c=par(8), **AB
-    ),
+    "in place": Case(lambda s, x: s.b(s.a(x).relu_().mul_(2).add_(s.c)), SCALED, c=par(8), **AB),
     "a matrix between": Case(
         lambda s, x: s.b(torch.linalg.solve(s.w @ s.w.T + torch.eye(8), s.a(x).T).T),
-        ROTATED, w=par(8, 8), **AB  # the columns of w
+        ROTATED,
+        w=par(8, 8),
+        **AB,  # the columns of w
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -497,17 +497,32 @@ ROTARY = {
     ),
     "a gain for each coordinate": Case(
         lambda s, x: scores(s, x, doubled(x)) + scores(s, x * s.g, doubled(x)),
-        TURNED, 2, 5, 4, g=par(4), **QK
+        TURNED,
+        2,
+        5,
+        4,
+        g=par(4),
+        **QK,
     ),
     "a gain for each coordinate of heads": Case(
-        lambda s, x: ((s.q(x).unflatten(-1, (2, 8)).transpose(1, 2) * s.g)
-        @ s.k(x).unflatten(-1, (2, 8)).transpose(1, 2).mT).sum(1) + scores(s, x, doubled(x)),
-        UNTURNED, 2, 5, 4, g=par(8), **QK
+        lambda s, x: (
+            (
+                (s.q(x).unflatten(-1, (2, 8)).transpose(1, 2) * s.g)
+                @ s.k(x).unflatten(-1, (2, 8)).transpose(1, 2).mT
+            ).sum(1)
+            + scores(s, x, doubled(x))
+        ),
+        UNTURNED,
+        2,
+        5,
+        4,
+        g=par(8),
+        **QK,
     ),
     "learned frequencies": Case(
         lambda s, x: scores(s, x, by_parameter(s, x)), UNTURNED, 2, 5, 4, f=par(4), **QK
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ROTARY)
@@ -580,9 +595,12 @@ def test_a_gain_of_zero_beside_a_bias_is_refused() -> None:
 )
 def test_elements_of_another_group_are_refused(kind: str, wrong: Any) -> None:
     names = {
-        "rotations": "rms norm", "scales": "relu squared", "signs": "softsign", "bases": "linear",
+        "rotations": "rms norm",
+        "scales": "relu squared",
+        "signs": "softsign",
+        "bases": "linear",
         "rotations about 1": "layer norm",
-    }  # fmt: skip
+    }
     net, x = HOSTILE[names[kind]]()
     found = symmetry.find(net, x, kinds=KINDS)
     (name,) = (n for n, f in found.factors.items() if f.kind == kind)

@@ -425,6 +425,18 @@ class TestExtensions:
         ]
         assert [alone.astext(), last.astext()] == ["a", "b\n\nc"]
 
+    def test_the_mark_of_nbval_is_not_shown(self) -> None:
+        code = "# NBVAL_CHECK_OUTPUT\nprint(1)\n# NBVAL_CHECK_OUTPUT\n"
+        marked, plain = (nodes.literal_block(text, text) for text in (code, "print(2)"))
+        marked["language"] = "python"
+        tree = publish_doctree("")
+        tree += [marked, plain]
+        fold.drop_marks(None, tree, "a")
+        assert marked.astext() == "print(1)\n# NBVAL_CHECK_OUTPUT\n", "only where it is a mark"
+        assert plain.astext() == "print(2)"
+        assert marked.rawsource == marked.astext(), "Sphinx highlights no other"
+        assert marked["language"] == "python"
+
     def test_an_id_stands_once_and_no_header_is_empty(self) -> None:
         tree = self.page(".. note:: One.\n\n.. note:: Two.")
         for node in tree.findall(nodes.note):

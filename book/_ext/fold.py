@@ -1,7 +1,8 @@
 """Let a page show what code gives before the code: folded code stands below its picture or text.
 
 Code cells that are folded one after the other share one line to open them. So a chapter opens with
-its question and its picture, and then there is one line for parameters, imports and helpers.
+its question and its picture, and then there is one line for parameters, imports and helpers. The
+mark by which nbval knows what to compare says nothing to a reader, and is left out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 from docutils import nodes
 from myst_nb.sphinx_ import HideCodeCellNode
+
+MARK = "# NBVAL_CHECK_OUTPUT\n"
 
 
 def fold_of(node: nodes.Node) -> HideCodeCellNode | None:
@@ -36,6 +39,15 @@ def rearrange(app: Any, doctree: nodes.document, docname: str) -> None:
         before = None if has_output else cell
 
 
+def drop_marks(app: Any, doctree: nodes.document, docname: str) -> None:
+    """Leave nbval's mark out of the code that is shown."""
+    for block in doctree.findall(nodes.literal_block):
+        if (code := block.astext()).startswith(MARK):
+            block.rawsource = code.removeprefix(MARK)  # the same text, else it is not highlighted
+            block[:] = [nodes.Text(block.rawsource)]
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("doctree-resolved", rearrange)
+    app.connect("doctree-resolved", drop_marks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,4 @@
-"""Symmetries beyond permutations: scales, signs, rotations, changes of basis::
+"""Symmetries beyond permutations: scales, signs, rotations, changes of basis (chapter 13)::
 
     found = symmetry.find(net, example, kinds=symmetry.KINDS)
     found.verify(net, example)
@@ -327,9 +327,14 @@ class Bases:
             folded = ", ".join(fold[0].place.name for fold in f.folds)
             stem = re.sub(r"\[\d+\]$", "", f.space)
             row = {
-                "space": stem, "group": f.kind, "spaces": 0, "size": f.size, "dimension": 0,
-                "acts on [axis]": where, "folded": folded,
-            }  # fmt: skip
+                "space": stem,
+                "group": f.kind,
+                "spaces": 0,
+                "size": f.size,
+                "dimension": 0,
+                "acts on [axis]": where,
+                "folded": folded,
+            }
             own = rows.setdefault((stem, f.kind, f.size, where), row)
             own["spaces"] += 1
             own["dimension"] += f.dimension

@@ -299,14 +299,33 @@ MOVES = {
 SAME = {"clone", "_to_copy", "alias", "detach", "lift_fresh", "lift_fresh_copy", "contiguous"}
 """Operators that change nothing, unless they change the type."""
 SLOPES: dict[str, Fraction | int] = {
-    "relu": 1, "leaky_relu": 1, "abs": 1, "sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2),
-    "reciprocal": -1, "sign": 0, "sgn": 0,
-}  # fmt: skip
+    "relu": 1,
+    "leaky_relu": 1,
+    "abs": 1,
+    "sqrt": Fraction(1, 2),
+    "rsqrt": Fraction(-1, 2),
+    "reciprocal": -1,
+    "sign": 0,
+    "sgn": 0,
+}
 """Functions f with f(sx) = sᵖ f(x) for all s > 0, and their p."""
 PARITIES = {
-    "tanh": 1, "sin": 1, "tan": 1, "asinh": 1, "atan": 1, "erf": 1, "sinh": 1, "sign": 1,
-    "sgn": 1, "reciprocal": 1, "round": 1, "trunc": 1, "abs": 0, "cos": 0, "cosh": 0,
-}  # fmt: skip
+    "tanh": 1,
+    "sin": 1,
+    "tan": 1,
+    "asinh": 1,
+    "atan": 1,
+    "erf": 1,
+    "sinh": 1,
+    "sign": 1,
+    "sgn": 1,
+    "reciprocal": 1,
+    "round": 1,
+    "trunc": 1,
+    "abs": 0,
+    "cos": 0,
+    "cosh": 0,
+}
 """Functions f with f(−x) = (−1)ᵖ f(x), and their p."""
 POOLS = {"avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3, "_adaptive_avg_pool2d": 2}
 POOLS |= {"_adaptive_avg_pool3d": 3, "upsample_nearest2d": 2, "upsample_bilinear2d": 2}
