@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mcnotes.checks import Rule, number, optional, require, whole
+from mcnotes.checks import Rule, number, one_of, optional, require, whole
 from mcnotes.names import suggest
 
 
@@ -263,15 +263,146 @@ class GoogLeNet(Network):
         return (logits, *extra) if extra else logits
 
 
+class Attention(nn.Module):
+    """Self-attention of several heads (Vaswani et al. 2017), without biases; causal or not."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool = False) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [N, heads, T, width]
+            for project in (self.query, self.key, self.value)
+        )
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        read: Tensor = self.out(z.transpose(1, 2).flatten(2))
+        return read
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then one hidden layer of ReLU for each token; both read the stream normalised.
+
+    What they find they add to the stream (Xiong et al. 2020). norm: a name in `NORMS`.
+    """
+
+    def __init__(self, width: int, heads: int, *, norm: str, causal: bool) -> None:
+        super().__init__()
+        self.before_attention, self.before_mlp = NORMS[norm](width), NORMS[norm](width)
+        self.attention = Attention(width, heads, causal=causal)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.before_attention(x))
+        out: Tensor = x + self.down(F.relu(self.up(self.before_mlp(x))))
+        return out
+
+
+class Transformer(Network):
+    """Blocks on a stream [N, T, width] of tokens with learned positions, and a norm at the end.
+
+    Positions are drawn with standard deviation 0.02, biases are 0.
+    """
+
+    drawn = (nn.Conv2d, nn.Linear, nn.Embedding)
+
+    def __init__(
+        self, tokens: int, width: int, heads: int, depth: int, *, norm: str, causal: bool
+    ) -> None:
+        super().__init__()
+        sizes = {"width": width, "heads": heads, "depth": depth, "norm": norm}
+        require("transformer", sizes, TRANSFORMERS)
+        if width % heads:
+            raise ValueError(f"transformer: width {width} cannot be shared by {heads} heads")
+        self.positions = nn.Parameter(torch.empty(tokens, width))
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(width, heads, norm=norm, causal=causal) for _ in range(depth))
+        )
+        self.norm = NORMS[norm](width)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.positions, std=0.02)
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def stream(self, x: Tensor) -> Tensor:
+        """Tokens [N, T, width] as the head reads them; there are at most `len(positions)`."""
+        read: Tensor = self.norm(self.blocks(x + self.positions[: x.shape[1]]))
+        return read
+
+
+class ViT(Transformer):
+    """Patches as tokens (Dosovitskiy et al. 2021); the head reads their mean."""
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 1,
+        width: int = 32,
+        *,
+        image_size: int = 28,
+        patch: int = 7,
+        heads: int = 4,
+        depth: int = 2,
+        norm: str = "rms",
+    ) -> None:
+        tokens = (image_size // patch) ** 2
+        super().__init__(tokens, width, heads, depth, norm=norm, causal=False)
+        self.patches = nn.Conv2d(in_channels, width, patch, patch)
+        self.head = nn.Linear(width, num_classes)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(normalise(x)).flatten(2).mT
+        logits: Tensor = self.head(self.stream(tokens).mean(1))
+        return logits
+
+
+class Decoder(Transformer):
+    """A language model: tokens int64 [N, T] below `vocabulary` → logits [N, T, vocabulary] of the
+    next one, T at most `context`."""
+
+    def __init__(
+        self,
+        vocabulary: int,
+        context: int = 64,
+        width: int = 48,
+        *,
+        heads: int = 4,
+        depth: int = 2,
+        norm: str = "rms",
+    ) -> None:
+        super().__init__(context, width, heads, depth, norm=norm, causal=True)
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.reset_parameters()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.stream(self.embedding(tokens)))
+        return logits
+
+
 RESNETS = {f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 56)}
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "tinyten": TinyTen,
     **RESNETS,
     "googlenet": GoogLeNet,
+    "vit": ViT,
+    "vit-layernorm": partial(ViT, norm="layer"),
 }
 
 
+SIZED = ("mlp", "vit", "vit-layernorm")
+"""Networks for images of one size."""
 SIZES: dict[str, Rule] = {
     "num_classes": whole(1),
     "in_channels": whole(1),
@@ -279,6 +410,13 @@ SIZES: dict[str, Rule] = {
     "image_size": optional(whole(1)),
 }
 """The allowed sizes of a network."""
+TRANSFORMERS: dict[str, Rule] = {
+    "width": whole(1),
+    "heads": whole(1),
+    "depth": whole(1),
+    "norm": one_of(NORMS),
+}
+"""The allowed sizes of a transformer."""
 
 
 def build(
@@ -294,21 +432,23 @@ def build(
 
     `width` is the number of channels in the first stage (TinyTen, ResNet), a factor (GoogLeNet), or
     the number of units in each of two hidden layers (MLP); with None, the network's default is
-    used. Only the MLP needs `image_size`. Raises ValueError for an unknown name, and for an MLP
-    without `image_size`.
+    used. Only the MLP and ViT need `image_size`. Raises ValueError for an unknown name, and if it
+    is missing there.
     """
     if not isinstance(name, str) or name not in BUILDERS:
         raise ValueError(f"build: got {name!r}, expected a network{suggest(name, BUILDERS)}")
     given = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
     require("build", given | {"image_size": image_size}, SIZES)
-    if name == "mlp":
+    if name in SIZED:
         if image_size is None:
             raise ValueError(
-                "build: an MLP needs the size of its images. Fix: pass image_size, such as 28"
+                f"build: {name!r} needs the size of its images. Fix: pass image_size, such as 28"
             )
-        if width is not None:
-            options["hidden"] = (int(width), int(width))
-        return MLP(num_classes, in_channels * image_size**2, **options)
+        if name == "mlp":
+            if width is not None:
+                options["hidden"] = (int(width), int(width))
+            return MLP(num_classes, in_channels * image_size**2, **options)
+        options["image_size"] = image_size
     if width is not None:
         options["width"] = width if name == "googlenet" else int(width)
     return BUILDERS[name](num_classes=num_classes, in_channels=in_channels, **options)

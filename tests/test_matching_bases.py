@@ -148,6 +148,35 @@ def test_the_line_after_matching_and_after_learning() -> None:
     assert "loss" in repr(learned)
 
 
+@pytest.mark.parametrize(("along", "moves"), [(False, True), (True, False)])
+def test_learning_looks_where_it_is_told(along: bool, moves: bool) -> None:
+    """At t = 0 there is nothing of B, so that a step there moves nothing."""
+    net, data = Stream(), task()
+    a, b = (train.initialise(net, seed) for seed in (1, 2))
+    found = symmetry.find(net, data.example, kinds=KINDS)
+    pair, how = Pair(net, found.permutations, a, b), Learn(along=along)
+    step = module.GroupStep(pair, found, curves.line(a, b), how, data.device, train.cost)
+    x, y = next(iter(data.train.batches(60)))
+    step(x, y, torch.tensor([1.0, 0.0]), how.lr)
+    assert any(bool(log.any()) for log in step.logs.values()) is moves
+
+
+def test_learning_along_the_line_lowers_all_of_it() -> None:
+    net, data = Stream(), task()
+    a, b = (train.fit(net, data, SHORT, seed=seed).theta for seed in (1, 2))
+    found = symmetry.find(net, data.example, kinds=KINDS)
+    pair, how = Pair(net, found.permutations, a, b), Learn(15, 0.02, 16, along=True)
+    results = matching.match_bases(pair, found), matching.match_bases(pair, found, data.train, how)
+    lines = [
+        evaluate.profile(
+            net, curves.line(m.theta_a, m.theta_b), data.train, statistics=None, points=5
+        )
+        for m in results
+    ]
+    assert lines[1].loss[1:-1].mean() < lines[0].loss[1:-1].mean()
+    agree(lines[1].loss[[0, -1]], lines[0].loss[[0, -1]], terms(net))
+
+
 def test_permutations_alone_are_learned_too() -> None:
     """A copy in another order: what acts in the end is a permutation."""
     net, data, (theta, *_), _ = trained()

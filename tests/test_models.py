@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,33 @@ def test_wider_networks_have_more_parameters(name: str) -> None:
     assert all(2.5 * a < b for a, b in itertools.pairwise(counts)), counts
 
 
+@pytest.mark.parametrize("norm", models.NORMS)
+def test_a_decoder_sees_no_later_letter(norm: str) -> None:
+    torch.manual_seed(0)
+    net = models.Decoder(11, context=6, width=8, norm=norm)
+    tokens = torch.randint(11, (3, 6))
+    logits = net(tokens)
+    assert logits.shape == (3, 6, 11)
+    later = tokens.clone()
+    later[:, 4:] = (later[:, 4:] + 1) % 11
+    agree(net(later)[:, :4], logits[:, :4], terms(net))
+    agree(net(tokens[:, :4]), logits[:, :4], terms(net))  # and may be given fewer
+    assert not torch.allclose(net(later)[:, 4:], logits[:, 4:])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"width": 6}, "width 6 cannot be shared by 4 heads"),
+        ({"heads": 0}, "heads: got 0"),
+        ({"norm": "batch"}, "norm: got 'batch'"),
+    ],
+)
+def test_an_impossible_transformer_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        models.Decoder(11, **options)
+
+
 def test_normalisation_is_fixed_and_inside() -> None:
     x = torch.tensor([0.0, 0.5, 1.0])
     assert models.normalise(x).tolist() == [-2, 0, 2]
@@ -165,7 +193,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"got 'ResNet-32', expected .* mean 'resnet32'"):
             models.build("ResNet-32", num_classes=10, in_channels=3)
         with pytest.raises(
-            ValueError, match=r"got 'zzz', expected a network; there are: .* googlenet$"
+            ValueError, match=r"got 'zzz', expected a network; there are: .*googlenet, vit, .*"
         ):
             models.build("zzz", num_classes=10, in_channels=3)
 

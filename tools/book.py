@@ -38,6 +38,7 @@ CARDS = {  # of the landing page: a chapter's number, and the figure that stands
     "10": "fig-10-paths",
     "11": "fig-11-column",
     "12": "fig-12-shell",
+    "13": "fig-13-left",
 }
 HERO = "03"  # the chapter whose living figure the landing page shows
 KEY = ROOT / "_build" / "html.key"  # what the pages were built from

@@ -1,4 +1,4 @@
-"""Match two networks by all symmetries that are known, not by permutations alone.
+"""Match two networks by all symmetries that are known, not by permutations alone (chapter 13).
 
 First both networks are brought into one gauge: norm gains are folded, and scales and changes of
 basis balanced, so that what writes a space and what reads it have equal norms. What is then left of
@@ -6,9 +6,9 @@ every group is orthogonal, and has a closed form: Procrustes for matrices, an as
 permutations, a comparison for signs. One space at a time is solved, the others held fixed, in the
 order in which they become known: a space next to the inputs first, then what it reads.
 
-`Learn` goes on from there by the loss at the middle of the line: matrices move as exponentials,
-scales too, permutations straight through. The middle of two ends that both move is that of one end
-that moves, moved itself, so that moving network B loses nothing.
+`Learn` goes on from there by the loss at the middle of the line, or along all of it: matrices move
+as exponentials, scales too, permutations straight through. The line between two ends that both move
+is that to one end that moves, moved itself, so that moving network B loses nothing.
 
 Sources: Zhang et al. 2025 (rotations of transformers), Theus et al. 2025 (learned symmetries).
 """
@@ -48,9 +48,10 @@ class Learn:
     lr: float = 0.01  # Adam's largest step size for logarithms of matrices and scales
     batch_size: int = 100
     permute: bool = True  # permutations move, too, straight through
+    along: bool = False  # by the loss at random points of the line, not at its middle alone
 
     def __post_init__(self) -> None:
-        require("Learn", vars(self), {"permute": flag})
+        require("Learn", vars(self), {"permute": flag, "along": flag})
         _ = self.recipe  # which checks the rest
 
     @property
@@ -71,7 +72,7 @@ class BasesMatching:
     """Two networks in one gauge, each with the function that it had, and B close to A.
 
     before, after: the distance of the parameters, relative to A's norm, as given and now. losses:
-    at the middle of the line, the mean of each epoch of `Learn`.
+    where `Learn` looks, at the middle of the line or along it, the mean of each epoch.
     """
 
     theta_a: Theta
@@ -429,13 +430,14 @@ def procrustes(f: Factor, product: Tensor) -> Tensor:
     return found + 1 / f.size if about_ones else found
 
 
-# By the loss at the middle
+# By the loss on the line
 
 
 class GroupStep(train.Step):
     """A step of Adam on logarithms of matrices and scales, and on matrices that are rounded.
 
-    The loss is that at the middle of the line from A to B, whatever t is drawn.
+    The loss is that on the line from A to B: at its middle, whatever t is drawn, or at this t if
+    `how.along`.
     """
 
     def __init__(
@@ -448,7 +450,7 @@ class GroupStep(train.Step):
         loss: train.Loss,
     ) -> None:
         super().__init__(pair.net, line, slice(0, 0), how.recipe, device, loss=loss)
-        self.bases, self.lr = bases, how.lr
+        self.bases, self.lr, self.along = bases, how.lr, how.along
         self.end = {n: x.to(device) for n, x in line.points[-1].items()}
         self.half = torch.full([2], 0.5).to(self.rows)
         self.logs = {
@@ -479,9 +481,10 @@ class GroupStep(train.Step):
         moved = self.bases.act(moved, self.element())
         flat = torch.cat([moved[n].to(self.rows).flatten() for n in self.names])
         self.rows[-1].copy_(flat.detach())
-        loss, g = self.gradient(x, y, self.half)
+        shares = weights if self.along else self.half  # of both ends
+        loss, g = self.gradient(x, y, shares)
         leaves = [*self.logs.values(), *self.matrices.values()]
-        slopes = torch.autograd.grad(flat, leaves, g / 2, allow_unused=True)
+        slopes = torch.autograd.grad(flat, leaves, g * shares[-1], allow_unused=True)
         for leaf, slope in zip(leaves, slopes, strict=True):
             leaf.grad = slope
         for group in self.adam.param_groups:
@@ -514,7 +517,7 @@ def learned(
     loss: train.Loss,
     seed: int,
 ) -> tuple[Theta, Sequence[float]]:
-    """B after the descent, or as it was if the loss at the middle has not become smaller."""
+    """B after the descent, or as it was if the loss on the line has not become smaller."""
     buffers = {n for n, _ in pair.net.named_buffers()}
     for f in bases.factors.values():
         if held := sorted(buffers.intersection(s.place.name for s in f.sites)):
@@ -534,12 +537,13 @@ def learned(
     element = {n: x.detach() for n, x in step.element().items()}
     moved = bases.act(bases.permutations.permute(end_b, order), element)
 
-    def at_the_middle(end: Theta) -> float:
-        middle = curves.line(line.points[0], like({n: x.to(device) for n, x in end.items()}, near))(
-            0.5
-        )
-        fresh = evaluate.batchnorm(pair.net, middle, images, batch_size=how.batch_size)
-        wanted = {"loss": evaluate.averaged(loss)}
-        return evaluate.means(pair.net, fresh, images, wanted, batch_size=how.batch_size)["loss"]
+    def on_the_line(end: Theta) -> float:
+        moving = curves.line(line.points[0], like({n: x.to(device) for n, x in end.items()}, near))
+        wanted, total = {"loss": evaluate.averaged(loss)}, 0.0
+        for t in (0.25, 0.5, 0.75) if how.along else (0.5,):
+            fresh = evaluate.batchnorm(pair.net, moving(t), images, batch_size=how.batch_size)
+            found = evaluate.means(pair.net, fresh, images, wanted, batch_size=how.batch_size)
+            total += found["loss"]
+        return total
 
-    return (moved if at_the_middle(moved) < at_the_middle(end_b) else end_b), fit.losses
+    return (moved if on_the_line(moved) < on_the_line(end_b) else end_b), fit.losses

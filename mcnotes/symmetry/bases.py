@@ -1,4 +1,4 @@
-"""Symmetries beyond permutations: scales, signs, rotations, changes of basis::
+"""Symmetries beyond permutations: scales, signs, rotations, changes of basis (chapter 13)::
 
     found = symmetry.find(net, example, kinds=symmetry.KINDS)
     found.verify(net, example)
