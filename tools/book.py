@@ -39,6 +39,7 @@ CARDS = {  # of the landing page: a chapter's number, and the figure that stands
     "11": "fig-11-column",
     "12": "fig-12-shell",
     "13": "fig-13-left",
+    "14": "fig-14-time",
 }
 HERO = "03"  # the chapter whose living figure the landing page shows
 KEY = ROOT / "_build" / "html.key"  # what the pages were built from
