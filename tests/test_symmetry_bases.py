@@ -639,3 +639,10 @@ def test_what_is_refused_is_explained() -> None:
     net, x = HOSTILE["gated"]()
     (reasons,) = symmetry.find(net, x, kinds=KINDS).refused.values()
     assert "sigmoid" in reasons["bases"]
+
+
+@pytest.mark.parametrize("example", [torch.randn(2, 4), torch.randn(2, 4).half()])
+def test_an_example_of_another_type_is_refused(example: Tensor) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    with pytest.raises(symmetry.SymmetryError, match=r"does not run on the example.*Fix:"):
+        symmetry.find(net, example, kinds=KINDS)

@@ -28,10 +28,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mcnotes.calls import Inputs, arranged, doubled
 from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
+from mcnotes.symmetry.foreign import first_line
 from mcnotes.symmetry.units import (
     BITS,
     SLOT,
     UNIT,
+    SymmetryError,
     axes,
     distinct_pairs,
     op_name,
@@ -109,7 +111,8 @@ class Capture(NamedTuple):
 def capture(net: nn.Module, inputs: Inputs, train: bool) -> Capture:
     """Record the operators of one run, without those that write in place.
 
-    Control flow on data has been refused by `discover`, which must come first.
+    Control flow on data has been refused by `discover`, which must come first; it looks at shapes
+    alone. Raises SymmetryError if the network does not run on these values.
     """
     net = inference_copy(net, train)
     state = {n: t for n, t in net.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
@@ -121,8 +124,14 @@ def capture(net: nn.Module, inputs: Inputs, train: bool) -> Capture:
     def run(given: dict[str, Tensor], x: Any) -> list[Tensor]:
         return outputs(net, given, x)
 
-    with unfused_attention, torch.no_grad():
-        graph = make_fx(torch.func.functionalize(run))(theta, inputs)
+    try:
+        with unfused_attention, torch.no_grad():
+            graph = make_fx(torch.func.functionalize(run))(theta, inputs)
+    except RuntimeError as error:
+        raise SymmetryError(
+            f"find: the network does not run on the example; PyTorch says {first_line(error)}. "
+            "Fix: give an example of the type and on the device of the network."
+        ) from error
     graph.graph.eliminate_dead_code()
     entering = [node for node in graph.graph.nodes if node.op == "placeholder"]
     return Capture(graph, dict(zip(theta, entering, strict=False)), tied)
