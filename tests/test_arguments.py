@@ -204,6 +204,7 @@ wrong: dict[str, Mapping[str, Any]] = {
     "best": FLAG,
     "squares": COUNT,
     "both": FLAG,
+    "along": FLAG,
     "polished": FLAG,
     "tries": WHOLE,
     "labels": {"floats": DATA.test.labels.float(), "fewer": DATA.test.labels[:3], "none": None},

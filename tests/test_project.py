@@ -108,7 +108,7 @@ INNER = {
     "data.arrays",
     "names",
 }
-REPOSITORY_BYTES, NOTEBOOK_BYTES = 28_000_000, 1_000_000
+REPOSITORY_BYTES, NOTEBOOK_BYTES = 40_000_000, 1_000_000
 CELL_LINES, WORDS, EXERCISES = 25, 600, range(3, 7)
 FOLDED_LINES = {False: 100, True: 40}  # all helpers of a chapter; what draws a figure
 SHOWN_LINES = 2500  # of code, in the whole book
