@@ -130,6 +130,32 @@ class Checkpoint:
         _set_aside(self.path, error)
 
 
+class Recording(Checkpoint):
+    """In memory: every state that a run passes, in `states`, and the one that it begins with.
+
+    Runs branch off by it (chapter 1), and networks are looked at while they learn (chapter 14).
+    """
+
+    def __init__(self, beginning: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(Path(os.devnull))
+        self.beginning, self.states = beginning, list[State]()
+
+    def __repr__(self) -> str:
+        return f"Recording({len(self.states)} states)"
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Keep a copy."""
+        self.states.append({name: x.clone() for name, x in state.items()})
+
+    def load(self) -> State | None:
+        """The state to begin with, if there is one."""
+        return None if self.beginning is None else dict(self.beginning)
+
+    def set_aside(self, error: Exception) -> None:
+        """Refuse a beginning that does not fit: there is no other to fall back to."""
+        raise error
+
+
 def home() -> Path:
     """Where data lies: `data/` of the repository; installed without it, the user's cache folder."""
     return ROOT / "data" if _cloned() else platformdirs.user_cache_path("mcnotes", appauthor=False)

@@ -283,6 +283,7 @@ class Attention(nn.Module):
         return read
 
 
+HEADS = 4  # of a transformer, unless it is told
 NORMS: dict[str, Callable[[int], nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
@@ -350,11 +351,13 @@ class ViT(Transformer):
         *,
         image_size: int = 28,
         patch: int = 7,
-        heads: int = 4,
+        heads: int = HEADS,
         depth: int = 2,
         norm: str = "rms",
     ) -> None:
-        tokens = (image_size // patch) ** 2
+        require("ViT", {"image_size": image_size, "patch": patch}, PATCHES)
+        if not (tokens := (image_size // patch) ** 2):
+            raise ValueError(f"ViT: images of {image_size} pixels have no patch of {patch}")
         super().__init__(tokens, width, heads, depth, norm=norm, causal=False)
         self.patches = nn.Conv2d(in_channels, width, patch, patch)
         self.head = nn.Linear(width, num_classes)
@@ -376,7 +379,7 @@ class Decoder(Transformer):
         context: int = 64,
         width: int = 48,
         *,
-        heads: int = 4,
+        heads: int = HEADS,
         depth: int = 2,
         norm: str = "rms",
     ) -> None:
@@ -417,6 +420,8 @@ TRANSFORMERS: dict[str, Rule] = {
     "norm": one_of(NORMS),
 }
 """The allowed sizes of a transformer."""
+PATCHES: dict[str, Rule] = {"image_size": whole(1), "patch": whole(1)}
+"""Those of its patches."""
 
 
 def build(

@@ -778,3 +778,19 @@ def test_what_is_kept_says_in_one_line_what_it_is(tmp_path: Path) -> None:
     entry = cache.read(checkpoint.path)
     assert repr(entry) == "Entry(1 values, of a configuration of 3 names)"
     assert "a JSON value" in repr(cache.Entry({}, {}, [1.0]))
+
+
+def test_a_recording_keeps_copies_and_gives_a_beginning() -> None:
+    state = {"x": torch.zeros(1)}
+    record = cache.Recording()
+    assert record.load() is None
+    record.save(state)
+    state["x"] += 1
+    record.save(state)
+    assert [float(kept["x"]) for kept in record.states] == [0, 1]
+    branch = cache.Recording(record.states[0])
+    begun = branch.load()
+    assert begun
+    assert float(begun["x"]) == 0
+    with pytest.raises(ValueError, match="does not fit"):
+        branch.set_aside(ValueError("does not fit"))

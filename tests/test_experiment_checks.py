@@ -273,3 +273,10 @@ def test_pam_does_not_go_by_the_name_of_the_schedule() -> None:
     assert one.config() != two.config()
     same = Experiment(pam_options={"samples": 12})
     assert same.config() == Experiment().config(), "what changes nothing names nothing else"
+
+
+@pytest.mark.parametrize("network", ["vit", "vit-layernorm"])
+def test_heads_share_the_width(network: str) -> None:
+    with pytest.raises(ValueError, match="width: got 30, expected a multiple of 4, its heads"):
+        Experiment(network=network, width=30)
+    assert Experiment(network=network, width=32).width == 32

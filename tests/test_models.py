@@ -141,6 +141,19 @@ def test_an_impossible_transformer_is_refused(options: dict[str, Any], says: str
         models.Decoder(11, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"image_size": 5}, "images of 5 pixels have no patch of 7"),
+        ({"patch": 0}, "patch: got 0"),
+        ({"image_size": 14.5}, "image_size: got 14.5"),
+    ],
+)
+def test_impossible_patches_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        models.ViT(**options)
+
+
 def test_normalisation_is_fixed_and_inside() -> None:
     x = torch.tensor([0.0, 0.5, 1.0])
     assert models.normalise(x).tolist() == [-2, 0, 2]

@@ -130,6 +130,9 @@ class Experiment:
         if not faults and self.network != "googlenet" and self.width != int(self.width):
             expected = f"a whole number for {self.network}: only googlenet's is a factor"
             faults.append(f"width: {checks.got(self.width, expected)}")
+        if not faults and self.network.startswith("vit") and self.width % models.HEADS:
+            expected = f"a multiple of {models.HEADS}, its heads"
+            faults.append(f"width: {checks.got(self.width, expected)}")
         if not faults and self.between is not None:
             faults += self._check_between(self.between)
         if faults:

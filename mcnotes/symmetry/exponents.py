@@ -366,7 +366,10 @@ class Follower:
             lane = sum(seat.space in parts[key] for key in parts if key[0] == seat.axes)
             flat = codes.setdefault((seat.axes, lane), torch.zeros(size, dtype=torch.long)).view(-1)
             if bool(flat[seat.entries].any()):  # the equations of one would be lost
-                raise ValueError(f"two spaces hold the same entries of {seat.name!r}")
+                raise SymmetryError(
+                    f"find: two spaces hold the same entries of {seat.name!r}, and one of them "
+                    "would be lost. Fix: ask for fewer kinds."
+                )
             unit = self.starts[seat.space] + torch.arange(len(seat.entries))
             flat[seat.entries] = unit[:, None] << BITS | torch.arange(seat.entries.shape[1])
             parts.setdefault((seat.axes, lane), {})[seat.space] = {k: Fraction(1)}
