@@ -81,11 +81,14 @@ class Entry(NamedTuple):
 class Checkpoint:
     """A file that holds the state of unfinished work.
 
-    config: all that the state depends on; the state of another configuration is not taken.
+    config: all that the state depends on; the state of another configuration is not taken. shipped:
+    a file that came from another machine; its state is taken where `path` has none, and it stays.
     """
 
-    def __init__(self, path: Path, config: Config | None = None) -> None:
-        self.path, self.config = path, _normal(dict(config or {}))
+    def __init__(
+        self, path: Path, config: Config | None = None, shipped: Path | None = None
+    ) -> None:
+        self.path, self.config, self.shipped = path, _normal(dict(config or {})), shipped
         self._warned, self._start = False, time.perf_counter()
         self._before: float | None = None  # seconds of the processes before this one
 
@@ -114,20 +117,30 @@ class Checkpoint:
         Whoever takes it over checks that it fits, and calls `set_aside` otherwise. Raises OSError
         if the file is there and cannot be read.
         """
-        try:
-            entry = _read(self.path, self.config)
-        except BrokenFile as error:
-            self.set_aside(error)
-            return None
+        entry = self._entry(self.path) or (self._entry(self.shipped) if self.shipped else None)
         if entry is None:
             return None
         if self._before is None:
             self._before = float(entry.origin.get("seconds", 0.0))
         return dict(entry.value)
 
+    def _entry(self, path: Path) -> Entry | None:
+        try:
+            return _read(path, self.config)
+        except BrokenFile as error:
+            self.set_aside(error)
+            return None
+
     def set_aside(self, error: Exception) -> None:
-        """Rename the file, with a StoreWarning: it is wrong, or an older version's."""
-        _set_aside(self.path, error)
+        """Rename the file, with a StoreWarning: it is wrong, or an older version's.
+
+        If there is none, it is the shipped one, which stays and is not used again.
+        """
+        if self.shipped and not self.path.exists():
+            warnings.warn(f"{self.shipped}: {error}; not used", StoreWarning, 3)
+            self.shipped = None
+        else:
+            _set_aside(self.path, error)
 
 
 class Recording(Checkpoint):
@@ -344,7 +357,8 @@ def _get_alone(
     except BrokenFile as error:
         if ours:
             _set_aside(target, error)
-    checkpoint = Checkpoint(target.with_name(f"{target.name}.checkpoint"), config)
+    name = f"{target.name}.checkpoint"
+    checkpoint = Checkpoint(target.with_name(name), config, zoo() / "unfinished" / name)
     found = compute(checkpoint)
     pack, unpack = (_dump, _undump) if target.suffix == ".json" else (_pack, _unpack)
     content = pack(found, config, provenance(checkpoint.seconds))

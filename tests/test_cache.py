@@ -275,6 +275,53 @@ def test_a_checkpoint_of_another_configuration_is_not_taken(tmp_path: Path) -> N
     assert Checkpoint(tmp_path / "c.broken", OTHER).load()
 
 
+def counted(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    state = checkpoint.load() or {"x": torch.zeros(())}
+    return {"x": state["x"] + 1}
+
+
+def unfinished(config: dict[str, object]) -> Path:
+    """A checkpoint of this entry that came from another machine, after 3 steps and 50 seconds."""
+    path = cache.zoo() / "unfinished" / f"{cache.file_name(CONFIG, '.safetensors')}.checkpoint"
+    there = Checkpoint(path, config)
+    there._before = 50.0
+    there.save({"x": torch.tensor(3.0)})
+    return path
+
+
+def test_work_goes_on_from_a_checkpoint_that_came_with_the_zoo() -> None:
+    path = unfinished(cache._versioned(CONFIG))
+    before = path.read_bytes()
+    assert cache.tensors(CONFIG, counted)["x"] == 4
+    (entry,) = cache.folder().glob("*.safetensors")
+    assert cache.read(entry).origin["seconds"] >= 50
+    assert path.read_bytes() == before, "it stays as it is"
+
+
+def test_this_machine_s_own_checkpoint_comes_first() -> None:
+    path = unfinished(cache._versioned(CONFIG))
+    Checkpoint(cache.folder() / path.name, cache._versioned(CONFIG)).save({"x": torch.tensor(8.0)})
+    assert cache.tensors(CONFIG, counted)["x"] == 9
+
+
+@pytest.mark.parametrize("fault", ["another configuration", "damage", "older code"])
+def test_a_shipped_checkpoint_that_does_not_fit_is_left_alone(fault: str) -> None:
+    path = unfinished(OTHER if fault.startswith("another") else cache._versioned(CONFIG))
+    if fault == "damage":
+        path.write_bytes(path.read_bytes()[:-1])
+    before = path.read_bytes()
+
+    def compute(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        if checkpoint.load() is not None:
+            checkpoint.set_aside(ValueError("it lacks a name"))
+        assert checkpoint.load() is None, "one warning, and it is not offered again"
+        return {"x": torch.ones(())}
+
+    with pytest.warns(StoreWarning, match="not used"):
+        assert cache.tensors(CONFIG, compute)["x"] == 1
+    assert path.read_bytes() == before
+
+
 def without_hash(path: Path) -> None:
     """As older versions wrote it."""
     old = cache.read(path)
