@@ -1,7 +1,7 @@
 """The front door: it takes your own models and batches, and returns models (chapter 10)::
 
     aligned = mcnotes.align(model_a, model_b, batches)
-    curve = mcnotes.connect(model_a, aligned.model, batches)
+    curve = mcnotes.connect(aligned.reference, aligned.model, batches)
     profile = mcnotes.profile(curve, batches)
     scores = mcnotes.compare({"A": model_a, "best": curve.model(profile.best)}, batches)
 
@@ -24,47 +24,99 @@ import numpy as np
 import torch
 from torch import nn
 
-from mcnotes import cache, curves, display, evaluate, matching, prepare, train
+from mcnotes import cache, curves, display, evaluate, matching, prepare, symmetry, train
 from mcnotes.calls import Batch, InputError
-from mcnotes.checks import Rule, a, function, got, mapping_of, one_of, optional, require, whole
+from mcnotes.checks import (
+    Rule,
+    a,
+    function,
+    got,
+    listed,
+    mapping_of,
+    one_of,
+    optional,
+    require,
+    whole,
+)
 from mcnotes.checks import device as placed
 from mcnotes.curves import Theta, combine
 from mcnotes.data import Loader
 from mcnotes.evaluate import Array, Quantity
-from mcnotes.prepare import Metric
-from mcnotes.symmetry import Symmetry
+from mcnotes.prepare import Metric, Prepared
+from mcnotes.symmetry import Bases, Symmetry
 from mcnotes.train import Loss
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 CRITERIA = ("activations", "weights")  # by which units are matched: `method` of `align` and `merge`
+ALL, PERMUTATIONS = "all", ("permutations",)  # kinds of symmetry
 KINDS = {"bezier": curves.bezier, "chain": curves.chain, "line": curves.line}
 
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """Model B with its units in model A's order, and the matching and symmetry that led to it."""
+    """Two models made comparable: model B moved close to model A, each with its own function.
+
+    model: B with its units in A's order. reference: what to compare it with. If units alone change
+    places, this is model A as given; if scales, signs or bases do, it is A in one gauge with
+    `model`. The matching and the symmetry are then a `BasesMatching` and a `Bases`.
+    """
 
     model: nn.Module
-    matching: matching.Matching
-    symmetry: Symmetry
-    error: float  # of the outputs in float64, relative, with every unit moved that may move
+    matching: matching.Matching | matching.BasesMatching
+    symmetry: Symmetry | Bases
+    error: float  # of the outputs in float64, relative, with all moved that may move
     difference: float  # of the outputs from those of model B on the first batch, relative
+    reference: nn.Module
+    reference_difference: float = 0.0  # from those of model A; both hold rounding to 16 bits
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything may move; if not, both models are as given."""
+        if isinstance(self.symmetry, Symmetry):
+            return bool(self.symmetry.groups)
+        return bool(self.symmetry.permutations.groups or self.symmetry.factors)
 
     def table(self) -> DataFrame:
-        """One row for each group of units, as in `Matching.table`; empty if no unit may move."""
-        return self.matching.table()
+        """One row for each group of units, as in `Matching.table`; empty if no unit may move.
+
+        With larger groups, one for each space and group, as in `Bases.table`, permutations first.
+        """
+        if isinstance(self.matching, matching.Matching):
+            return self.matching.table()
+        import pandas  # takes half a second
+
+        assert isinstance(self.symmetry, Bases)
+        factors = self.symmetry.table().drop(columns=["acts on [axis]", "folded"])
+        perms = [
+            {
+                "space": row["group"],
+                "group": "permutations",
+                "spaces": row["groups"],
+                "size": row["units"],
+                "dimension": 0,
+            }
+            for row in self.symmetry.permutations.table()
+        ]
+        return pandas.concat([pandas.DataFrame(perms, columns=factors.columns), factors])
 
     def __repr__(self) -> str:
         kind = type(self.model).__name__
-        if not self.symmetry.groups:
+        if not self.moves:
             return f"Aligned({kind}: no units may change places, so this is model B unchanged)"
-        return f"Aligned({kind}: {self.matching!r})"
+        if isinstance(self.symmetry, Symmetry):
+            return f"Aligned({kind}: {self.matching!r})"
+        off = f"outputs off by {self.reference_difference:.0e} (A) and {self.difference:.0e} (B)"
+        more = "; what is not offered, and why: symmetry.refusals()" * bool(self.symmetry.refused)
+        return f"Aligned({kind}: {self.matching!r}, {off}{more})"
 
     def _repr_html_(self) -> str:
-        table = self.table().to_html(index=False, float_format="%.2f")
-        return display.described(self, table if self.symmetry.groups else "")
+        frames = [self.table()] if self.moves else []
+        if isinstance(self.symmetry, Bases):
+            frames.append(self.symmetry.refusals())
+        tables = [x.to_html(index=False, float_format="%.2f") for x in frames if len(x)]
+        return display.described(self, *tables)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +243,17 @@ def _file(value: object) -> str:
     return got(str(value), "the path of a file") if os.path.isdir(value) else ""
 
 
+def _learn(value: object) -> str:
+    """A number of epochs, or how else to descend."""
+    return "" if isinstance(value, matching.Learn) else whole(1)(value)
+
+
+def _kinds(value: object) -> str:
+    """Kinds of symmetry, by their names in a list, or all of them."""
+    fault = "" if value == ALL else listed(one_of(symmetry.KINDS))(value)
+    return f"{fault}, or {ALL!r}" if fault else ""
+
+
 ARGUMENTS: dict[str, Rule] = {
     "models": a(Sequence, "a list of models"),
     "named": mapping_of(a(nn.Module, "a model"), least=1),
@@ -201,6 +264,8 @@ ARGUMENTS: dict[str, Rule] = {
     "device": placed,
     "seed": whole(-(2**63), 2**64 - 1),
     "checkpoint": optional(_file),
+    "kinds": _kinds,
+    "learn": optional(_learn),
 }
 """What the arguments of the functions below may be."""
 
@@ -210,62 +275,136 @@ def align(
     model_b: nn.Module,
     batches: Any,
     *,
-    method: str = "activations",
+    method: str | None = None,
+    kinds: Sequence[str] | str = PERMUTATIONS,
+    learn: matching.Learn | int | None = None,
+    loss: Loss | None = None,
     device: str | torch.device = "auto",
     seed: int = 0,
 ) -> Aligned:
-    """Reorder model B's units to match model A's; the result computes the same function as B.
+    """Move model B close to model A by symmetries; the result computes the same function as B.
 
     (The cache that a language model returns for its next call is not part of the function.)
 
-    batches: a few thousand inputs like those of training; targets are not read. Sequences should
-    be padded to few different lengths, because the network is traced again for each. method:
-    "activations" (chapter 4), or "weights", which uses the weights alone (chapter 9). device: where
-    to compute; "auto" is CUDA if available, else the device of model A.
+    batches: a few thousand inputs like those of training; targets are read by `learn` alone.
+    Sequences should be padded to few different lengths, because the network is traced again for
+    each. method: how units are ordered, by their "activations" (chapter 4; the default for
+    permutations alone), or by the "weights" alone (chapter 9; the default for all else). kinds:
+    some of `symmetry.KINDS`, or "all" (chapter 13). With larger groups than permutations both ends
+    move into one gauge, so connect `aligned.reference` with `aligned.model`. learn: then descend
+    from there on the loss half-way, for so many epochs or as a `matching.Learn` says; loss: as in
+    `connect`. device: where to compute; "auto" is CUDA if available, else the device of model A.
     """
-    require("align", {"device": device, "seed": seed}, ARGUMENTS, InputError)
-    _known("align", "method", method, CRITERIA)
+    given = {"kinds": kinds, "learn": learn, "loss": loss, "device": device, "seed": seed}
+    require("align", given, ARGUMENTS, InputError)
+    wanted = _wanted("align", kinds, method, learn)
+    if learn is None and loss is not None:
+        raise InputError("align: got a loss, which `learn` alone uses. Fix: add learn, or drop it")
     with prepare.untouched(batches, seed):
-        ready = prepare.prepare("align", (model_a, model_b), batches, device, once=True)
+        labels = learn is not None and loss is None
+        ready = prepare.prepare(
+            "align", (model_a, model_b), batches, device, once=learn is None, labels=labels
+        )
+        if wanted != PERMUTATIONS or learn is not None:
+            how = matching.Learn(learn) if isinstance(learn, int) else learn
+            return _in_one_gauge(ready, (model_a, model_b), wanted, how, loss, seed)
         sym, error = ready.symmetry()
         found = matching.Matching({}, {}, {}, {}, {}, 0.0)
         if sym.groups:
             pair = matching.Pair(ready.net, sym, *ready.thetas)
-            found = matching.match(pair, ready.data, method=method, seed=seed)
-        original = prepare.state(prepare.module("align", "model_b", model_b))
-        model = prepare.filled("align", model_b, sym.permute(original, found.perm))
-        difference = ready.check_result(model, ready.outputs[1])
-    return Aligned(model, found, sym, error, difference)
+            found = matching.match(pair, ready.data, method=method or "activations", seed=seed)
+        model, difference = ready.moved(1, model_b, sym.permute(ready.thetas[1], found.perm))
+    return Aligned(model, found, sym, error, difference, model_a)
+
+
+def _wanted(
+    who: str, kinds: Sequence[str] | str, method: str | None, learn: object = None
+) -> tuple[str, ...]:
+    """The kinds of symmetry. Raises InputError for a method that does not go with them."""
+    if method is not None:
+        _known(who, "method", method, CRITERIA)
+    wanted = symmetry.KINDS if kinds == ALL else tuple(kinds)
+    if method == "activations" and (wanted != PERMUTATIONS or learn is not None):
+        raise InputError(
+            f"{who}: got method 'activations', which orders units and does nothing else, expected "
+            "'weights' for kinds beyond permutations and for learn. Fix: leave method out"
+        )
+    return wanted
+
+
+def _in_one_gauge(
+    ready: Prepared,
+    models: tuple[nn.Module, nn.Module],
+    kinds: Sequence[str],
+    learn: matching.Learn | None,
+    loss: Loss | None,
+    seed: int,
+) -> Aligned:
+    """`align` by larger groups than permutations, or by descent."""
+    used: Loss = train.cost
+    if learn is not None:
+        used = prepare.choose_loss(ready, loss)
+        prepare.check_slope(ready, used)
+    bases, error = ready.bases(kinds)
+    pair = matching.Pair(ready.net, bases.permutations, *ready.thetas)
+    images = None if learn is None else ready.data
+    found = matching.match_bases(pair, bases, images, learn, loss=used, seed=seed)
+    reference, off = ready.moved(0, models[0], found.theta_a)
+    model, difference = ready.moved(1, models[1], found.theta_b)
+    return Aligned(model, found, bases, error, difference, reference, off)
 
 
 def merge(
     models: Sequence[nn.Module],
     batches: Any,
     *,
-    method: str = "activations",
+    method: str | None = None,
+    kinds: Sequence[str] | str = PERMUTATIONS,
     device: str | torch.device = "auto",
     seed: int = 0,
 ) -> nn.Module:
-    """The average of two or more models, all brought into the first one's order of units.
+    """The average of two or more models, all brought close to the first one.
 
-    All models are matched jointly (chapter 9), and BatchNorm's statistics are recomputed on
-    `batches`. The other arguments are those of `align`.
+    Permutations are matched for all models jointly (chapter 9); with larger groups, the first is
+    brought into a gauge of its own, and each of the others is matched to it (chapter 13).
+    BatchNorm's statistics are recomputed on `batches`. The other arguments are those of `align`.
     """
-    given = {"models": models, "device": device, "seed": seed}
+    given = {"models": models, "kinds": kinds, "device": device, "seed": seed}
     require("merge", given, ARGUMENTS, InputError)
-    _known("merge", "method", method, CRITERIA)
+    wanted = _wanted("merge", kinds, method)
     if len(models := list(models)) < 2:
         raise InputError(f"merge: got {len(models)} models, expected two or more")
     with prepare.untouched(batches, seed):
         ready = prepare.prepare("merge", models, batches, device)
-        net, thetas, (sym, _) = ready.net, ready.thetas, ready.symmetry()
-        if sym.groups:
-            perms = matching.match_many(net, thetas, ready.data, sym, method=method)
-            thetas = [sym.permute(x, p) for x, p in zip(thetas, perms, strict=True)]
-        evaluate.check_mixable("merge", net, thetas)
+        if wanted == PERMUTATIONS:
+            thetas = _in_one_order(ready, method or "activations")
+        else:
+            thetas = _close_to_first(ready, wanted)
+        evaluate.check_mixable("merge", ready.net, thetas)
         mean = combine(thetas, [1 / len(thetas)] * len(thetas))
-        theta = evaluate.batchnorm(net, mean, ready.data)
+        theta = evaluate.batchnorm(ready.net, mean, ready.data)
     return prepare.filled("merge", models[0], theta)
+
+
+def _in_one_order(ready: Prepared, method: str) -> list[Theta]:
+    """All models with their units in the first one's order."""
+    sym, _ = ready.symmetry()
+    if not sym.groups:
+        return ready.thetas
+    perms = matching.match_many(ready.net, ready.thetas, ready.data, sym, method=method)
+    return [sym.permute(x, p) for x, p in zip(ready.thetas, perms, strict=True)]
+
+
+def _close_to_first(ready: Prepared, kinds: Sequence[str]) -> list[Theta]:
+    """All models in the first one's gauge, each with its function."""
+    bases, _ = ready.bases(kinds)
+    first, *others = ready.thetas
+    pairs = [matching.Pair(ready.net, bases.permutations, first, x) for x in others]
+    found = [matching.match_bases(pair, bases) for pair in pairs]
+    thetas = [found[0].theta_a, *(m.theta_b for m in found)]
+    for k, theta in enumerate(thetas):
+        ready.check_unchanged(k, theta)
+    return thetas
 
 
 def connect(

@@ -9,9 +9,11 @@ import inspect
 import json
 import os
 import re
+import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import Lock
@@ -46,6 +48,15 @@ COMMON = (  # in files of which nothing lists the classes
     "numpy.dtype",
     "numpy.ndarray",
 )
+TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece")
+"""How files of a tokenizer begin."""
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+ASKS_TOO_MUCH = {
+    "auto_map": "code of its own, which is never run. Fix: use a model of transformers itself",
+    "quantization_config": "for weights that have lost precision. Fix: take those before that",
+    "transformers_weights": "weights of another name. Fix: rename them to model.safetensors",
+}
+"""What a folder may not ask for, and what to do."""
 OLDER = {"original0": "_g", "original1": "_v", "original": "_orig", "0._u": "_u", "0._v": "_v"}
 """The names that weight_norm and spectral_norm use in `parametrizations`, and those before."""
 
@@ -258,6 +269,174 @@ def save(path: str | Path, theta: Theta, net: nn.Module, **about: Any) -> None:
     flat = {n: theta[n].detach().cpu().clone().contiguous() for n in state}
     meta = {n: v if isinstance(v, str) else json.dumps(v) for n, v in about.items()}
     cache.write_atomic(Path(path), pack(flat, meta))
+
+
+# Folders of `transformers`
+
+
+def from_folder(path: str | Path) -> nn.Module:
+    """The model in a folder that `save_pretrained` of `transformers` wrote, in evaluation mode.
+
+    It keeps the precision of its files, which are safetensors, one or several with their index. No
+    code in the folder is run, nothing is unpickled and nothing fetched. Raises CheckpointError
+    without `transformers`, for a folder that asks for anything else, and for tensors that are not
+    those of the model, in their shapes and with finite values.
+    """
+    who, path = f"checkpoints.from_folder: {path!s:.{SHOWN}}", _folder(path)
+    transformers, config = _transformers(who), _config(path, who)
+    _refuse_weights(path, who)
+    model_class = _model_class(transformers, config, who)
+    with _quiet(transformers):
+        try:
+            net, found = model_class.from_pretrained(
+                str(path),
+                attn_implementation=None,  # else config.json may name one to fetch
+                experts_implementation=None,
+                dtype="auto",
+                ignore_mismatched_sizes=True,  # so that they are listed
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+        except (Exception, SystemExit) as error:  # transformers raises whatever it meets first
+            cause = f"{who} cannot be loaded ({failure(error)})"
+            raise CheckpointError(f"{cause}. Fix: see that all of it was copied") from error
+    verbs = {"missing": "lacks", "unexpected": "has besides", "mismatched": "misfits"}
+    faults = [
+        f"{verb} {min(map(str, names))}"
+        for kind, verb in verbs.items()
+        if (names := found[f"{kind}_keys"])
+    ]
+    if faults:
+        cause = f"{who} does not fit its config.json: {'; '.join(faults)}"
+        raise CheckpointError(f"{cause}. Fix: see that weights and config.json are of one model")
+    for name, x in net.state_dict().items():
+        if fault := _fault(x, x.dtype):
+            raise CheckpointError(f"{who}: {name!r:.{SHOWN}} {fault}")
+    made: nn.Module = net.eval()
+    return made
+
+
+def to_folder(path: str | Path, model: Any, like: str | Path) -> None:
+    """Write a model of `transformers` as `from_folder` reads it, with the tokenizer of a folder."""
+    with _quiet(_transformers("checkpoints.to_folder")):
+        model.save_pretrained(path)
+    for file in _folder(like).iterdir():
+        if file.name.startswith(TOKENIZERS) and file.is_file():
+            shutil.copyfile(file, Path(path) / file.name)
+
+
+def tokenizer(path: str | Path) -> Callable[[str], list[int]] | None:
+    """What turns text into token ids, from a folder as in `from_folder`; None if it has none.
+
+    Tokens that mark the beginning or the end of a text are not added. Raises CheckpointError.
+    """
+    who, path = f"checkpoints.tokenizer: {path!s:.{SHOWN}}", _folder(path)
+    if not any(file.name.startswith(TOKENIZERS) for file in path.iterdir()):
+        return None
+    transformers = _transformers(who)
+    for name in ("config.json", "tokenizer_config.json"):
+        if (path / name).exists():
+            _config(path, who, name)
+    with _quiet(transformers):
+        try:
+            made = transformers.AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
+        except (Exception, SystemExit) as error:  # as above
+            cause = f"{who} has a tokenizer that cannot be loaded ({failure(error)})"
+            raise CheckpointError(f"{cause}. Fix: see that all of it was copied") from error
+    return lambda text: list(made(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _folder(path: str | Path) -> Path:
+    """The path of a folder. Raises CheckpointError for anything else."""
+    if not isinstance(path, str | Path) or not os.path.isdir(path):
+        raise CheckpointError(f"checkpoints: got {path!r:.{SHOWN}}, expected the path of a folder")
+    return Path(path)
+
+
+def _transformers(who: str) -> Any:
+    """The package. Raises CheckpointError if it cannot be imported."""
+    try:
+        import transformers
+    except ImportError as error:
+        fix = "pip install 'mcnotes[transformers]'"
+        raise CheckpointError(f"{who}: needs transformers ({error}). Fix: {fix}") from error
+    return transformers
+
+
+def _config(path: Path, who: str, name: str = "config.json") -> dict[str, Any]:
+    """What this file says. Raises CheckpointError if it cannot be read, or asks for too much."""
+    try:
+        found = json.loads((path / name).read_text("utf8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        asked = {key for part in _parts(found) for key in part}
+    except (OSError, ValueError, RecursionError) as error:
+        cause = f"{who} has no {name} that can be read ({failure(error)})"
+        expected = "expected a folder as save_pretrained of transformers writes"
+        raise CheckpointError(f"{cause}, {expected}") from error
+    for key, why in ASKS_TOO_MUCH.items():
+        if key in asked:
+            raise CheckpointError(f"{who}: {name} has {key!r}, {why}")
+    return found
+
+
+def _parts(config: Any) -> Iterator[dict[str, Any]]:
+    """All objects in what JSON gave, however deep."""
+    if isinstance(config, dict):
+        yield config
+    for part in config.values() if isinstance(config, dict) else config:
+        if isinstance(part, dict | list):
+            yield from _parts(part)
+
+
+def _model_class(transformers: Any, config: Mapping[str, Any], who: str) -> Any:
+    """The class of `transformers` that a config.json names. Raises CheckpointError for others."""
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else "nothing"
+    try:
+        kind = getattr(transformers, name, None)
+    except Exception:  # a class that needs what is not installed
+        kind = None
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind
+    cause = f"{who} is a {name:.{SHOWN}}, which is no model of transformers here"
+    raise CheckpointError(f"{cause}. Fix: see `architectures` in its config.json")
+
+
+def _refuse_weights(path: Path, who: str) -> None:
+    """Raise CheckpointError unless a folder holds the weights of a whole model as safetensors."""
+    if (path / "adapter_config.json").exists():
+        fix = "save what merge_and_unload() of peft gives"
+        raise CheckpointError(f"{who} holds an adapter, expected a whole model. Fix: {fix}")
+    if any((path / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+        return
+    pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
+    if pickled:
+        cause = f"{who} holds {pickled[0]} and no safetensors. {_refusal([])}"
+        raise CheckpointError(cause.replace("state_dict()", "weights by save_pretrained"))
+    raise CheckpointError(f"{who} holds no model.safetensors, nor an index of several")
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No bars and no notes of `transformers`, which stand in errors where they matter."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# Files that torch.save wrote
 
 
 class _Unread:

@@ -6,7 +6,7 @@ What does not fit is refused with an InputError that says what was found and wha
 import inspect
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mcnotes import calls, checkpoints, evaluate, symmetry, train
-from mcnotes.calls import InputError
+from mcnotes.calls import InputError, Inputs
 from mcnotes.checkpoints import Numbers
 from mcnotes.checks import form
 from mcnotes.curves import Theta, check_same_space
@@ -24,7 +24,7 @@ from mcnotes.data import Loader, Sets
 from mcnotes.data.arrays import failure
 from mcnotes.data.loader import widened
 from mcnotes.evaluate import Quantity
-from mcnotes.symmetry import Symmetry
+from mcnotes.symmetry import Bases, Symmetry
 from mcnotes.symmetry.execute import tensors_in
 from mcnotes.symmetry.find import relative_difference
 from mcnotes.train import Loss
@@ -80,23 +80,50 @@ class Prepared(NamedTuple):
 
         Raises SymmetryError if it cannot be found, or does not hold.
         """
-        example = calls.first(self.data.head[0], 4)
-        sym = symmetry.find(self.net, example)
-        return sym, sym.verify(self.net, example, tolerance=VERIFIED)
+        sym = symmetry.find(self.net, self.example)
+        return sym, sym.verify(self.net, self.example, tolerance=VERIFIED)
 
-    def check_result(self, model: nn.Module, expected: list[Tensor]) -> float:
-        """The relative difference between `model`'s outputs for the first batch and `expected`.
+    def bases(self, kinds: Collection[str]) -> tuple[Bases, float]:
+        """As `symmetry`, with these kinds of groups."""
+        found = symmetry.find(self.net, self.example, kinds=kinds)
+        return found, found.verify(self.net, self.example, tolerance=VERIFIED)
 
-        Raises InputError unless they agree up to rounding.
-        """
-        net = working_copy(self.who, "the result", model, self.data.device)
-        found = first_outputs(self.who, "the result", net, self.data)
-        if not alike(found, expected):
+    @property
+    def example(self) -> Inputs:
+        """The first inputs of the first batch, without labels."""
+        few: Inputs = calls.first(unlabelled(self.data.head[0]), 4)
+        return few
+
+    def check_unchanged(self, k: int, theta: Theta) -> None:
+        """Raise InputError unless parameters give the outputs of model k for the first batch."""
+        found = first_outputs(self.who, "the result", self.net, self.data, theta)
+        if not alike(found, self.outputs[k]):
             raise InputError(
-                f"{self.who}: the permuted model gives different outputs, although its "
-                f"symmetry was verified: {KEPT}"
+                f"{self.who}: the result gives different outputs, although its symmetry was "
+                "verified: its weights are too ill-conditioned for their precision. Fix: "
+                "model.double(), or fewer kinds of symmetry"
             )
-        return relative_difference(expected, found)
+
+    def moved(self, k: int, model: nn.Module, theta: Theta) -> tuple[nn.Module, float]:
+        """A copy of `model`, which is model k, with other parameters of the same function.
+
+        With it the relative difference of its outputs from the model's, for the first batch; that
+        of 16-bit floats is due to rounding. Raises InputError if the function is another, or if
+        rounding leaves less than half of the digits.
+        """
+        self.check_unchanged(k, theta)
+        made = filled(self.who, model, theta)
+        net = working_copy(self.who, "the result", made, self.data.device)
+        found = first_outputs(self.who, "the result", net, self.data)
+        difference = relative_difference(self.outputs[k], found)
+        own = max((p.dtype for p in made.parameters()), key=lambda kind: torch.finfo(kind).eps)
+        if not alike(found, self.outputs[k], own):
+            why = f"rounding to {own} changes them by {difference:.0e}. Fix: model.float()"
+            raise InputError(
+                f"{self.who}: the result gives different outputs, although its symmetry was "
+                f"verified: {KEPT if own.itemsize > 2 else why}"
+            )
+        return made, difference
 
 
 def prepare(
@@ -360,9 +387,7 @@ def first_outputs(
 
     Raises InputError if there are none, or if they hold NaN.
     """
-    inputs = data.head[0]
-    if isinstance(inputs, Mapping):
-        inputs = {n: x for n, x in inputs.items() if n != "labels"}
+    inputs = unlabelled(data.head[0])
     with evaluate.mode(net, training=False), torch.no_grad():
         torch.manual_seed(0)
         theta = state(net) if theta is None else theta
@@ -380,6 +405,13 @@ def first_outputs(
     return found
 
 
+def unlabelled(inputs: Inputs) -> Inputs:
+    """Inputs without their labels, if these stand among them."""
+    if isinstance(inputs, Mapping):
+        return {n: x for n, x in inputs.items() if n != "labels"}
+    return inputs
+
+
 def _call(who: str, name: str, net: nn.Module, theta: Theta, inputs: Any) -> Any:
     try:
         return calls.call(net, theta, inputs)
@@ -390,16 +422,19 @@ def _call(who: str, name: str, net: nn.Module, theta: Theta, inputs: Any) -> Any
         ) from error
 
 
-def alike(xs: list[Tensor], ys: list[Tensor]) -> bool:
-    """Whether two lists of outputs agree up to rounding, in half of their digits."""
-    return len(xs) == len(ys) and all(map(_near, xs, ys))
+def alike(xs: list[Tensor], ys: list[Tensor], rounded: torch.dtype = torch.float64) -> bool:
+    """Whether two lists of outputs agree up to rounding, in half of their digits.
+
+    rounded: to what the parameters of one were rounded, if that has fewer digits than the outputs.
+    """
+    return len(xs) == len(ys) and all(_near(x, y, rounded) for x, y in zip(xs, ys, strict=True))
 
 
-def _near(x: Tensor, y: Tensor) -> bool:
+def _near(x: Tensor, y: Tensor, rounded: torch.dtype) -> bool:
     if x.shape != y.shape or x.dtype != y.dtype or not x.is_floating_point():
         return _equal(x, y)
     largest = float(x[x.isfinite()].abs().max()) if bool(x.isfinite().any()) else 0.0
-    tolerance = torch.finfo(x.dtype).eps ** 0.5
+    tolerance = max(torch.finfo(x.dtype).eps, torch.finfo(rounded).eps) ** 0.5
     return torch.allclose(x, y, rtol=tolerance, atol=tolerance * largest)
 
 

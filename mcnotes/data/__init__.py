@@ -3,12 +3,12 @@
 Read `tasks` first: a `Split` is a tensor of images with their labels, a `Task` is three of them.
 `sources` says where the images come from, `augment` changes them on the device, and `folders` takes
 in pictures, arrays and loaders of your own. `loader` is for batches that are not to become images;
-its `sets` takes in all of these by name.
+its `sets` takes in all of these by name, its `passages` a text.
 """
 
 from mcnotes.data.augment import Augment
 from mcnotes.data.folders import dataset
-from mcnotes.data.loader import Cut, Loader, Sets, sets, take
+from mcnotes.data.loader import Cut, Loader, Sets, passages, sets, take
 from mcnotes.data.sources import DataError
 from mcnotes.data.tasks import HOME, SOURCES, Split, Task, default_folder, load
 
@@ -25,6 +25,7 @@ __all__ = [
     "dataset",
     "default_folder",
     "load",
+    "passages",
     "sets",
     "take",
 ]

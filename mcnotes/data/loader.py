@@ -1,7 +1,7 @@
 """Batches of your own, of whatever kind: any iterable of inputs, or of inputs with targets."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -344,6 +344,35 @@ def _with_held_out(source: str, found: list[Any]) -> Sets:
         return Sets(found[0], batches[::2], batches[1::2])
     kept = [batch for k, batch in enumerate(batches) if k % HELD_OUT not in (1, 2)]
     return Sets(kept, batches[1::HELD_OUT], batches[2::HELD_OUT])
+
+
+def passages(
+    path: str | Path, encode: Callable[[str], Sequence[int]], length: int, batch_size: int = 8
+) -> Sets:
+    """A text for language models that compute their own loss: passages of `length` tokens.
+
+    A batch is {"input_ids", "labels"}, both the same, int64 [batch_size, length]: models of
+    `transformers` shift labels themselves. encode: the text's token ids. Every seventh batch is for
+    validation and another seventh for the test; what fills no batch is left out. Raises DataError
+    for a file that is no text in UTF-8, and for one that is too short.
+    """
+    given = {"length": length, "batch_size": batch_size}
+    if found := faults(given, {"length": whole(2), "batch_size": whole(1)}):
+        raise DataError(f"data.passages: {'; '.join(found)}")
+    try:
+        text = Path(path).read_text("utf8")
+    except (OSError, ValueError) as error:
+        cause = f"data.passages: {path} cannot be read ({failure(error)})"
+        raise DataError(f"{cause}, expected a text in UTF-8") from error
+    ids = torch.tensor(encode(text), dtype=torch.int64)
+    size, least = batch_size * length, len(SPLITS)
+    if len(ids) < least * size:
+        raise DataError(
+            f"data.passages: {path} has {len(ids)} tokens, expected at least {least * size}: "
+            f"{least} batches of {batch_size} passages of {length}. Fix: use a longer text"
+        )
+    batches = ids[: len(ids) // size * size].view(-1, batch_size, length)
+    return _with_held_out(str(path), [[{"input_ids": x, "labels": x} for x in batches]])
 
 
 def take(source: Any, samples: int) -> Any:

@@ -71,20 +71,23 @@ class Learn:
 class BasesMatching:
     """Two networks in one gauge, each with the function that it had, and B close to A.
 
-    before, after: the distance of the parameters, relative to A's norm, as given and now. losses:
-    where `Learn` looks, at the middle of the line or along it, the mean of each epoch.
+    before, gauged, after: the distance of the parameters, relative to A's norm: as given; in one
+    gauge, where another norm is the measure; and there, matched. losses: where `Learn` looks, at
+    the middle of the line or along it, the mean of each epoch.
     """
 
     theta_a: Theta
     theta_b: Theta
     before: float
+    gauged: float
     after: float
     losses: tuple[float, ...]
     seconds: float
 
     def __repr__(self) -> str:
         course = f", loss {self.losses[0]:.3g} → {self.losses[-1]:.3g}" if self.losses else ""
-        return f"BasesMatching(distance {self.before:.3g} → {self.after:.3g}{course})"
+        gauge = f"distance {self.before:.3g}, in one gauge {self.gauged:.3g} → {self.after:.3g}"
+        return f"BasesMatching({gauge}{course})"
 
     def _repr_html_(self) -> str:
         epochs = [float(k + 1) for k in range(len(self.losses))]
@@ -107,8 +110,9 @@ def match_bases(
     are ordered once these are matched, and again in each round. rounds: at most so many passes over
     all spaces by weights, until one gains nothing. learn: then descend, on `images`, from `seed`;
     the result is kept if it has a smaller loss there than what weights gave. loss: of outputs and
-    targets. Raises AlignmentError for parameters that are not finite; ValueError where a factor
-    acts on a buffer and is to be learned; TrainingError if the loss is not finite.
+    targets. Raises AlignmentError for parameters that are not finite, for gains that cannot be
+    folded, and where what is to be learned acts on a buffer; TrainingError if the loss is not
+    finite.
     """
     given = {"pair": pair, "bases": bases, "images": images, "learn": learn, "rounds": rounds}
     rules = {
@@ -121,8 +125,14 @@ def match_bases(
     require("match_bases", given | {"loss": loss, "seed": seed}, PAIRED | rules)
     if learn and not (images and any(True for _ in images.batches(learn.batch_size))):
         raise ValueError("match_bases: images: got none, expected those to learn from")
+    if learn:
+        check_learnable(pair, bases)
     start = time.perf_counter()
-    ends = [balanced(bases, bases.fold(in_float64(x))) for x in (pair.theta_a, pair.theta_b)]
+    try:
+        folded = [bases.fold(in_float64(x)) for x in (pair.theta_a, pair.theta_b)]
+    except ValueError as error:
+        raise AlignmentError(f"match_bases: {error}") from error
+    ends = [balanced(bases, x) for x in folded]
     if not all(bool(x.isfinite().all()) for end in ends for x in end.values()):
         raise AlignmentError("match_bases: parameters are NaN or infinite, or have lost their rank")
     end_a, end_b = ends[0], Search(bases, *ends).run(rounds)
@@ -135,10 +145,26 @@ def match_bases(
         theta_a,
         theta_b,
         distance(pair.theta_a, pair.theta_b, names),
+        distance(ends[0], ends[1], names),
         distance(theta_a, theta_b, names),
         tuple(losses),
         time.perf_counter() - start,
     )
+
+
+def check_learnable(pair: Pair, bases: Bases) -> None:
+    """Raise AlignmentError where a group acts on a buffer, which learning does not move."""
+    buffers = {n for n, _ in pair.net.named_buffers()}
+    for f in bases.factors.values():
+        if held := sorted(buffers.intersection(s.place.name for s in f.sites)):
+            raise AlignmentError(
+                f"match_bases: {f.kind} of {f.space!r} act on the buffer {held[0]!r}, which "
+                f"learning does not move. Fix: leave out `learn`, or find no {f.kind.split()[0]}"
+            )
+    try:
+        pam.check_only_parameters_move(pair.net, bases.permutations)
+    except ValueError as error:
+        raise AlignmentError(str(error)) from error
 
 
 def like(theta: Theta, given: Theta) -> Theta:
@@ -527,14 +553,6 @@ def learned(
     seed: int,
 ) -> tuple[Theta, Sequence[float]]:
     """B after the descent, or as it was if the loss on the line has not become smaller."""
-    buffers = {n for n, _ in pair.net.named_buffers()}
-    for f in bases.factors.values():
-        if held := sorted(buffers.intersection(s.place.name for s in f.sites)):
-            raise ValueError(
-                f"match_bases: {f.space!r} acts on the buffer {held[0]!r}, which learning does not "
-                "move. Fix: make it a parameter, or leave out `learn`"
-            )
-    pam.check_only_parameters_move(pair.net, bases.permutations)
     device = images.device
     near = like({n: x.to(device) for n, x in end_b.items()}, pair.theta_b)
     line = curves.line(like({n: x.to(device) for n, x in end_a.items()}, pair.theta_a), near)

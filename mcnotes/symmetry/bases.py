@@ -341,6 +341,19 @@ class Bases:
         columns = ["space", "group", "spaces", "size", "dimension", "acts on [axis]", "folded"]
         return pandas.DataFrame([*rows.values()], columns=columns)
 
+    def refusals(self) -> DataFrame:
+        """A row for what is not offered in a space, or in several alike, and what forbids it."""
+        import pandas  # takes half a second
+
+        rows = Counter[tuple[str, str, str]]()
+        for space, kinds in self.refused.items():
+            for why in dict.fromkeys(kinds.values()):
+                names = ", ".join(kind for kind in kinds if kinds[kind] == why)
+                rows[re.sub(r"\.\d+\.", ".*.", space), names, why] += 1
+        found = [(space, count, names, why) for (space, names, why), count in rows.items()]
+        columns = ["space", "spaces", "not offered", "because of"]
+        return pandas.DataFrame(found, columns=columns)
+
     def dimensions(self) -> DataFrame:
         """For each layer: the dimensions of each kind of group, and log₁₀ of its permutations."""
         import pandas  # takes half a second
