@@ -9,6 +9,8 @@ Modules that need PyTorch are imported only when they are used, so that `--help`
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import os
 import re
@@ -28,11 +30,13 @@ from mcnotes.names import resolve
 if TYPE_CHECKING:
     from torch import nn
 
+    from mcnotes.api import Aligned, Profile
     from mcnotes.data import Sets
 
 CHAPTER = "10_your_own_models.ipynb"
 BOOK_ONLY = {"book", "remove-cell"}  # cells of the chapter that do not belong in a report
 REPORT_NEEDS = "papermill and nbconvert. Fix: pip install 'mcnotes[report]'"
+ON_THE_LINE = 13  # points, in the report on two folders
 REFUSALS = (
     "InputError",
     "SymmetryError",
@@ -51,7 +55,7 @@ How far apart are two networks really? Reorder the units of one so that they
 match the other's, and see what is left between them.
 
   mcnotes report    a page on two checkpoints: symmetries, lines, curves, verdict
-  mcnotes align     one checkpoint in the other's order of units
+  mcnotes align     one checkpoint in the other's order of units, or basis
   mcnotes symmetry  which units of a network may change places
   mcnotes data      fetch a data set, or look at one of your own"""
 
@@ -60,7 +64,8 @@ models and data:
   --model is a Python path, module:name, of a class or function that makes the
   network; modules are looked for in this folder, too. --arguments are what it is
   called with. A and B are files written by torch.save or safetensors; the network
-  is found inside them. Nothing is unpickled that could run code.
+  is found inside them. Nothing is unpickled that could run code. `mcnotes align` also
+  takes folders as save_pretrained of transformers writes them, without --model.
 
   --data is one of
     FOLDER            pictures: FOLDER/CLASS/x.png, or FOLDER/train/CLASS/x.png,
@@ -68,6 +73,7 @@ models and data:
     MODULE:FUNCTION   a function without arguments that returns a DataLoader, or
                       (train, val, test) of them: anything your network takes
     NAME              a data set of the book, such as fashion-mnist-small
+    TEXT.txt          for folders of language models: their tokenizer reads it
 
   Pictures are scaled to [0, 1]; --mean and --std normalise them as in training.
   The batches of a DataLoader are used unchanged.
@@ -92,8 +98,16 @@ folder REPORT beside it. If it is stopped, the same command resumes with the cur
 """
 
 ALIGN_EXAMPLES = """
-example:
-  mcnotes align --model mynets:Net a.pt b.pt --data mynets:loader --out aligned.safetensors
+--kinds all moves B by all symmetries that are found: scales, signs, rotations and changes
+of basis, too. A then moves as well, into the same gauge, and is written beside B.
+
+examples:
+  two checkpoints of your own class: B in A's order of units
+    mcnotes align --model mynets:Net a.pt b.pt --data mynets:loader --out aligned.safetensors
+
+  two language models of transformers, and a text: ALIGNED/a, ALIGNED/b, and a report,
+  ALIGNED/report.html, with the loss on the line between them before and after
+    mcnotes align runs/1 runs/2 --data book.txt --kinds all --learn 10 --out aligned
 """
 
 SYMMETRY_EXAMPLES = """
@@ -205,7 +219,7 @@ def parser() -> Parser:
     pair_arguments(made)
     report_arguments(made)
     made = add("align", align, "put B's units into A's order", MODEL_HELP + ALIGN_EXAMPLES)
-    pair_arguments(made)
+    pair_arguments(made, folders=True)
     align_arguments(made)
     about = "show which units may change places"
     symmetry_arguments(add("symmetry", show_symmetry, about, SYMMETRY_EXAMPLES))
@@ -215,13 +229,7 @@ def parser() -> Parser:
 
 def report_arguments(made: Parser) -> None:
     """Options for what is measured, how the curves are trained, and the page."""
-    made.add_argument(
-        "--loss",
-        type=python_path,
-        metavar="MODULE:FUNCTION",
-        help="a function of (outputs, targets); default: the cross-entropy of logits, or the "
-        "loss that a model of transformers computes itself",
-    )
+    loss_argument(made)
     made.add_argument(
         "--metric",
         type=python_path,
@@ -250,13 +258,42 @@ def report_arguments(made: Parser) -> None:
     )
 
 
+def loss_argument(made: Parser) -> None:
+    """The option for what is made small."""
+    made.add_argument(
+        "--loss",
+        type=python_path,
+        metavar="MODULE:FUNCTION",
+        help="a function of (outputs, targets); default: the cross-entropy of logits, or the "
+        "loss that a model of transformers computes itself",
+    )
+
+
 def align_arguments(made: Parser) -> None:
-    """Options for where the result is written."""
+    """Options for what may move, and where the result is written."""
+    made.add_argument(
+        "--kinds",
+        nargs="+",
+        default=["permutations"],
+        metavar="KIND",
+        help="of symmetries: all, or some of permutations, scales, signs, rotations, bases "
+        "(default: permutations)",
+    )
+    made.add_argument(
+        "--learn",
+        type=positive,
+        metavar="EPOCHS",
+        help="then go on by the loss half-way, for so many epochs",
+    )
+    loss_argument(made)
+    made.add_argument(
+        "--context", type=positive, default=128, help="tokens of a passage of a text (default: 128)"
+    )
     made.add_argument(
         "--out",
         type=Path,
-        default=Path("aligned.safetensors"),
-        help="the aligned network (default: aligned.safetensors)",
+        help="the aligned network (default: aligned.safetensors), or a folder for both networks "
+        "and the report (default: aligned)",
     )
 
 
@@ -284,16 +321,17 @@ def data_arguments(made: Parser) -> None:
     made.add_argument("--image-size", type=positive, help="cut pictures to this")
 
 
-def pair_arguments(made: Parser) -> None:
-    """Arguments for two checkpoints, their network and the data."""
-    made.add_argument("checkpoint_a", type=existing, metavar="A", help="a checkpoint")
-    made.add_argument("checkpoint_b", type=existing, metavar="B", help="another of this network")
+def pair_arguments(made: Parser, *, folders: bool = False) -> None:
+    """Arguments for two checkpoints, or folders of models, their network and the data."""
+    place = file_or_folder if folders else existing
+    made.add_argument("checkpoint_a", type=place, metavar="A", help="a checkpoint")
+    made.add_argument("checkpoint_b", type=place, metavar="B", help="another of this network")
     made.add_argument(
         "--model",
         type=python_path,
-        required=True,
+        required=not folders,
         metavar="MODULE:NAME",
-        help="what makes the network",
+        help="what makes the network" + "; not for folders" * folders,
     )
     model_arguments(made)
     made.add_argument(
@@ -350,7 +388,13 @@ def python_path(text: str) -> str:
 
 
 def existing(text: str) -> Path:
-    if not Path(text).is_file():
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, of which mcnotes align makes a page")
+    return file_or_folder(text)
+
+
+def file_or_folder(text: str) -> Path:
+    if not (Path(text).is_file() or Path(text).is_dir()):
         raise argparse.ArgumentTypeError(f"there is no file {text}")
     return Path(text)
 
@@ -539,16 +583,22 @@ def shown(cell: Any) -> bool:
 def title(args: argparse.Namespace) -> Any:
     """A cell that says what the report is about and how it was made."""
     import nbformat
+
+    about, command = made_by()
+    return nbformat.v4.new_markdown_cell(
+        f"# Two networks: `{args.checkpoint_a.name}` and `{args.checkpoint_b.name}`\n\n"
+        f"{about}\n\n```\n{command}\n```"
+    )
+
+
+def made_by() -> tuple[str, str]:
+    """Date and versions; and the command as it was typed."""
     import torch
 
     import mcnotes
 
-    command = shlex.join(["mcnotes", *sys.argv[1:]])
     versions = f"mcnotes {mcnotes.__version__}, PyTorch {torch.__version__}"
-    return nbformat.v4.new_markdown_cell(
-        f"# Two networks: `{args.checkpoint_a.name}` and `{args.checkpoint_b.name}`\n\n"
-        f"{date.today().isoformat()}, {versions}\n\n```\n{command}\n```"
-    )
+    return f"{date.today().isoformat()}, {versions}", shlex.join(["mcnotes", *sys.argv[1:]])
 
 
 def with_caption(cell: Any) -> Iterator[Any]:
@@ -568,41 +618,182 @@ def plain(text: str) -> str:
     return re.sub(r"\{\w+\}(?=`)", "", text)
 
 
-# mcnotes align, symmetry, data
+# mcnotes align
 
 
 def align(args: argparse.Namespace) -> None:
-    """Write network B with its units in A's order."""
-    import mcnotes
-    from mcnotes import checkpoints, data, prepare
+    """Write network B aligned to A; and A in the same gauge, if more than units moved."""
+    folders = [path.is_dir() for path in (args.checkpoint_a, args.checkpoint_b)]
+    if all(folders):
+        align_folders(args)
+    elif any(folders):
+        raise Refused("got a folder and a file, expected two of one kind")
+    elif args.model is None:
+        raise Refused("got files without --model, which says what makes their network")
+    else:
+        align_files(args)
 
-    if args.out.is_dir():
-        raise Refused(f"got --out {args.out}, expected the name of a file, not of a folder")
-    made_folder(args.out.parent)
+
+def align_files(args: argparse.Namespace) -> None:
+    """`align` for two files of a network that --model makes."""
+    from mcnotes import checkpoints, data, prepare, symmetry
+
+    out = args.out or Path("aligned.safetensors")
+    if out.is_dir():
+        raise Refused(f"got --out {out}, expected the name of a file, not of a folder")
+    made_folder(out.parent)
     net = build(args.model, args.arguments)
     found = checkpoints.load_pair(args.checkpoint_a, args.checkpoint_b, net, args.prefix)
     sets = named_sets(args)
     wrapped = prepare.for_inputs(net, sets, args.mean, args.std)
     model_a, model_b = (prepare.filled("align", wrapped, x.theta) for x in found)
-    few = data.take(sets.train, args.samples)
-    aligned = mcnotes.align(model_a, model_b, few, device=args.device, seed=args.seed)
-    print(repr(aligned))
-    if aligned.symmetry.groups:
-        print(aligned.table().to_string(index=False, float_format="{:+.2f}".format))
-    else:
-        print_pinned(aligned.symmetry)
+    aligned = aligned_by(args, model_a, model_b, data.take(sets.train, args.samples))
     about = {"a": found[0].sha256, "b": found[1].sha256, "factory": args.model}
+    files = {out: ("B aligned to A, the same function", aligned.model)}
+    if isinstance(aligned.symmetry, symmetry.Bases):
+        beside = out.with_stem(f"{out.stem}_reference")
+        files[beside] = ("A in the gauge of the aligned B, the same function", aligned.reference)
     try:
-        checkpoints.save(
-            args.out,
-            aligned.model.state_dict(),
-            net,
-            what="B in the order of A's units, the same function",
-            made_from=about,
-        )
+        for path, (what, model) in files.items():
+            checkpoints.save(path, model.state_dict(), net, what=what, made_from=about)
     except OSError as error:
-        raise Refused(f"cannot write {args.out} ({error}). Fix: see --out") from error
-    print(f"{args.out}: the aligned network")
+        raise Refused(f"cannot write {out} ({error}). Fix: see --out") from error
+    for path, (what, _) in files.items():
+        print(f"{path}: {what}")
+
+
+def align_folders(args: argparse.Namespace) -> None:
+    """`align` for two folders of models of transformers: writes both, and a report."""
+    import mcnotes
+    from mcnotes import cache, checkpoints, data, prepare
+
+    sources = {"a": args.checkpoint_a, "b": args.checkpoint_b}
+    if args.model or args.arguments or args.prefix:
+        raise Refused("--model, --arguments and --prefix are for files, a folder says what it is")
+    out = args.out or Path("aligned")
+    places = {name: out / name for name in sources}
+    if {x.resolve() for x in places.values()} & {x.resolve() for x in sources.values()}:
+        raise Refused(f"got --out {out}, in which A or B would be overwritten")
+    given = [checkpoints.from_folder(path) for path in sources.values()]
+    sets = texts(args, given[0]) if Path(args.data).is_file() else named_sets(args)
+    model_a, model_b = (prepare.for_inputs(net, sets, args.mean, args.std) for net in given)
+    made_folder(out)
+    few, seen = (data.take(x, args.samples) for x in (sets.train, sets.val))
+
+    def line(one: nn.Module, two: nn.Module) -> Profile:
+        made = mcnotes.connect(one, two, few, kind="line", device=args.device)
+        return mcnotes.profile(made, seen, loss=loss_of(args), points=ON_THE_LINE)
+
+    before = line(model_a, model_b)
+    aligned = aligned_by(args, model_a, model_b, few)
+    after = line(aligned.reference, aligned.model)
+    print(f"barrier on the line: {before.barrier:.3g} as given, {after.barrier:.3g} aligned")
+    written = {"a": aligned.reference, "b": aligned.model}
+    try:
+        for name, model in written.items():
+            checkpoints.to_folder(places[name], model, sources[name])
+        cache.write_atomic(out / "report.html", aligned_page(args, aligned, before, after).encode())
+    except OSError as error:
+        raise Refused(f"cannot write {out} ({error}). Fix: see --out") from error
+    print(f"{places['a']}, {places['b']}: the networks; {out / 'report.html'}: the report")
+
+
+def aligned_by(args: argparse.Namespace, a: nn.Module, b: nn.Module, few: Any) -> Aligned:
+    """Align as the arguments say, and print what was found."""
+    import mcnotes
+    from mcnotes import symmetry
+
+    found = mcnotes.align(
+        a,
+        b,
+        few,
+        kinds="all" if "all" in args.kinds else args.kinds,
+        learn=args.learn,
+        loss=loss_of(args) if args.learn else None,
+        device=args.device,
+        seed=args.seed,
+    )
+    print(repr(found))
+    if found.moves:
+        print(found.table().to_string(index=False, float_format="{:+.2f}".format))
+    else:
+        print_pinned(found.symmetry)
+    if isinstance(found.symmetry, symmetry.Bases):
+        print(found.symmetry.refusals().to_string(index=False))
+    return found
+
+
+def loss_of(args: argparse.Namespace) -> Any:
+    """The function that --loss names, or None."""
+    return resolve(args.loss) if args.loss else None
+
+
+def texts(args: argparse.Namespace, net: nn.Module) -> Sets:
+    """A text in passages of tokens, as both folders read it. Raises Refused."""
+    from mcnotes import checkpoints, data
+
+    read = [checkpoints.tokenizer(path) for path in (args.checkpoint_a, args.checkpoint_b)]
+    known = [encode for encode in read if encode is not None]
+    if not known:
+        fix = "--data MODULE:FUNCTION with batches of tokens"
+        raise Refused(f"{args.checkpoint_a} has no tokenizer to read {args.data} with. Fix: {fix}")
+    longest = getattr(net.config, "max_position_embeddings", args.context)
+    length = min(args.context, longest)
+    sets = [data.passages(args.data, encode, length) for encode in known]
+    if any(not same_tokens(one.train, sets[0].train) for one in sets):
+        raise Refused("the tokenizers of A and B read the text differently, expected the same")
+    return sets[0]
+
+
+def same_tokens(one: Any, two: Any) -> bool:
+    """Do two lists of passages hold the same?"""
+    return len(one) == len(two) and all(
+        bool((x["input_ids"] == y["input_ids"]).all()) for x, y in zip(one, two, strict=True)
+    )
+
+
+def aligned_page(args: argparse.Namespace, found: Aligned, before: Profile, after: Profile) -> str:
+    """A self-contained HTML page on two folders: the line, what moved, and what may not."""
+    about, command = made_by()
+    names = f"{args.checkpoint_a.name} and {args.checkpoint_b.name}"
+    frame = before.frame()[["t", "loss"]].rename(columns={"loss": "loss, as given"})
+    parts = [
+        f"<h1>Two networks: {escape(names)}</h1><p>{about}</p><pre>{escape(command)}</pre>",
+        "<h2>The line from A to B</h2>",
+        f"<p>The barrier is {before.barrier:.3g} as given and {after.barrier:.3g} aligned: how "
+        "far the loss rises above the straight line between its ends, on validation data.</p>",
+        figure_of(before, after),
+        frame.assign(**{"loss, aligned": after.loss}).to_html(
+            index=False, float_format="{:.3g}".format
+        ),
+        "<h2>What was moved</h2>",
+        found._repr_html_(),
+    ]
+    template = Path(__file__).with_name("report.html").read_text("utf8")
+    return Template(template).substitute(title=escape(names), body="\n".join(parts))
+
+
+def figure_of(before: Profile, after: Profile) -> str:
+    """The loss on the line, before and after, as a picture in HTML."""
+    from matplotlib.figure import Figure
+
+    from mcnotes.lab import figures
+
+    figures.set_style()
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(before.t, before.loss, color=figures.color("unaligned"), label="as given")
+    ax.plot(after.t, after.loss, color=figures.color("aligned"), label="aligned")
+    ax.set(xlabel="$t$, from A to B", ylabel="validation loss")
+    ax.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    data = base64.b64encode(file.getvalue()).decode()
+    alt = "The validation loss on the line from A to B: two curves, as given and aligned."
+    return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+
+
+# mcnotes symmetry, data
 
 
 def show_symmetry(args: argparse.Namespace) -> None:

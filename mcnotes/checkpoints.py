@@ -403,7 +403,7 @@ def _model_class(transformers: Any, config: Mapping[str, Any], who: str) -> Any:
         kind = None
     if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
         return kind
-    cause = f"{who} is a {name:.{SHOWN}}, which is no model of transformers here"
+    cause = f"{who} is of class {name!r:.{SHOWN}}, which is no model of transformers here"
     raise CheckpointError(f"{cause}. Fix: see `architectures` in its config.json")
 
 
@@ -416,8 +416,9 @@ def _refuse_weights(path: Path, who: str) -> None:
         return
     pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
     if pickled:
-        cause = f"{who} holds {pickled[0]} and no safetensors. {_refusal([])}"
-        raise CheckpointError(cause.replace("state_dict()", "weights by save_pretrained"))
+        cause = f"{who} holds {pickled[0]} and no safetensors, and unpickling can run any code"
+        fix = "if you trust it, load it with transformers, and save_pretrained"
+        raise CheckpointError(f"{cause}. Fix: {fix}")
     raise CheckpointError(f"{who} holds no model.safetensors, nor an index of several")
 
 

@@ -385,7 +385,7 @@ def take(source: Any, samples: int) -> Any:
         return Cut(source.split.first(samples), MEASURED_SIZE)
     kept: list[Batch] = []
     with seeded(0, torch.device("cpu")):  # as in `_with_held_out`
-        for batch in Loader(source, torch.device("cpu"), once=True).batches(0):
+        for batch in Loader(source, torch.device("cpu"), once=True, labels=True).batches(0):
             kept.append(batch)
             samples -= count(batch[0])
             if samples <= 0:
