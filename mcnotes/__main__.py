@@ -639,6 +639,8 @@ def align_files(args: argparse.Namespace) -> None:
     from mcnotes import checkpoints, data, prepare, symmetry
 
     out = args.out or Path("aligned.safetensors")
+    if args.loss and not args.learn:
+        raise Refused("got --loss, which --learn alone uses for files. Fix: add --learn")
     if out.is_dir():
         raise Refused(f"got --out {out}, expected the name of a file, not of a folder")
     made_folder(out.parent)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from small import agree, picture_folder, terms
 from torch import nn
@@ -123,6 +126,8 @@ class TestHelp:
     ) -> None:
         torch.save({}, home / "a.ckpt")
         torch.save({}, home / "b.ckpt")
+        for run in ("1", "2"):
+            (home / "runs" / run).mkdir(parents=True)
         code, out, _ = ran(capsys, f"{name} --help")
         assert code == 0
         lines = out.replace("\\\n", " ").splitlines()
@@ -173,6 +178,12 @@ class TestHelp:
         (f"align {PAIR} --out mynets.py/x.safetensors", 1, "Fix: see --out"),
         (f"report {PAIR} --out mynets.py/x.html", 1, "Fix: see --out"),
         (f"report {PAIR} --out x.pdf", 1, "a name that ends in .html"),
+        ("align a.pt b.pt --data mynets:loader", 1, "got files without --model"),
+        ("align a.pt . --data mynets:loader", 1, "a folder and a file"),
+        (f"align {PAIR} --kinds scale", 1, "did you mean 'scales'"),
+        (f"align {PAIR} --learn 0", 2, "whole number of at least 1"),
+        (f"align {PAIR} --loss torch.nn:MSELoss", 1, "--learn alone uses"),
+        ("report --model mynets:Net . b.pt --data mynets:loader", 2, ". is a folder"),
         (f"align {PAIR} --out .", 1, "expected the name of a file"),
         (f"align {PAIR} --out /", 1, "expected the name of a file"),
         (f"report {PAIR} --points 1", 2, "whole number of at least 2"),
@@ -224,6 +235,129 @@ class TestAlign:
         assert "first" in out
         kept, before = load_file(home / "aligned.safetensors"), torch.load(home / "b.pt")
         assert all(torch.equal(x, before[name]) for name, x in kept.items())
+
+    def test_larger_groups_move_both(self, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Signs of tanh units, then the loss that the user names."""
+        line = f"align {PAIR} --kinds all --learn 1 --loss torch.nn.functional:mse_loss"
+        code, out, err = ran(capsys, line)
+        assert code == 0, err
+        assert re.search(r"inner +signs +1 +12 ", out), out
+        assert re.search(r"inner +1 +bases, .* tanh", out), out
+        net, x = checkpoints.build("mynets:Net"), torch.randn(9, 8)
+        for given, name in (("a.pt", "aligned_reference"), ("b.pt", "aligned")):
+            net.load_state_dict(torch.load(home / given))
+            expected = net(x)
+            net.load_state_dict(load_file(home / f"{name}.safetensors"))
+            agree(net(x), expected, terms(net))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two small language models, runs/1 and runs/2, and a text."""
+    home = tmp_path_factory.mktemp("models")
+    known = {word: k for k, word in enumerate(["one", "line", "to", "another", "?"])}
+    model = {"type": "WordLevel", "vocab": known, "unk_token": "?"}
+    words = {"version": "1.0", "model": model, "pre_tokenizer": {"type": "Whitespace"}}
+    sizes = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "vocab_size": 5}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 8}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(bos_token_id=0, eos_token_id=1, **sizes)
+        net = transformers.LlamaForCausalLM(config)
+        for p in net.parameters():
+            nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
+        net.save_pretrained(home / "runs" / str(seed))
+        (home / "runs" / str(seed) / "tokenizer.json").write_text(json.dumps(words))
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(home / "runs" / str(seed) / "tokenizer.json")
+        ).save_pretrained(home / "runs" / str(seed))
+    (home / "text.txt").write_text("one line to another " * 100)
+    return home
+
+
+@pytest.fixture
+def runs(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, where the user works."""
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class TestAlignFolders:
+    def test_from_folders_to_an_aligned_model_and_a_report(
+        self, runs: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        line = "align runs/1 runs/2 --data text.txt --context 100 --kinds all --learn 1"
+        code, out, err = ran(capsys, line)
+        assert code == 0, err
+        assert re.search(r"o_proj +rotations +1 +8 +28", out), out
+        assert re.search(r"barrier on the line: .* as given, .* aligned", out), out
+        ids = torch.arange(5)[None]
+        for name, given in (("a", "1"), ("b", "2")):
+            net = checkpoints.from_folder(runs / "aligned" / name)
+            before = checkpoints.from_folder(runs / "runs" / given)
+            moved = zip(net.parameters(), before.parameters(), strict=True)
+            assert not all(torch.equal(x, y) for x, y in moved)
+            agree(net(ids).logits, before(ids).logits, terms(net))
+            encode = checkpoints.tokenizer(runs / "aligned" / name)
+            assert encode is not None, "the tokenizer comes along"
+        page = read_page(runs / "aligned" / "report.html")
+        assert page.count("data:image/png;base64") == 1
+        assert "rotations" in page
+        assert "not offered" in page
+        assert "outputs off by" in page
+
+    def test_units_alone_leave_a_as_it_is(
+        self, runs: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, _, err = ran(capsys, "align runs/1 runs/2 --data text.txt --out units")
+        assert code == 0, err
+        kept, given = (load_file(runs / x / "model.safetensors") for x in ("units/a", "runs/1"))
+        assert all(torch.equal(x, given[n]) for n, x in kept.items())
+        read_page(runs / "units" / "report.html")
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            ("--data text.txt --model torch.nn:Linear", "are for files"),
+            ("--data text.txt --prefix net", "are for files"),
+            ("--data text.txt --out overwrite", "would be overwritten"),
+            ("--data none.txt", "found no 'none.txt'"),
+            ("--data short.txt", "has 4 tokens, expected at least"),
+            ("--data text.txt --mean 0.5", "mean and std are for pictures"),
+            ("--data text.txt --kinds scale", "did you mean 'scales'"),
+            ("--data text.txt --out text.txt", "cannot make the folder"),
+        ],
+    )
+    def test_what_does_not_fit_is_one_line(
+        self,
+        more: str,
+        words: str,
+        runs: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (runs / "short.txt").write_text("one line to another")
+        (runs / "overwrite").symlink_to("pair")
+        shutil.copytree("runs/1", "pair/a")
+        a = "pair/a" if "overwrite" in more else "runs/1"
+        code, _, err = ran(capsys, f"align {a} runs/2 {more}")
+        assert (code, err.count("\n")) == (1, 1), err
+        assert words in err
+        assert not (runs / "aligned" / "a").exists()
+
+    def test_a_text_needs_one_tokenizer(
+        self, runs: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = runs / "runs" / "2" / "tokenizer.json"
+        words = json.loads(path.read_text())
+        words["model"]["vocab"] |= {"one": 1, "line": 0}
+        path.write_text(json.dumps(words))
+        _, _, err = ran(capsys, "align runs/1 runs/2 --data text.txt")
+        assert "the tokenizers of A and B read the text differently" in err
+        for place in runs.glob("runs/*/tokenizer*"):
+            place.unlink()
+        _, _, err = ran(capsys, "align runs/1 runs/2 --data text.txt")
+        assert "runs/1 has no tokenizer to read text.txt with" in err
 
 
 class TestSymmetry:
@@ -286,8 +420,13 @@ class Addresses(HTMLParser):
 
 
 def read_report(home: Path) -> str:
-    """The page, which loads nothing."""
-    page = (home / "report.html").read_text("utf8")
+    """The page of a report."""
+    return read_page(home / "report.html")
+
+
+def read_page(path: Path) -> str:
+    """A page, which loads nothing."""
+    page = path.read_text("utf8")
     parser = Addresses()
     parser.feed(page)
     assert parser.found == []
