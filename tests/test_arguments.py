@@ -300,6 +300,7 @@ FUNCTIONS = cases_of(
 MISFITS = ("transposed", "of a wider network", "none")
 OTHERS = {"another": WIDER, "nothing": {}, "none": None, "elsewhere": STATES["without values"]}
 SIZE = {"batch_size": {n: x for n, x in COUNT.items() if n != "none"}}
+METHOD = {"method": {n: x for n, x in NAMED.items() if n != "none"}}
 own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do not, or alone
     "matching.loss.Descent": SIZE | {"lr": {n: x for n, x in POSITIVE.items() if n != "none"}},
     "matching.pam.Settings": {
@@ -310,7 +311,8 @@ own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do no
     "attacks.Square": {"loss": NAMED, "start": FLAG},
     "curves.Curve": {"points": {"none at all": (), "one wrong": (A, WIDER), "none": None}},
     "data.tasks.Split": {"images": {"floats": DATA.test.images.float(), "none": None}},
-    "api.align": {"seed": wrong["seed"]},
+    "api.align": {"seed": wrong["seed"]} | METHOD,
+    "api.merge": METHOD,
     "api.compare": {"models": {"nothing": {}, "a list": [NET], "no networks": {"A": 3}}},
     "api.profile": {
         "curve": CURVES,

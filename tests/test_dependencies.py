@@ -38,7 +38,7 @@ NOT_IMPORTED = {
     "expecttest": "PyTorch's list of samples, for tools/programs.py, imports it",
     "mypy": "the Makefile runs the program",
     "ruff": "the Makefile runs the program",
-    "mcnotes": "the tests need what the book and full-scale runs need: mcnotes[book,report,batch]",
+    "mcnotes": "the tests need what the book and full-scale runs need: mcnotes[…]",
 }
 
 
@@ -112,9 +112,10 @@ def check(used: set[str], own: set[str], allowed: set[str]) -> None:
 
 
 def test_the_package() -> None:
+    """It says itself what to install for folders of transformers."""
     paths = {*(ROOT / "mcnotes").rglob("*.py")} - {ROOT / "mcnotes/__main__.py"}
     used = imported([*paths, *(ROOT / "data").glob("*.py")])
-    check(distributions(used), CORE, set())
+    check(distributions(used), CORE | EXTRA["transformers"], set())
 
 
 def test_the_command() -> None:
@@ -140,8 +141,9 @@ def test_full_scale_runs() -> None:
 def test_tests_and_benchmarks() -> None:
     paths = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     used = distributions(imported(paths))
-    check(used, EXTRA["test"], CORE | EXTRA["book"] | EXTRA["report"] | EXTRA["batch"])
-    assert "mcnotes[book,report,batch]" in PROJECT["optional-dependencies"]["test"]
+    others = ("book", "report", "batch", "transformers")
+    check(used, EXTRA["test"], CORE.union(*(EXTRA[name] for name in others)))
+    assert f"mcnotes[{','.join(others)}]" in PROJECT["optional-dependencies"]["test"]
 
 
 def test_what_is_excused_is_declared() -> None:
