@@ -677,6 +677,9 @@ def align_folders(args: argparse.Namespace) -> None:
     if {x.resolve() for x in places.values()} & {x.resolve() for x in sources.values()}:
         raise Refused(f"got --out {out}, in which A or B would be overwritten")
     given = [checkpoints.from_folder(path) for path in sources.values()]
+    one, two = (net.state_dict() for net in given)
+    if all(n in two and x.dtype == two[n].dtype and x.equal(two[n]) for n, x in one.items()):
+        raise Refused("A and B hold the same weights, expected two networks")
     sets = texts(args, given[0]) if Path(args.data).is_file() else named_sets(args)
     model_a, model_b = (prepare.for_inputs(net, sets, args.mean, args.std) for net in given)
     made_folder(out)

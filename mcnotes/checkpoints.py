@@ -48,7 +48,16 @@ COMMON = (  # in files of which nothing lists the classes
     "numpy.dtype",
     "numpy.ndarray",
 )
-TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece")
+TOKENIZERS = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "spiece",
+    "sentencepiece",
+    "chat_template",
+)
 """How files of a tokenizer begin."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 ASKS_TOO_MUCH = {
@@ -319,7 +328,13 @@ def from_folder(path: str | Path) -> nn.Module:
 
 
 def to_folder(path: str | Path, model: Any, like: str | Path) -> None:
-    """Write a model of `transformers` as `from_folder` reads it, with the tokenizer of a folder."""
+    """Write a model of `transformers` as `from_folder` reads it, with the tokenizer of a folder.
+
+    Raises CheckpointError for other models, and OSError where the folder cannot be written.
+    """
+    if not hasattr(model, "save_pretrained"):
+        got = f"got a {type(model).__name__}"
+        raise CheckpointError(f"checkpoints.to_folder: {got}, expected a model of transformers")
     with _quiet(_transformers("checkpoints.to_folder")):
         model.save_pretrained(path)
     for file in _folder(like).iterdir():

@@ -196,6 +196,11 @@ def test_what_is_no_folder_is_refused(path: Any, folder: Path) -> None:
         checkpoints.from_folder(given)
 
 
+def test_only_models_of_transformers_are_written(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="got a Linear, expected a model of transformers"):
+        checkpoints.to_folder(folder / "new", nn.Linear(2, 2), folder)
+
+
 def test_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"pip install 'mcnotes\[transformers\]'"):

@@ -322,6 +322,7 @@ class TestAlignFolders:
             ("--data text.txt --model torch.nn:Linear", "are for files"),
             ("--data text.txt --prefix net", "are for files"),
             ("--data text.txt --out overwrite", "would be overwritten"),
+            ("--data text.txt --out same", "hold the same weights"),
             ("--data none.txt", "found no 'none.txt'"),
             ("--data short.txt", "has 4 tokens, expected at least"),
             ("--data text.txt --mean 0.5", "mean and std are for pictures"),
@@ -340,7 +341,8 @@ class TestAlignFolders:
         (runs / "overwrite").symlink_to("pair")
         shutil.copytree("runs/1", "pair/a")
         a = "pair/a" if "overwrite" in more else "runs/1"
-        code, _, err = ran(capsys, f"align {a} runs/2 {more}")
+        b = "runs/1" if "same" in more else "runs/2"
+        code, _, err = ran(capsys, f"align {a} {b} {more}")
         assert (code, err.count("\n")) == (1, 1), err
         assert words in err
         assert not (runs / "aligned" / "a").exists()
