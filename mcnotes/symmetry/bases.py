@@ -350,7 +350,7 @@ class Bases:
             for why in dict.fromkeys(kinds.values()):
                 names = ", ".join(kind for kind in kinds if kinds[kind] == why)
                 rows[re.sub(r"\.\d+\.", ".*.", space), names, why] += 1
-        found = [(space, count, names, why) for (space, names, why), count in rows.items()]
+        found = [(space, rows[space, names, why], names, why) for space, names, why in sorted(rows)]
         columns = ["space", "spaces", "not offered", "because of"]
         return pandas.DataFrame(found, columns=columns)
 
