@@ -8,7 +8,7 @@ JOBS   ?= 2
 BIN   := $(VENV)/bin
 BOOK  := $(BIN)/python -m tools.book
 READY := $(VENV)/.ready
-ALL   := '.[book,report,batch,test]'
+ALL   := '.[book,report,batch,transformers,test]'
 QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
 LIMIT := 1800
 # A file stays with one process. In the order of their names long ones do not come last.
