@@ -719,12 +719,13 @@ def aligned_by(args: argparse.Namespace, a: nn.Module, b: nn.Module, few: Any) -
         seed=args.seed,
     )
     print(repr(found))
+    sym = found.symmetry
     if found.moves:
         print(found.table().to_string(index=False, float_format="{:+.2f}".format))
     else:
-        print_pinned(found.symmetry)
-    if isinstance(found.symmetry, symmetry.Bases):
-        print(found.symmetry.refusals().to_string(index=False))
+        print_pinned(sym.permutations if isinstance(sym, symmetry.Bases) else sym)
+    if isinstance(sym, symmetry.Bases) and sym.refused:
+        print(sym.refusals().to_string(index=False))
     return found
 
 
@@ -740,8 +741,8 @@ def texts(args: argparse.Namespace, net: nn.Module) -> Sets:
     read = [checkpoints.tokenizer(path) for path in (args.checkpoint_a, args.checkpoint_b)]
     known = [encode for encode in read if encode is not None]
     if not known:
-        fix = "--data MODULE:FUNCTION with batches of tokens"
-        raise Refused(f"{args.checkpoint_a} has no tokenizer to read {args.data} with. Fix: {fix}")
+        cause = f"neither A nor B has a tokenizer to read {args.data} with"
+        raise Refused(f"{cause}. Fix: --data MODULE:FUNCTION with batches of tokens")
     longest = getattr(net.config, "max_position_embeddings", args.context)
     length = min(args.context, longest)
     sets = [data.passages(args.data, encode, length) for encode in known]

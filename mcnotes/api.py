@@ -99,7 +99,7 @@ class Aligned:
             }
             for row in self.symmetry.permutations.table()
         ]
-        return pandas.concat([pandas.DataFrame(perms, columns=factors.columns), factors])
+        return pandas.DataFrame([*perms, *factors.to_dict("records")], columns=factors.columns)
 
     def __repr__(self) -> str:
         kind = type(self.model).__name__

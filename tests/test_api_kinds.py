@@ -95,6 +95,7 @@ def test_two_networks_come_closer_and_keep_their_functions(make: Any, dtype: tor
     assert {"permutations", "bases", "scales"} <= kinds
     refused = found.symmetry.refusals()
     assert refused["not offered"].str.contains("rotations").any()
+    assert not refused["space"].str.contains(r"\.\d+\.").any(), "layers alike are one row"
     assert "because of" in found._repr_html_()
 
 
@@ -148,6 +149,8 @@ def test_permutations_leave_the_reference_as_it_is() -> None:
     state = learned.reference.state_dict()
     assert all(torch.equal(x, state[n]) for n, x in a.state_dict().items())
     assert {*learned.table()["group"]} == {"permutations"}
+    scaled = mcnotes.align(a, b, batches, kinds=("scales",))
+    assert [*scaled.table()["group"]] == ["scales"]
 
 
 def test_a_network_without_symmetry_stays() -> None:

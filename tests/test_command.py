@@ -225,12 +225,14 @@ class TestAlign:
         net.load_state_dict(aligned)
         agree(net(x), expected, terms(net))
 
+    @pytest.mark.parametrize("kinds", ["", "--kinds all"])
     def test_a_network_without_symmetry_passes_with_the_reason(
-        self, home: Path, capsys: pytest.CaptureFixture[str]
+        self, kinds: str, home: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         save_pair("mynets:Rows", {}, home)
-        code, out, _ = ran(capsys, "align --model mynets:Rows a.pt b.pt --data mynets:loader")
-        assert code == 0
+        line = f"align --model mynets:Rows a.pt b.pt --data mynets:loader {kinds}"
+        code, out, err = ran(capsys, line)
+        assert code == 0, err
         assert "No unit of this network may change places" in out
         assert "first" in out
         kept, before = load_file(home / "aligned.safetensors"), torch.load(home / "b.pt")
@@ -359,7 +361,7 @@ class TestAlignFolders:
         for place in runs.glob("runs/*/tokenizer*"):
             place.unlink()
         _, _, err = ran(capsys, "align runs/1 runs/2 --data text.txt")
-        assert "runs/1 has no tokenizer to read text.txt with" in err
+        assert "neither A nor B has a tokenizer to read text.txt with" in err
 
 
 class TestSymmetry:
