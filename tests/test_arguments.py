@@ -16,7 +16,7 @@ from small import plain, task
 from torch import nn
 
 import mcnotes
-from mcnotes import api, attacks, curves, evaluate, matching, models, symmetry, train
+from mcnotes import api, attacks, checkpoints, curves, evaluate, matching, models, symmetry, train
 from mcnotes.curves import Curve, Theta
 from mcnotes.data import Split
 from mcnotes.matching import Descent, Learn, Pair, pam
@@ -177,6 +177,7 @@ wrong: dict[str, Mapping[str, Any]] = {
     "sweeps": COUNT,
     "degree": COUNT,
     "bends": WHOLE,
+    "path": {"a number": 3, "nothing there": "none", "none": None},
     "kind": NAMED,
     "epochs": COUNT,
     "lr": POSITIVE,
@@ -296,6 +297,9 @@ FUNCTIONS = cases_of(
     api.connect,
     api.profile,
     api.compare,
+    checkpoints.from_folder,
+    checkpoints.to_folder,
+    checkpoints.tokenizer,
 )
 MISFITS = ("transposed", "of a wider network", "none")
 OTHERS = {"another": WIDER, "nothing": {}, "none": None, "elsewhere": STATES["without values"]}
@@ -321,6 +325,7 @@ own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do no
         "statistics": {"empty": [], "a number": 3},
     },
     "api.connect": {"checkpoint": {"a number": 3, "a folder": "/", "nothing": "", "null": "\0"}},
+    "checkpoints.to_folder": {"path": {}, "model": {"of PyTorch": NET, "none": None}, "like": {}},
     "evaluate.batchnorm": {"split": SETS},  # none is needed where there are no statistics
     "matching.methods.match": SIZE,
     "matching.many.match_many": SIZE,
@@ -366,6 +371,7 @@ given: dict[str, Mapping[str, Any]] = {
     "api.profile": {"curve": CONNECTION, "points": 2, "batches": BATCHES, "statistics": BATCHES},
     "api.connect": {"epochs": 1},
     "api.compare": {"models": {"A": NET}},
+    "checkpoints.to_folder": {"path": "none", "like": "none"},
 }
 
 
