@@ -22,7 +22,8 @@ from myst_nb.sphinx_ import HideCodeCellNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from book._ext import fold, lighten, mathematics, pages, repository
+from book._ext import fold, lighten, mathematics, pages, repository, signatures
+from mcnotes import api, attacks, cache, calls, curves, matching, models, train
 from mcnotes.curves import Curve
 from mcnotes.evaluate import Score
 from mcnotes.lab import Experiment
@@ -462,6 +463,41 @@ class TestExtensions:
         for obj in (Experiment.task, Experiment.of, Curve, Curve.degree):
             assert pages.skip_foreign(None, "class", "x", obj, False, None) is None
 
+
+class TestSignatures:
+    """The API page shows arguments as the source writes them."""
+
+    @pytest.mark.parametrize(
+        ("what", "obj", "expected"),
+        [
+            ("function", api.connect, "loss: Loss | None=None"),
+            ("function", curves.line, "(a: Theta, b: Theta)"),
+            ("method", Curve.gram, "(names: Collection[str] | None=None)"),
+            ("class", Curve, "(points: tuple[Theta, ...], kind: Kind = 'bezier')"),
+            ("class", Experiment, "pam_options: Mapping[str, Any] = dict()"),
+            ("class", attacks.PGD, "(eps: float, steps: int = 5"),  # fields of its base
+            ("class", models.MLP, "(num_classes: int=10, in_features"),  # with an own __init__
+        ],
+    )
+    def test_names_of_types_and_defaults_stay(self, what: str, obj: Any, expected: str) -> None:
+        found = signatures.as_written(None, what, "x", obj, None, "()", None)
+        assert found is not None
+        assert expected in found[0]
+
+    def test_what_says_nothing_of_arguments_has_no_signature(self) -> None:
+        found = signatures.as_written(None, "class", "x", calls.InputError, None, "()", None)
+        assert found == ("", "")
+
+    def test_results_lose_the_quotes_of_classes_further_down(self) -> None:
+        found = signatures.as_written(None, "method", "x", Curve.with_points, None, "()", None)
+        assert found == ("(points: Sequence[Theta])", "Curve")
+
+    def test_tables_of_rules_are_left_out(self) -> None:
+        for obj in (train.OPTIONS, api.ARGUMENTS):
+            assert signatures.skip_rules(None, "data", "x", obj, False, None) is True
+        for obj in (matching.METHODS, cache.VERSIONS, models.SIZED):
+            assert signatures.skip_rules(None, "data", "x", obj, False, None) is None
+
     def test_formulas_render_without_a_script_and_faults_are_warnings(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -629,8 +665,8 @@ def test_a_kernel_that_dies_at_its_start_is_started_once_more() -> None:
 
     died = "Kernel died before replying to kernel_info"
     assert chapters.once_more_if_dead_at_start(start, died, dead=1) == 3
-    for says, dead, calls in ((died, 2, 2), ("Kernel died", 1, 1)):
+    for says, dead, tried in ((died, 2, 2), ("Kernel died", 1, 1)):
         tries.clear()
         with pytest.raises(RuntimeError, match=says):
             chapters.once_more_if_dead_at_start(start, says, dead=dead)
-        assert len(tries) == calls
+        assert len(tries) == tried
