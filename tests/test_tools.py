@@ -586,6 +586,11 @@ html[data-set-by="script"] { top: 0 }
         ]
         assert "searchindex.js" in lighten.lighten_page(page, "search.html", "a.css", "")
 
+    def test_code_keeps_its_words_and_loses_the_spans_around_them(self) -> None:
+        page = '<code><span class="pre">a</span> <span class="n"><span class="pre">b</span></span>'
+        found = lighten.flat_code(page + '<span class="p">:</span><span class="w"> </span>c</code>')
+        assert found == '<code>a <span class="n">b</span><span class="p">:</span> c</code>'
+
     def test_the_theme_looks_at_no_more_than_it_must(self) -> None:
         """Its script is minified: a new version may have to be read again."""
         folder = Path(pydata_sphinx_theme.__file__).parent / "theme/pydata_sphinx_theme/static"
