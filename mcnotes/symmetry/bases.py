@@ -648,7 +648,10 @@ def discover(
 # Heads under rotary positions
 
 
-PAIRINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
+Pairing = Callable[[Tensor, int], Tensor]
+Rows = list[tuple[Place, list[int]]]  # positions of the coordinates of a head, by place
+
+PAIRINGS: dict[str, Pairing] = {
     "halves": lambda j, d: j % (d // 2),
     "neighbours": lambda j, d: j // 2,
     "whole": lambda j, d: j * 0,
@@ -664,30 +667,53 @@ def under_positions(captured: Capture, sym: Symmetry, kind: str) -> dict[str, Fa
     """
     factors: dict[str, Factor] = {}
     for pairing in PAIRINGS.values():
-        search = Discovery(captured, sym)
-        for name, places in under(sym, pairing).items():
-            search.add(name, places)
-        found = search.factors(kind, {n for n in search.names if f"{n}:{kind}" not in factors}, {})
-        factors |= {f"{name}:{kind}": f for name, (f, *_) in found.items()}
+        for heads in (each_head, sharing_heads):
+            search = Discovery(captured, sym)
+            for name, places in under(sym, heads, pairing).items():
+                search.add(name, places)
+            new = {n for n in search.names if f"{n}:{kind}" not in factors}
+            found = search.factors(kind, new, {})
+            factors |= {f"{name}:{kind}": f for name, (f, *_) in found.items()}
     return factors
 
 
 def phases(captured: Capture, sym: Symmetry) -> dict[str, Factor]:
     """Turns of the pairs of coordinates that rotary positions turn: one angle for each pair."""
-    search, whole = Discovery(captured, sym), under(sym, PAIRINGS["halves"])
-    for name, places in whole.items():
-        for pair in range(len(places[0].index)):
-            at = [(p, p.index[pair].reshape(-1, 2).T) for p in places]
-            search.add(f"{name}~{pair}", [Place(p.name, p.axes, i) for p, i in at])
-    found = search.factors("phases", search.names, {})
-    factors = {}
-    for name, places in whole.items():
-        pairs = [found.get(f"{name}~{k}", []) for k in range(len(places[0].index))]
-        acts = [[s.place.name for s in fs[0].sites] if len(fs) == 1 else [] for fs in pairs]
-        if acts[0] and all(a == acts[0] for a in acts):
-            sites = tuple(Site(p, 1) for n in acts[0] for p in places if p.name == n)
-            factors[f"{name}:phases"] = Factor(name, "phases", len(pairs), sites)
+    factors: dict[str, Factor] = {}
+    for pairing in (PAIRINGS["halves"], PAIRINGS["neighbours"]):
+        for heads in (each_head, sharing_heads):
+            search, whole = Discovery(captured, sym), under(sym, heads, pairing)
+            for name, places in whole.items():
+                for k in range(len(places[0].index)):
+                    search.add(f"{name}~{k}", [pair_of(p, k) for p in places])
+            found = search.factors("phases", search.names, {})
+            for name, places in whole.items():
+                angles = [found.get(f"{name}~{k}", []) for k in range(len(places[0].index))]
+                acts = [acting(places, k, fs) for k, fs in enumerate(angles)]
+                if acts[0] and all(a == acts[0] for a in acts):
+                    sites = tuple(Site(places[i], 1) for i in acts[0])
+                    made = Factor(name, "phases", len(angles), sites)
+                    factors.setdefault(f"{name}:phases", made)
     return factors
+
+
+def pair_of(place: Place, k: int) -> Place:
+    """The two coordinates of a pair."""
+    return Place(place.name, place.axes, place.index[k].reshape(-1, 2).T)
+
+
+def acting(places: Sequence[Place], k: int, found: Sequence[Factor]) -> list[int]:
+    """The numbers of the places at which the only group of a pair acts; none if it has not one."""
+    acts = [s.place for s in found[0].sites] if len(found) == 1 else []
+
+    def at(place: Place) -> bool:
+        own = pair_of(place, k)
+        return any(
+            (p.name, p.axes) == (own.name, own.axes) and np.array_equal(p.index, own.index)
+            for p in acts
+        )
+
+    return [i for i, place in enumerate(places) if at(place)]
 
 
 def outermost(sym: Symmetry) -> dict[str, Group]:
@@ -696,36 +722,92 @@ def outermost(sym: Symmetry) -> dict[str, Group]:
     return {n: g for n, g in sym.groups.items() if g.inner and n not in inside}
 
 
-def under(sym: Symmetry, pairing: Callable[[Tensor, int], Tensor]) -> dict[str, list[Place]]:
-    """By name, the places of the coordinates of each outermost block, as `heads` gives them."""
+def under(
+    sym: Symmetry, heads: Callable[[Symmetry, Group], list[Rows]], pairing: Pairing
+) -> dict[str, list[Place]]:
+    """By name, the places of the coordinates of the heads in each outermost group of blocks."""
     found, count = dict[str, list[Place]](), Counter[str]()
     for g in outermost(sym).values():
-        for places in filter(None, heads(sym, g, pairing)):
-            stem = places[0].name.removesuffix(".weight")
-            found[f"{stem}[{count[stem]}]"] = places
-            count[stem] += 1
+        d = coordinates_of_a_head(sym, g)
+        for rows in heads(sym, g):
+            if places := [made for p, row in rows if (made := paired(p, row, d, pairing))]:
+                stem = places[0].name.removesuffix(".weight")
+                found[f"{stem}[{count[stem]}]"] = places
+                count[stem] += 1
     return found
 
 
-def heads(
-    sym: Symmetry, blocks: Group, pairing: Callable[[Tensor, int], Tensor]
-) -> Iterator[list[Place]]:
-    """For each block the places of its coordinates that move in no group of their own."""
-    taken: dict[tuple[str, tuple[int, ...]], set[int]] = {}
+def paired(place: Place, row: Sequence[int], d: int, pairing: Pairing) -> Place | None:
+    """The place of sets of coordinates of heads, each of d, at these positions."""
+    if not row or d % 2 or len(row) % d:
+        return None
+    unit = pairing(torch.arange(len(row)) % d, d)
+    order = torch.argsort(unit, stable=True)
+    at = np.array(row)[order.numpy()].reshape(int(unit.max()) + 1, -1)
+    return Place(place.name, place.axes, at)
+
+
+def taken(sym: Symmetry, blocks: bool) -> dict[tuple[str, tuple[int, ...]], set[int]]:
+    """The positions that move in some group of units, or in one of blocks, too."""
+    found: dict[tuple[str, tuple[int, ...]], set[int]] = {}
     for g in sym.groups.values():
-        for p in () if g.inner else g.places:
-            taken.setdefault((p.name, p.axes), set()).update(p.index.flatten().tolist())
-    left = [
-        (p, [sorted({*row.tolist()} - taken.get((p.name, p.axes), set())) for row in p.index])
+        for p in g.places if blocks or not g.inner else ():
+            found.setdefault((p.name, p.axes), set()).update(p.index.flatten().tolist())
+    return found
+
+
+def within(sym: Symmetry, blocks: Group) -> list[tuple[Place, list[list[int]]]]:
+    """For each place the positions in each block that move in no group of their own."""
+    own = taken(sym, blocks=False)
+    return [
+        (p, [sorted({*row.tolist()} - own.get((p.name, p.axes), set())) for row in p.index])
         for p in blocks.places
     ]
-    d = min((len(rows[0]) for _, rows in left if rows[0]), default=0)
-    for head in range(blocks.size):
-        places = []
-        for p, rows in left:
-            if d and d % 2 == 0 and rows[head] and len(rows[head]) % d == 0:
-                unit = pairing(torch.arange(len(rows[head])) % d, d)
-                order = torch.argsort(unit, stable=True)
-                at = np.array(rows[head])[order.numpy()].reshape(int(unit.max()) + 1, -1)
-                places.append(Place(p.name, p.axes, at))
-        yield places
+
+
+def coordinates_of_a_head(sym: Symmetry, blocks: Group) -> int:
+    """How many coordinates a head has.
+
+    Queries and keys of one tensor are told apart by how many coordinates values have.
+    """
+    left = [(p, rows[0]) for p, rows in within(sym, blocks) if rows[0]]
+    fewest = min((len(row) for _, row in left), default=0)
+    fused = len({p.name.rsplit(".", 1)[0] for p, _ in left}) == 1
+    values = [sym.groups[n].size for n in blocks.inner[0] if not sym.groups[n].inner]
+    return values[0] if fused and values and fewest % values[0] == 0 else fewest
+
+
+def each_head(sym: Symmetry, blocks: Group) -> list[Rows]:
+    """The coordinates in each block.
+
+    Queries that share keys are together, unless a tensor holds keys as well.
+    """
+    d, left = coordinates_of_a_head(sym, blocks), within(sym, blocks)
+    fused = all(len(rows[0]) != d for _, rows in left)
+    return [
+        [
+            (p, rows[k][i : i + step])
+            for p, rows in left
+            if (step := d if fused else len(rows[k]))
+            for i in range(0, len(rows[k]), step)
+        ]
+        for k in range(blocks.size)
+    ]
+
+
+def sharing_heads(sym: Symmetry, blocks: Group) -> list[Rows]:
+    """Query heads that share a head of keys, and move in no block with it: all as one.
+
+    The keys are guessed: as many positions as a head has coordinates, that stay, beside queries.
+    """
+    d, moved = coordinates_of_a_head(sym, blocks), taken(sym, blocks=True)
+    left = [(p, sum(rows, [])) for p, rows in within(sym, blocks) if rows[0] and p.axes == (0,)]
+    if blocks.inner[0] or not left:
+        return []
+    modules = {p.name.rsplit(".", 2)[0] for p, _ in left}
+    for name, shape in sym.shapes.items():
+        if "." in name and name.rsplit(".", 2)[0] in modules and shape:
+            stays = sorted({*range(shape[0])} - moved.get((name, (0,)), set()))
+            if len(stays) == d:
+                left.append((Place(name, (0,), np.array(stays)[:, None]), stays))
+    return [left]

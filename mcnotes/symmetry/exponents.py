@@ -22,13 +22,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mcnotes.calls import Inputs, arranged, doubled
 from mcnotes.symmetry.execute import inference_copy, outputs, unfused_attention
 from mcnotes.symmetry.foreign import first_line
+from mcnotes.symmetry.rotary import SAME, pairs, turns
 from mcnotes.symmetry.units import (
     BITS,
     SLOT,
@@ -108,6 +111,13 @@ class Capture(NamedTuple):
     tied: dict[str, str]  # every name: the first name of the same tensor
 
 
+class Unchecked(TorchDispatchMode):
+    """Leave out what looks at values only to raise an error."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if op_name(func) == "_linalg_check_errors" else func(*args, **(kwargs or {}))
+
+
 def capture(net: nn.Module, inputs: Inputs, train: bool) -> Capture:
     """Record the operators of one run, without those that write in place.
 
@@ -122,11 +132,14 @@ def capture(net: nn.Module, inputs: Inputs, train: bool) -> Capture:
     inputs = doubled(arranged(net, inputs))
 
     def run(given: dict[str, Tensor], x: Any) -> list[Tensor]:
-        return outputs(net, given, x)
+        with Unchecked():
+            return outputs(net, given, x)
 
+    # Not `torch.func.functionalize`, which refuses functions that have a backward of their own.
+    functional = dispatch_functionalize(run, FunctionalTensorMode())
     try:
         with unfused_attention, torch.no_grad():
-            graph = make_fx(torch.func.functionalize(run))(theta, inputs)
+            graph = make_fx(functional)(theta, inputs)
     except RuntimeError as error:
         raise SymmetryError(
             f"find: the network does not run on the example; PyTorch says {first_line(error)}. "
@@ -183,22 +196,18 @@ def follow(
         if seat.name in ones or seat.name not in begun:
             follower.equations[seat.space].append(({k: Fraction(1)}, ""))
     graph = captured.graph
-    turned = [t for node in graph.graph.nodes if law.turns and (t := turning(node))]
-    skipped = {node: x for _, x, inner in turned for node in inner}
-    ends = {end: x for end, x, _ in turned}
+    seats_enter = [node for node, name in starts.items() if name in seated]
+    turned = turns(graph.graph, seats_enter) if law.turns else []
+    ends = {turn.end: turn for turn in turned}
+    inner = {node for turn in turned for node in turn.inner}
     for node in graph.graph.nodes:
         name = starts.get(node)
-        if node in skipped:
-            follower.at = "rotary positions"
-            others = [
-                n for n in node.all_input_nodes if n not in skipped and n is not skipped[node]
-            ]
-            follower.vanish(leg for n in others for leg in env[n].legs)
-            env[node] = plain(node.meta["val"].shape)
+        if node in inner:
+            env[node] = tree_map_only(Tensor, lambda x: plain(x.shape), node.meta["val"])
             continue
         if node in ends:
             follower.at = "rotary positions"
-            env[node] = follower.turn(env[ends[node]])
+            env[node] = follower.turn(env[ends[node].start], ends[node].neighbours)
             continue
         if node.op == "placeholder":
             env[node] = tree_map_only(Tensor, lambda x: plain(x.shape), node.meta["val"])
@@ -221,58 +230,6 @@ def follow(
                 else value._replace(legs=follower.seated(value.shape, seated[name]))
             )
     return Found(follower.equations)
-
-
-def turning(node: Any) -> tuple[Node, Node, set[Node]] | None:
-    """Whether x · cos + half(x) · sin ends here: the node, that of x, and those between.
-
-    half(x) is (−x₂, x₁), the halves of the last axis, and cos and sin are alike in both halves.
-    """
-    products: list[Any] = [x for x in node.args if is_op(x, "mul")]
-    if not is_op(node, "add") or len(products) < 2 or node.kwargs:
-        return None
-    for plain_one, other in (products, products[::-1]):
-        for turned, sines in (other.args, other.args[::-1]):
-            if not is_op(turned, "cat"):
-                continue
-            parts, axis = turned.args[0], len(turned.meta["val"].shape) - 1
-            if len(parts) != 2 or turned.args[-1] not in (-1, axis) or not is_op(parts[0], "neg"):
-                continue
-            high, low = parts[0].args[0], parts[1]
-            if not (is_op(high, "slice") and is_op(low, "slice")) or high.args[0] != low.args[0]:
-                continue
-            x, half = high.args[0], turned.meta["val"].shape[-1] // 2
-            ends = [[*s.args[1:]] for s in (low, high)]
-            whole = x.meta["val"].shape[-1] == 2 * half
-            fits = ends[0] == [axis, 0, half] and ends[1][:2] == [axis, half]
-            inner = {*products, turned, parts[0], high, low}
-            own = all(len(n.users) == 1 for n in inner)
-            cosines = [c for c in plain_one.args if c is not x]
-            known = len(cosines) == 1 and all(alike(c, half) for c in (cosines[0], sines))
-            if whole and fits and own and known and ends[1][2] >= 2 * half:
-                return node, x, inner
-    return None
-
-
-def is_op(x: Any, name: str) -> bool:
-    """Whether x is the node of this operator."""
-    schema = hasattr(x.target, "_schema") if isinstance(x, Node) else False
-    return schema and op_name(x.target) == name
-
-
-def alike(x: Any, half: int) -> bool:
-    """Whether a node is made of `cat([y, y])` along its last axis, entry by entry."""
-    while hasattr(x, "meta") and "val" in x.meta and x.meta["val"].shape[-1:] == (2 * half,):
-        if is_op(x, "cat"):
-            parts, *dims = x.args
-            last = len(x.meta["val"].shape) - 1
-            return len(parts) == 2 and parts[0] is parts[1] and dims in ([-1], [last])
-        alone = sum(isinstance(a, Node) for a in x.args) == 1
-        names = {"cos", "sin", "mul", "unsqueeze"} | SAME
-        if not alone or not any(is_op(x, name) for name in names):
-            return False
-        x = x.args[0]
-    return False
 
 
 def values_in(xs: Iterable[Any]) -> list[Value]:
@@ -305,8 +262,6 @@ MOVES = {
     "roll": torch.ops.aten.roll,
 }
 """Operators that only move data, by name."""
-SAME = {"clone", "_to_copy", "alias", "detach", "lift_fresh", "lift_fresh_copy", "contiguous"}
-"""Operators that change nothing, unless they change the type."""
 SLOPES: dict[str, Fraction | int] = {
     "relu": 1,
     "leaky_relu": 1,
@@ -597,17 +552,18 @@ class Follower:
         ]
         return out if many else out[0]
 
-    def turn(self, x: Value) -> Value:
-        """Rotary positions: coordinates j and j + d/2 are turned by one angle."""
-        half, kept = x.shape[-1] // 2, []
+    def turn(self, x: Value, neighbours: bool) -> Value:
+        """Rotary positions: the two coordinates of a pair are turned by one angle."""
+        kept = []
         for leg in x.legs:
-            last = leg.codes.shape[-1]
-            low, high = leg.codes[..., :half], leg.codes[..., half:]
-            # The two units of each space lie half a head apart.
-            pairs = last == 2 * half and bool((low >= UNIT).all())
-            if pairs and bool((high - low == 1 << BITS).all()) and len(leg.parts) == 1:
-                first = self.starts[self.space_of(low)] == units_of(low)
-                kept += [leg] if bool(first.all()) else []
+            if leg.codes.shape[-1] == x.shape[-1] and len(leg.parts) == 1:
+                low, high = pairs(leg.codes, neighbours)
+                held = (low >= UNIT) | (high >= UNIT)
+                low, high = low[held], high[held]
+                # They are the two units of a space, and the same slots of them.
+                if bool((low >= UNIT).all()) and bool((high - low == 1 << BITS).all()):
+                    first = self.starts[self.space_of(low)] == units_of(low)
+                    kept += [leg] if bool(first.all()) else []
         self.vanish(leg for leg in x.legs if not any(leg is k for k in kept))
         return x._replace(legs=tuple(kept))
 
