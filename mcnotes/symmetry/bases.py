@@ -766,15 +766,16 @@ def within(sym: Symmetry, blocks: Group) -> list[tuple[Place, list[list[int]]]]:
 
 
 def coordinates_of_a_head(sym: Symmetry, blocks: Group) -> int:
-    """How many coordinates a head has.
+    """How many coordinates a head has: as many as values have, if that can be.
 
-    Queries and keys of one tensor are told apart by how many coordinates values have.
+    So queries and keys of one tensor are told apart. If not, as many as keys have, the fewest.
     """
-    left = [(p, rows[0]) for p, rows in within(sym, blocks) if rows[0]]
-    fewest = min((len(row) for _, row in left), default=0)
+    left = [(p, len(rows[0])) for p, rows in within(sym, blocks) if rows[0]]
+    sizes = {n for _, n in left}
     fused = len({p.name.rsplit(".", 1)[0] for p, _ in left}) == 1
     values = [sym.groups[n].size for n in blocks.inner[0] if not sym.groups[n].inner]
-    return values[0] if fused and values and fewest % values[0] == 0 else fewest
+    fitting = values and (values[0] in sizes or (fused and min(sizes) % values[0] == 0))
+    return values[0] if fitting else min(sizes, default=0)
 
 
 def each_head(sym: Symmetry, blocks: Group) -> list[Rows]:
@@ -783,16 +784,14 @@ def each_head(sym: Symmetry, blocks: Group) -> list[Rows]:
     Queries that share keys are together, unless a tensor holds keys as well.
     """
     d, left = coordinates_of_a_head(sym, blocks), within(sym, blocks)
-    fused = all(len(rows[0]) != d for _, rows in left)
-    return [
-        [
-            (p, rows[k][i : i + step])
+    left = [(p, rows) for p, rows in left if rows[0]]
+    if left and all(len(rows[0]) > d for _, rows in left):  # keys come last
+        left = [
+            (p, [row[at] for row in rows])
             for p, rows in left
-            if (step := d if fused else len(rows[k]))
-            for i in range(0, len(rows[k]), step)
+            for at in (slice(-d), slice(-d, None))
         ]
-        for k in range(blocks.size)
-    ]
+    return [[(p, rows[k]) for p, rows in left] for k in range(blocks.size)]
 
 
 def sharing_heads(sym: Symmetry, blocks: Group) -> list[Rows]:

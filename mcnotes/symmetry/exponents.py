@@ -88,11 +88,15 @@ class Leg(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A tensor: its legs, and the axes along which its entries may differ."""
+    """A tensor: its legs, and the axes along which its entries may differ.
+
+    known: its entries, if the graph holds them.
+    """
 
     shape: tuple[int, ...]
     legs: tuple[Leg, ...] = ()
     live: frozenset[int] = frozenset()
+    known: Tensor | None = None
 
 
 def plain(shape: Sequence[int]) -> Value:
@@ -212,7 +216,8 @@ def follow(
         if node.op == "placeholder":
             env[node] = tree_map_only(Tensor, lambda x: plain(x.shape), node.meta["val"])
         elif node.op == "get_attr":
-            env[node] = plain(getattr(graph, node.target).shape)
+            held = getattr(graph, node.target)
+            env[node] = plain(held.shape)._replace(known=held)
         elif node.op == "output":
             follower.at = "the output"
             results = [env[x] for x in tree_leaves(node.args) if isinstance(x, Node)]
@@ -687,6 +692,8 @@ class Follower:
                     self.vanish(x.legs)
             else:
                 out = found
+        elif name in SAME and values and "dtype" not in kwargs:
+            out = out._replace(known=values[0].known)
         elif name == "expand":
             x = values[0]
             out = out._replace(live=frozenset(k + len(out.shape) - len(x.shape) for k in x.live))
@@ -713,6 +720,8 @@ class Follower:
             elif name == "expand":
                 rest = [out.shape]
             return self.move(x, lambda t: MOVES[name](t, *rest))
+        if name == "index":
+            return self.chosen(x, given["indices"])
         if name in SAME:
             dtype = given.get("dtype")
             return None if dtype is not None and not dtype.is_floating_point else x
@@ -772,6 +781,18 @@ class Follower:
                 tensors = [self.move(t, lambda u: u.unsqueeze(given["dim"])) for t in tensors]
             return self.cat(tensors, given["dim"])
         return self.contraction(name, given) or self.layer(name, given, out)
+
+    def chosen(self, x: Value, indices: Sequence[Value | None]) -> Value | None:
+        """Entries along one axis, in their order, by indices that the graph holds."""
+        at = [k for k, i in enumerate(indices) if i is not None]
+        index = indices[at[0]].known if len(at) == 1 else None  # type: ignore[union-attr]
+        if index is None or index.dtype != torch.int64 or index.dim() != 1:
+            return None
+        index = index % x.shape[at[0]]
+        if bool((index.diff() < 0).any()):
+            return None  # copies of units might come in another order for some
+        out: Value = self.move(x, lambda t: t.index_select(at[0], index.to(t.device)))
+        return out
 
     def slope(
         self, scale: Fraction | int | None, parity: int | None = None

@@ -60,7 +60,9 @@ def turns(graph: Graph, seated: Iterable[Node]) -> list[Turn]:
     for node in order:
         if varying.intersection(node.all_input_nodes):
             varying.add(node)
-    ends = [n for n in order if n in varying and name_of(n) in ("add", "cat", "view", "_unsafe_view")]
+    ends = [
+        n for n in order if n in varying and name_of(n) in ("add", "cat", "view", "_unsafe_view")
+    ]
     return [turn for end in ends if (turn := turn_at(end, order, varying))]
 
 
