@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, overload
@@ -30,7 +30,6 @@ from mcnotes.calls import Inputs
 from mcnotes.symmetry.activations import Theta
 from mcnotes.symmetry.exponents import (
     LAWS,
-    SAME,
     Capture,
     Found,
     Seat,
@@ -41,6 +40,7 @@ from mcnotes.symmetry.exponents import (
 from mcnotes.symmetry.find import ARGUMENTS, Symmetry, Trial
 from mcnotes.symmetry.find import find as find_permutations
 from mcnotes.symmetry.groups import Group, Place
+from mcnotes.symmetry.rotary import SAME
 from mcnotes.symmetry.units import op_name
 
 if TYPE_CHECKING:
@@ -649,7 +649,7 @@ def discover(
 
 
 Pairing = Callable[[Tensor, int], Tensor]
-Rows = list[tuple[Place, list[int]]]  # positions of the coordinates of a head, by place
+Heads = Callable[[Symmetry, Group, Pairing], list[list[Place]]]
 
 PAIRINGS: dict[str, Pairing] = {
     "halves": lambda j, d: j % (d // 2),
@@ -667,9 +667,9 @@ def under_positions(captured: Capture, sym: Symmetry, kind: str) -> dict[str, Fa
     """
     factors: dict[str, Factor] = {}
     for pairing in PAIRINGS.values():
-        for heads in (each_head, sharing_heads):
+        for of_blocks in (heads, sharing_heads):
             search = Discovery(captured, sym)
-            for name, places in under(sym, heads, pairing).items():
+            for name, places in under(sym, of_blocks, pairing).items():
                 search.add(name, places)
             new = {n for n in search.names if f"{n}:{kind}" not in factors}
             found = search.factors(kind, new, {})
@@ -681,8 +681,8 @@ def phases(captured: Capture, sym: Symmetry) -> dict[str, Factor]:
     """Turns of the pairs of coordinates that rotary positions turn: one angle for each pair."""
     factors: dict[str, Factor] = {}
     for pairing in (PAIRINGS["halves"], PAIRINGS["neighbours"]):
-        for heads in (each_head, sharing_heads):
-            search, whole = Discovery(captured, sym), under(sym, heads, pairing)
+        for of_blocks in (heads, sharing_heads):
+            search, whole = Discovery(captured, sym), under(sym, of_blocks, pairing)
             for name, places in whole.items():
                 for k in range(len(places[0].index)):
                     search.add(f"{name}~{k}", [pair_of(p, k) for p in places])
@@ -722,29 +722,15 @@ def outermost(sym: Symmetry) -> dict[str, Group]:
     return {n: g for n, g in sym.groups.items() if g.inner and n not in inside}
 
 
-def under(
-    sym: Symmetry, heads: Callable[[Symmetry, Group], list[Rows]], pairing: Pairing
-) -> dict[str, list[Place]]:
+def under(sym: Symmetry, heads: Heads, pairing: Pairing) -> dict[str, list[Place]]:
     """By name, the places of the coordinates of the heads in each outermost group of blocks."""
     found, count = dict[str, list[Place]](), Counter[str]()
     for g in outermost(sym).values():
-        d = coordinates_of_a_head(sym, g)
-        for rows in heads(sym, g):
-            if places := [made for p, row in rows if (made := paired(p, row, d, pairing))]:
-                stem = places[0].name.removesuffix(".weight")
-                found[f"{stem}[{count[stem]}]"] = places
-                count[stem] += 1
+        for places in filter(None, heads(sym, g, pairing)):
+            stem = places[0].name.removesuffix(".weight")
+            found[f"{stem}[{count[stem]}]"] = places
+            count[stem] += 1
     return found
-
-
-def paired(place: Place, row: Sequence[int], d: int, pairing: Pairing) -> Place | None:
-    """The place of sets of coordinates of heads, each of d, at these positions."""
-    if not row or d % 2 or len(row) % d:
-        return None
-    unit = pairing(torch.arange(len(row)) % d, d)
-    order = torch.argsort(unit, stable=True)
-    at = np.array(row)[order.numpy()].reshape(int(unit.max()) + 1, -1)
-    return Place(place.name, place.axes, at)
 
 
 def taken(sym: Symmetry, blocks: bool) -> dict[tuple[str, tuple[int, ...]], set[int]]:
@@ -778,29 +764,30 @@ def coordinates_of_a_head(sym: Symmetry, blocks: Group) -> int:
     return values[0] if fitting else min(sizes, default=0)
 
 
-def each_head(sym: Symmetry, blocks: Group) -> list[Rows]:
-    """The coordinates in each block.
+def heads(sym: Symmetry, blocks: Group, pairing: Pairing) -> list[list[Place]]:
+    """For each block the places of its coordinates that move in no group of their own.
 
     Queries that share keys are together, unless a tensor holds keys as well.
     """
     d, left = coordinates_of_a_head(sym, blocks), within(sym, blocks)
     left = [(p, rows) for p, rows in left if rows[0]]
     if left and all(len(rows[0]) > d for _, rows in left):  # keys come last
-        left = [
-            (p, [row[at] for row in rows])
-            for p, rows in left
-            for at in (slice(-d), slice(-d, None))
-        ]
-    return [[(p, rows[k]) for p, rows in left] for k in range(blocks.size)]
+        parts = slice(-d), slice(-d, None)
+        left = [(p, [row[at] for row in rows]) for p, rows in left for at in parts]
+    return [paired([(p, rows[k]) for p, rows in left], d, pairing) for k in range(blocks.size)]
 
 
-def sharing_heads(sym: Symmetry, blocks: Group) -> list[Rows]:
-    """Query heads that share a head of keys, and move in no block with it: all as one.
+def sharing_heads(sym: Symmetry, blocks: Group, pairing: Pairing) -> list[list[Place]]:
+    """As `heads`, of query heads that share keys and move in no block with them: all as one.
 
     The keys are guessed: as many positions as a head has coordinates, that stay, beside queries.
     """
     d, moved = coordinates_of_a_head(sym, blocks), taken(sym, blocks=True)
-    left = [(p, sum(rows, [])) for p, rows in within(sym, blocks) if rows[0] and p.axes == (0,)]
+    left = [
+        (p, [i for row in rows for i in row])
+        for p, rows in within(sym, blocks)
+        if rows[0] and p.axes == (0,)
+    ]
     if blocks.inner[0] or not left:
         return []
     modules = {p.name.rsplit(".", 2)[0] for p, _ in left}
@@ -809,4 +796,16 @@ def sharing_heads(sym: Symmetry, blocks: Group) -> list[Rows]:
             stays = sorted({*range(shape[0])} - moved.get((name, (0,)), set()))
             if len(stays) == d:
                 left.append((Place(name, (0,), np.array(stays)[:, None]), stays))
-    return [left]
+    return [paired(left, d, pairing)]
+
+
+def paired(rows: Iterable[tuple[Place, list[int]]], d: int, pairing: Pairing) -> list[Place]:
+    """The places of sets of coordinates of heads, each of d, that stand at these positions."""
+    made = []
+    for place, row in rows:
+        if row and d % 2 == 0 and len(row) % d == 0:
+            unit = pairing(torch.arange(len(row)) % d, d)
+            order = torch.argsort(unit, stable=True)
+            at = np.array(row)[order.numpy()].reshape(int(unit.max()) + 1, -1)
+            made.append(Place(place.name, place.axes, at))
+    return made

@@ -118,6 +118,9 @@ class Capture(NamedTuple):
 class Unchecked(TorchDispatchMode):
     """Leave out what looks at values only to raise an error."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return None if op_name(func) == "_linalg_check_errors" else func(*args, **(kwargs or {}))
 

@@ -138,18 +138,18 @@ def replay(end: Node, known: dict[Node, Any], varying: Collection[Node]) -> Tens
         return known[node]
 
     def made(node: Node) -> Any:
-        name = name_of(node)
+        name, run = name_of(node), node.target
+        args, kwargs = node.args, node.kwargs
         if name in SAME:
-            return value(node.args[0])
-        if node.target is operator.getitem:
-            return value(node.args[0])[node.args[1]]
-        if name in POLYNOMIAL or (name in ("cos", "sin") and node not in varying):
-            args, kwargs = tree_map_only(Node, value, (node.args, node.kwargs))
-            if name in ("view", "_unsafe_view"):
-                return args[0].reshape(shape(node))
-            return node.target(*args, **kwargs)
+            args, run = args[:1], lambda x: x
+        elif name in ("view", "_unsafe_view"):
+            args, run = args[:1], lambda x: x.reshape(shape(node))
+        known = run is operator.getitem or name in POLYNOMIAL
+        if known or (name in ("cos", "sin") and node not in varying):
+            args, kwargs = tree_map_only(Node, value, (args, {} if name in SAME else kwargs))
+            return run(*args, **kwargs)  # type: ignore[operator]
         like = node.meta["val"] if "val" in node.meta else constant(node)
         kind = torch.complex128 if like.is_complex() else torch.float64
         return torch.randn(like.shape, generator=generator, dtype=kind)
 
-    return value(end)
+    return value(end)  # type: ignore[no-any-return]
