@@ -8,6 +8,9 @@ example, and on another input of another length. In training mode (without dropo
 units differently) and in float16 groups must be the same, or the reason is kept. A network of which
 no group is found, or whose output is constant, fails.
 
+Larger groups (`symmetry.find` with `kinds`) follow: scales, signs, rotations and changes of basis,
+beside those written by hand, of which `why` tells what is missing; verified as the permutations.
+
 Random programs (see `tools.programs`) are tried for --minutes, and counted. With --resume the rows
 of --out stay, and its runs of programs; only what is missing is computed, so that an hour of
 programs can be added later.
@@ -128,6 +131,12 @@ def times(n: int, of: Groups) -> Groups:
     return Counter({size: n * count for size, count in of.items()})
 
 
+def kinds(**sizes: int | list[int]) -> Groups:
+    """Larger groups, of one size or several of each kind."""
+    listed = {k.replace("_", " "): [n] if isinstance(n, int) else n for k, n in sizes.items()}
+    return Counter(f"{kind} {size}" for kind, of in listed.items() for size in of)
+
+
 STREAM_AND_MLP = groups(STREAM, INNER)
 ATTENTION = groups(*[DIM] * 2 * HEADS, blocks={HEADS: 1})  # queries with keys; values
 ROTARY = groups(*[DIM] * HEADS, blocks={HEADS: 1})  # values alone
@@ -138,6 +147,22 @@ BERT = STREAM_AND_MLP + ATTENTION
 STAGES = groups(8, 16, 16, 32, *[DIM] * 12, blocks={2: 1, 4: 1})  # 2 and 4 heads
 DINO = groups(STREAM, 2 * STREAM) + ATTENTION
 
+# Larger groups. A gain may go over into what reads it, unless rotations have it folded; by hand,
+# where a LayerNorm or an RMSNorm stands before matrices that nothing else reads.
+GAIN = kinds(scales=STREAM, signs=STREAM)
+GATED = kinds(scales=INNER, signs=INNER)  # one factor of a gated MLP
+RELU = kinds(scales=INNER)
+SPUN, ABOUT_1 = kinds(rotations=STREAM), kinds(rotations_about_1=STREAM)
+FLIPS = kinds(signs=STREAM)
+BASES = kinds(bases=[DIM] * 2 * HEADS)  # queries with keys; values
+VALUES = kinds(bases=[DIM] * SHARED)
+TURNS = kinds(scales=DIM // 2, phases=DIM // 2)  # of queries and keys, one for each frequency
+TURNED = VALUES + times(SHARED, TURNS)
+ALL_TURNED = kinds(bases=[DIM] * HEADS) + times(HEADS, TURNS)
+# Norms of queries and keys with gains: a frequency's two units and their gains share a sign.
+NORMED = VALUES + kinds(signs=[DIM // 2] * SHARED)
+GAINS_OF_HEADS = kinds(signs=[DIM, DIM], scales=DIM // 2)
+SPUN_LLAMA = SPUN + GATED + TURNED
 
 LIKE_LLAMA = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3", "Cohere", "Olmo"]
 LIKE_LLAMA += ["Olmo2", "Starcoder2", "Granite", "SmolLM3", "Ernie4_5", "Exaone4", "Mixtral"]
@@ -150,6 +175,13 @@ class Family(NamedTuple):
     by_hand: Groups
     options: Mapping[str, Any] = {}
     inputs: str = "tokens"
+
+
+class Larger(NamedTuple):
+    """The larger groups that would be written by hand, and why some of them are not found."""
+
+    by_hand: Groups
+    why: str = ""
 
 
 def tokens(n: int, length: int) -> Tensor:
@@ -276,6 +308,54 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+UNSEATED = "gains of the norms of heads stand in no space"
+ROUTED = "tokens are sorted by their experts"
+LARGER: dict[str, Larger] = {
+    **dict.fromkeys(["Llama", "Mistral", "Qwen2", "Phi3", "Granite"], Larger(SPUN_LLAMA)),
+    "Qwen3": Larger(SPUN + GATED + NORMED + GAINS_OF_HEADS, UNSEATED),
+    # Embeddings that are tied to the logits stand behind the last gain: the stream keeps signs.
+    **dict.fromkeys(
+        ["Gemma", "SmolLM3", "Ernie4_5"], Larger(FLIPS + times(2, GAIN) + GATED + TURNED)
+    ),
+    # Gains that write to the stream share its signs, and those of what they norm.
+    "Gemma2": Larger(times(3, FLIPS) + times(2, GAIN) + GATED + TURNED),
+    "Glm4": Larger(times(3, FLIPS) + times(3, GAIN) + GATED + TURNED),
+    **dict.fromkeys(["Cohere", "Cohere2"], Larger(GAIN + GATED + TURNED)),
+    "Olmo": Larger(ABOUT_1 + GATED + TURNED),
+    "Olmo2": Larger(
+        times(3, FLIPS)
+        + GAIN
+        + GATED
+        + VALUES
+        + kinds(scales=[DIM // 2] * SHARED, signs=[DIM // 2] * SHARED + [STREAM, SHARED * DIM]),
+        "of the signs of heads and their gains one solution is taken",
+    ),
+    "Exaone4": Larger(times(3, FLIPS) + GAIN + GATED + NORMED + GAINS_OF_HEADS, UNSEATED),
+    "Starcoder2": Larger(times(2, GAIN) + TURNED),
+    **dict.fromkeys(["Mixtral", "GptOss"], Larger(SPUN_LLAMA, ROUTED)),
+    "Qwen3Moe": Larger(SPUN + GATED + NORMED + GAINS_OF_HEADS, f"{ROUTED}; {UNSEATED}"),
+    "Phi": Larger(ABOUT_1 + TURNED),
+    "StableLm": Larger(ABOUT_1 + GATED + TURNED),
+    **dict.fromkeys(["GPTNeoX", "GPTJ"], Larger(ABOUT_1 + ALL_TURNED)),
+    "Falcon": Larger(GAIN + kinds(bases=DIM) + TURNS),  # one head of keys and values
+    **dict.fromkeys(["GPT2", "GPTNeo", "Bloom", "Mpt"], Larger(times(2, GAIN) + BASES)),
+    "OPT": Larger(times(2, GAIN) + RELU + BASES),
+    # The norm after a sum is what is added to next; that of the head is free.
+    **dict.fromkeys(
+        ["Bert", "Roberta", "DistilBert", "Deberta", "MPNet", "BigBird"], Larger(GAIN + BASES)
+    ),
+    **dict.fromkeys(["Electra", "Albert"], Larger(GAIN + kinds(scales=12, signs=12) + BASES)),
+    "ModernBert": Larger(times(2, GAIN) + GATED + ALL_TURNED),
+    "FNet": Larger(GAIN),
+    "T5": Larger(FLIPS + times(6, GAIN) + times(2, RELU) + times(3, BASES)),
+    "Bart": Larger(times(3, BASES)),
+    "Marian": Larger(times(3, BASES)),
+    "Whisper": Larger(times(6, GAIN) + times(3, BASES)),
+    **dict.fromkeys(["ViT", "DeiT", "Beit", "Dinov2"], Larger(ABOUT_1 + BASES)),
+    "CLIP": Larger(ABOUT_1 + times(3, GAIN) + kinds(rotations=10) + times(2, BASES)),
+}
+
+
 class Logits(nn.Module):
     """A network, of whose outputs the logits count."""
 
@@ -328,6 +408,42 @@ def examine(name: str, code: str) -> dict[str, Any]:
     return row
 
 
+def examine_larger(name: str, code: str) -> dict[str, Any]:
+    """The larger groups of one row; `error` is None, and `failure` says why, without proof."""
+    row: dict[str, Any] = {"commit": code}
+    hand, why = LARGER.get(name, Larger(Counter()))
+    try:
+        net, inputs = build(name), INPUTS[FAMILIES[name].inputs]
+        example, other = inputs(2, 6), inputs(3, 9)
+        start = time.process_time()
+        bases = symmetry.find(net, example, kinds=symmetry.KINDS)
+        row["seconds"] = round(time.process_time() - start, 2)
+        factors = bases.factors.values()
+        found = Counter(f"{f.kind} {f.size}" for f in factors)
+        dimensions = Counter[str]()
+        for f in factors:
+            dimensions[f.kind] += f.dimension
+        row["found"], row["by hand"] = dict(found), dict(hand)
+        row["missing"], row["more"] = dict(hand - found), dict(found - hand)
+        row["why"] = why if hand - found else ""
+        row["dimensions"], row["folded"] = dict(dimensions), len(bases.folded)
+        row["refused"] = refusals(bases)
+        row["error"] = bases.verify(net, example, others=[other])
+    except Exception as error:  # the others go on
+        row |= {"error": None, "failure": f"{type(error).__name__}: {error}"}
+    return row
+
+
+def refusals(bases: symmetry.Bases) -> dict[str, str]:
+    """For each size of a space and each kind the operators that forbid it, without repetition."""
+    found: dict[str, str] = {}
+    for space, by_kind in bases.refused.items():
+        size = bases.permutations.groups[space].size
+        for kind, why in by_kind.items():
+            found.setdefault(f"{kind} {size}", why)
+    return found
+
+
 def compared(found: Groups, net: nn.Module, example: Any, train: bool = False) -> str:
     """Whether the same groups are found in another mode, or why none are."""
     try:
@@ -351,6 +467,15 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def larger_line(row: dict[str, Any]) -> str:
+    """The larger groups of a row as they are printed."""
+    own = row["larger"]
+    if own["error"] is None:
+        return f"{row['family']:12} {own['failure']}"
+    parts = (f"{k}: {text(own[k])}" for k in ("found", "missing", "more") if own[k])
+    return f"{row['family']:12} {own['error']:8.1e} {own['seconds']:6.2f}  {'; '.join(parts)}"
+
+
 def summary(rows: list[dict[str, Any]]) -> dict[str, object]:
     """The last line."""
     good = [r for r in rows if r["error"] is not None]
@@ -358,6 +483,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, object]:
         "families": len(rows),
         "verified": len(good),
         "complete": sum(not r["missing"] for r in good),
+        "larger_verified": sum(r["larger"]["error"] is not None for r in rows),
+        "larger_complete": sum(not r["larger"].get("missing", 1) for r in rows),
         "worst_error": max((r["error"] for r in good), default=math.nan),
     }
 
@@ -382,6 +509,10 @@ def main() -> int:
     for name in (name for name in args.families or FAMILIES if name not in done):
         rows.append(examine(name, code))
         print(line(rows[-1]), flush=True)
+    for row in rows:
+        if "larger" not in row and row["family"] in FAMILIES:
+            row["larger"] = examine_larger(row["family"], code)
+            print(larger_line(row), flush=True)
     tried = programs.try_programs(60 * args.minutes)  # which raises an error if one fails
     print(json.dumps(summary(rows) | {"programs": tried}))
     if args.out:
@@ -390,7 +521,7 @@ def main() -> int:
             runs.append({"programs": tried, "minutes": args.minutes, "commit": code})
         record = {**about, "summary": summary(rows), "random programs": runs, "rows": rows}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
-    return int(any(row["error"] is None for row in rows))
+    return int(any(None in (row["error"], row["larger"]["error"]) for row in rows))
 
 
 if __name__ == "__main__":

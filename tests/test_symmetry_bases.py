@@ -492,8 +492,8 @@ ROTARY = {
     "halves that differ": Case(
         lambda s, x: scores(s, x, angles(x, 1.0, 2.0)), UNTURNED, 2, 5, 4, **QK
     ),
-    "halves that are not known to be equal": Case(
-        lambda s, x: scores(s, x, angles(x, 1.0, 1.0)), UNTURNED, 2, 5, 4, **QK
+    "halves that are equal by their numbers": Case(
+        lambda s, x: scores(s, x, angles(x, 1.0, 1.0)), TURNED, 2, 5, 4, **QK
     ),
     "a gain for each coordinate": Case(
         lambda s, x: scores(s, x, doubled(x)) + scores(s, x * s.g, doubled(x)),

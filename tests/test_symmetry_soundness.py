@@ -531,3 +531,50 @@ def test_attention_is_as_before_even_after_an_error() -> None:
         assert settings() == before
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
+
+
+# What depends on the sizes of the example
+
+
+def by_sizes(run: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return Graph(run, a=nn.Linear(6, 8), o=nn.Linear(8, 3))
+
+
+def mask(x: Tensor) -> Tensor:
+    """All true for four positions or more."""
+    return torch.arange(8) < 2 * x.shape[1]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda s, x: s.o(tanh(s.a(x) * mask(x))),
+        lambda s, x: s.o(tanh(torch.where(mask(x), s.a(x), 0.0))),
+        lambda s, x: s.o(tanh(s.a(x).masked_fill(~mask(x), 0.0))),
+        lambda s, x: s.o(tanh(s.a(x) + torch.full((1, 8), 2.0 * x.shape[1]).tril(9))),
+        lambda s, x: s.o(tanh(s.a(x) * torch.ones(x.shape[1], 8).tril(7 - 4 + 3 + 4))),
+    ],
+)
+def test_constants_that_look_uniform_at_one_length_pin(run: Any) -> None:
+    net, x = by_sizes(run), torch.rand(2, 4, 6)
+    assert not symmetry.find(net, x).groups
+    assert not symmetry.find(net, x, kinds=symmetry.KINDS).factors
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda s, x: s.o(tanh(s.a(x))) + s.a(x)[..., 8 - min(8, max(0, x.shape[1] - 4)) :].sum(),
+        lambda s, x: s.o(tanh(s.a(x)) if x.shape[1] < 5 else tanh(s.a(x)).flip(-1).cumsum(-1)),
+    ],
+)
+def test_verify_tries_lengths_by_itself(run: Any) -> None:
+    """A number of Python that comes from a shape is no tensor, and `find` does not see it."""
+    net, x = by_sizes(run), torch.rand(2, 4, 6)
+    sym = symmetry.find(net, x)
+    assert sym.groups["a"].size == 8
+    with pytest.raises(symmetry.SymmetryError, match=r"on inputs of shapes \(2, 8, 6\)"):
+        sym.verify(net, x)
+    with pytest.raises(symmetry.SymmetryError, match=r"on inputs of shapes \(2, 8, 6\)"):
+        symmetry.find(net, x, kinds=symmetry.KINDS).verify(net, x)

@@ -723,7 +723,7 @@ class Follower:
             elif name == "expand":
                 rest = [out.shape]
             return self.move(x, lambda t: MOVES[name](t, *rest))
-        if name == "index":
+        if name == "index" and all(i is None or isinstance(i, Value) for i in given["indices"]):
             return self.chosen(x, given["indices"])
         if name in SAME:
             dtype = given.get("dtype")
@@ -786,8 +786,12 @@ class Follower:
         return self.contraction(name, given) or self.layer(name, given, out)
 
     def chosen(self, x: Value, indices: Sequence[Value | None]) -> Value | None:
-        """Entries along one axis, in their order, by indices that the graph holds."""
+        """Look-ups along axes without units; or along one, by indices in order that are known."""
         at = [k for k, i in enumerate(indices) if i is not None]
+        if not any(axes(leg.codes).intersection(at) for leg in x.legs):
+            anywhere = [i and torch.zeros(i.shape, dtype=torch.long) for i in indices]
+            found: Value = self.move(x, lambda t: looked_up(t, anywhere))
+            return found
         index = indices[at[0]].known if len(at) == 1 else None  # type: ignore[union-attr]
         if index is None or index.dtype != torch.int64 or index.dim() != 1:
             return None
@@ -866,6 +870,11 @@ class Follower:
         if name in MAX_POOLS:
             return [self.in_space(x, MAX_POOLS[name], out[0].shape, linear=False), out[1]]
         return None
+
+
+def looked_up(t: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    """The entries of t at indices along some axes, whole along the others."""
+    return t[tuple(slice(None) if i is None else i.to(t.device) for i in indices)]
 
 
 def clusters(legs: Sequence[tuple[int, Leg]]) -> list[list[tuple[int, Leg]]]:
