@@ -273,11 +273,11 @@ NORMED: dict[str, Run] = {"q": lambda s, x: s.n(x), "k": lambda s, x: s.n(x)}
 SLOPES: dict[str, Run] = {"scores": lambda s, x: x + s.m[:, None, None] * apart(x)}
 ALL, STAY = [2, 3, 3], list[int]()
 FOUR, TWO = [4] * 4, [4] * 2
-FREE, FLIPPED = {"bases"}, {"bases", "scales", "signs"}
+FREE, SPUN = {"bases"}, {"bases", "scales", "phases"}
 
 Expected = tuple[list[int], list[int], set[str]]
 CASES: dict[str, tuple[dict[str, Run], dict[str, Callable[[], Any]], Expected]] = {
-    "positions": (TURNED, {}, (TWO, ALL, FLIPPED)),
+    "positions": (TURNED, {}, (TWO, ALL, SPUN)),
     "positions of each head": ({"q": own_frequencies, "k": TURNED["k"]}, {}, (TWO, STAY, FREE)),
     "a norm of each head": (
         NORMED,
@@ -287,7 +287,7 @@ CASES: dict[str, tuple[dict[str, Run], dict[str, Callable[[], Any]], Expected]] 
     "a gain of each head": (
         {"q": lambda s, x: F.rms_norm(x, (DIM,)) * s.g},
         {"g": lambda: nn.Parameter(torch.rand(HEADS, 1, DIM))},
-        (TWO, [2], FREE),
+        (TWO, [2], {"bases", "signs"}),
     ),
     "a bias on one head": (
         {"q": on_one},
@@ -330,7 +330,7 @@ CASES: dict[str, tuple[dict[str, Run], dict[str, Callable[[], Any]], Expected]] 
     "temperatures": (
         {"scores": lambda s, x: x * s.t.exp()} | TURNED,
         {"t": lambda: nn.Parameter(torch.rand(HEADS, 1, 1))},
-        (TWO, ALL, FREE),
+        (TWO, ALL, SPUN),
     ),
     "a negative copy": (
         {

@@ -447,7 +447,8 @@ def find(
     shapes count. train: find those of training mode, in which auxiliary heads exist. The network is
     not changed. Raises SymmetryError where it cannot be followed: control flow on data. What is not
     understood is pinned, never guessed: see `Symmetry.pinned`, `Symmetry.explain`;
-    `Symmetry.verify` proves.
+    `Symmetry.verify` proves. Numbers of Python that the network computes from the example's shape,
+    such as indices, are taken as they are: `verify` tries other lengths and batch sizes, too.
 
     kinds: some of `KINDS`, to look for larger groups as well; the result is then `Bases`. Of each
     space the largest group counts: "bases", any invertible matrix, then "rotations", orthogonal
