@@ -17,6 +17,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -292,8 +293,8 @@ def align_arguments(made: Parser) -> None:
     made.add_argument(
         "--out",
         type=Path,
-        help="the aligned network (default: aligned.safetensors), or a folder for both networks "
-        "and the report (default: aligned)",
+        help="the aligned network (default: aligned.safetensors), or a new folder for both "
+        "networks and the report (default: aligned)",
     )
 
 
@@ -643,6 +644,10 @@ def align_files(args: argparse.Namespace) -> None:
         raise Refused("got --loss, which --learn alone uses for files. Fix: add --learn")
     if out.is_dir():
         raise Refused(f"got --out {out}, expected the name of a file, not of a folder")
+    beside = out.with_stem(f"{out.stem}_reference")
+    given = {x.resolve() for x in (args.checkpoint_a, args.checkpoint_b)}
+    if given & {out.resolve(), beside.resolve()}:
+        raise Refused(f"got --out {out}, by which A or B would be overwritten. Fix: another --out")
     made_folder(out.parent)
     net = build(args.model, args.arguments)
     found = checkpoints.load_pair(args.checkpoint_a, args.checkpoint_b, net, args.prefix)
@@ -653,7 +658,6 @@ def align_files(args: argparse.Namespace) -> None:
     about = {"a": found[0].sha256, "b": found[1].sha256, "factory": args.model}
     files = {out: ("B aligned to A, the same function", aligned.model)}
     if isinstance(aligned.symmetry, symmetry.Bases):
-        beside = out.with_stem(f"{out.stem}_reference")
         files[beside] = ("A in the gauge of the aligned B, the same function", aligned.reference)
     try:
         for path, (what, model) in files.items():
@@ -667,15 +671,15 @@ def align_files(args: argparse.Namespace) -> None:
 def align_folders(args: argparse.Namespace) -> None:
     """`align` for two folders of models of transformers: writes both, and a report."""
     import mcnotes
-    from mcnotes import cache, checkpoints, data, prepare
+    from mcnotes import checkpoints, data, prepare
 
     sources = {"a": args.checkpoint_a, "b": args.checkpoint_b}
     if args.model or args.arguments or args.prefix:
         raise Refused("--model, --arguments and --prefix are for files, a folder says what it is")
     out = args.out or Path("aligned")
-    places = {name: out / name for name in sources}
-    if {x.resolve() for x in places.values()} & {x.resolve() for x in sources.values()}:
-        raise Refused(f"got --out {out}, in which A or B would be overwritten")
+    if out.is_dir() and any(out.iterdir()):
+        cause = f"got --out {out}, which holds files, and they would be overwritten"
+        raise Refused(f"{cause}. Fix: another --out, or remove it")
     given = [checkpoints.from_folder(path) for path in sources.values()]
     one, two = (net.state_dict() for net in given)
     if all(n in two and x.dtype == two[n].dtype and x.equal(two[n]) for n, x in one.items()):
@@ -687,20 +691,27 @@ def align_folders(args: argparse.Namespace) -> None:
 
     def line(one: nn.Module, two: nn.Module) -> Profile:
         made = mcnotes.connect(one, two, few, kind="line", device=args.device)
-        return mcnotes.profile(made, seen, loss=loss_of(args), points=ON_THE_LINE)
+        try:
+            return mcnotes.profile(made, seen, loss=loss_of(args), points=ON_THE_LINE)
+        except ValueError as error:  # such as of buffers that may not be mixed
+            raise Refused(str(error)) from error
 
     before = line(model_a, model_b)
     aligned = aligned_by(args, model_a, model_b, few)
     after = line(aligned.reference, aligned.model)
     print(f"barrier on the line: {before.barrier:.3g} as given, {after.barrier:.3g} aligned")
-    written = {"a": aligned.reference, "b": aligned.model}
+    report, written = "report.html", {"a": aligned.reference, "b": aligned.model}
     try:
-        for name, model in written.items():
-            checkpoints.to_folder(places[name], model, sources[name])
-        cache.write_atomic(out / "report.html", aligned_page(args, aligned, before, after).encode())
+        with tempfile.TemporaryDirectory(dir=out) as folder:  # so that all appears at the end
+            for name, model in written.items():
+                checkpoints.to_folder(Path(folder, name), model, sources[name])
+            page = aligned_page(args, aligned, before, after)
+            Path(folder, report).write_text(page, "utf8")
+            for name in (*written, report):
+                Path(folder, name).rename(out / name)
     except OSError as error:
         raise Refused(f"cannot write {out} ({error}). Fix: see --out") from error
-    print(f"{places['a']}, {places['b']}: the networks; {out / 'report.html'}: the report")
+    print(f"{out / 'a'}, {out / 'b'}: the networks; {out / report}: the report")
 
 
 def aligned_by(args: argparse.Namespace, a: nn.Module, b: nn.Module, few: Any) -> Aligned:
@@ -712,7 +723,7 @@ def aligned_by(args: argparse.Namespace, a: nn.Module, b: nn.Module, few: Any) -
         a,
         b,
         few,
-        kinds="all" if "all" in args.kinds else args.kinds,
+        kinds="all" if args.kinds == ["all"] else args.kinds,
         learn=args.learn,
         loss=loss_of(args) if args.learn else None,
         device=args.device,
@@ -734,7 +745,7 @@ def loss_of(args: argparse.Namespace) -> Any:
     return resolve(args.loss) if args.loss else None
 
 
-def texts(args: argparse.Namespace, net: nn.Module) -> Sets:
+def texts(args: argparse.Namespace, net: Any) -> Sets:
     """A text in passages of tokens, as both folders read it. Raises Refused."""
     from mcnotes import checkpoints, data
 
@@ -748,7 +759,36 @@ def texts(args: argparse.Namespace, net: nn.Module) -> Sets:
     sets = [data.passages(args.data, encode, length) for encode in known]
     if any(not same_tokens(one.train, sets[0].train) for one in sets):
         raise Refused("the tokenizers of A and B read the text differently, expected the same")
+    largest = max(int(x["input_ids"].max()) for part in sets[0][:3] for x in part)
+    rows = net.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        cause = f"the text has the token {largest}, and A knows {rows} tokens"
+        raise Refused(f"{cause}. Fix: see that model and tokenizer belong together")
+    if not causal(net, sets[0].train[0]):
+        cause = f"a {type(net).__name__} sees the tokens that it is to predict"
+        fix = "--data MODULE:FUNCTION with batches as in its training"
+        raise Refused(f"{cause}, expected a causal language model for a text. Fix: {fix}")
     return sets[0]
+
+
+def causal(net: nn.Module, batch: dict[str, Any]) -> bool:
+    """Do logits in the first half of passages depend on that half alone? Raises Refused."""
+    import torch
+
+    from mcnotes import prepare
+    from mcnotes.data.arrays import failure
+
+    ids = batch["input_ids"]
+    half = ids.shape[1] // 2
+    other = torch.cat([ids[:, :half], (ids[:, half:] == 0).long()], 1)  # all tokens differ
+    wide = prepare.working_copy("align", "A", net, torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            one, two = (wide(input_ids=x, labels=ids).logits[:, :half] for x in (ids, other))
+    except Exception as error:  # of the user's network
+        reason = f"A fails on the tokens of the text ({failure(error)})"
+        raise Refused(f"{reason}. Fix: see its tokenizer and --context") from error
+    return prepare.alike([one], [two])
 
 
 def same_tokens(one: Any, two: Any) -> bool:

@@ -14,12 +14,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 
@@ -59,6 +61,13 @@ TOKENIZERS = (
     "chat_template",
 )
 """How files of a tokenizer begin."""
+KEPT_AS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Types of floats in safetensors."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 ASKS_TOO_MUCH = {
     "auto_map": "code of its own, which is never run. Fix: use a model of transformers itself",
@@ -286,22 +295,23 @@ def save(path: str | Path, theta: Theta, net: nn.Module, **about: Any) -> None:
 def from_folder(path: str | Path) -> nn.Module:
     """The model in a folder that `save_pretrained` of `transformers` wrote, in evaluation mode.
 
-    It keeps the precision of its files, which are safetensors, one or several with their index. No
-    code in the folder is run, nothing is unpickled and nothing fetched. Raises CheckpointError
-    without `transformers`, for a folder that asks for anything else, and for tensors that are not
-    those of the model, in their shapes and with finite values.
+    It keeps the precision of its files, whatever its config.json says, and the higher of several.
+    These are safetensors, one or more with their index. No code in the folder is run, nothing is
+    unpickled and nothing fetched. Raises CheckpointError without `transformers`, for a folder that
+    asks for anything else, and for tensors that are not those of the model, in their shapes and
+    with finite values.
     """
     who, path = f"checkpoints.from_folder: {path!s:.{SHOWN}}", _folder(path)
     transformers, config = _transformers(who), _config(path, who)
     _refuse_weights(path, who)
-    model_class = _model_class(transformers, config, who)
+    model_class, precision = _model_class(transformers, config, who), _precision(path, who)
     with _quiet(transformers):
         try:
             net, found = model_class.from_pretrained(
                 str(path),
                 attn_implementation=None,  # else config.json may name one to fetch
                 experts_implementation=None,
-                dtype="auto",
+                dtype=precision,  # "auto" would round to what config.json says
                 ignore_mismatched_sizes=True,  # so that they are listed
                 local_files_only=True,
                 output_loading_info=True,
@@ -336,7 +346,10 @@ def to_folder(path: str | Path, model: Any, like: str | Path) -> None:
         got = f"got a {type(model).__name__}"
         raise CheckpointError(f"checkpoints.to_folder: {got}, expected a model of transformers")
     with _quiet(_transformers("checkpoints.to_folder")):
-        model.save_pretrained(path)
+        try:
+            model.save_pretrained(path)
+        except SafetensorError as error:  # such as of a full disk
+            raise OSError(failure(error)) from error
     for file in _folder(like).iterdir():
         if file.name.startswith(TOKENIZERS) and file.is_file():
             shutil.copyfile(file, Path(path) / file.name)
@@ -417,6 +430,11 @@ def _model_class(transformers: Any, config: Mapping[str, Any], who: str) -> Any:
     except Exception:  # a class that needs what is not installed
         kind = None
     if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        of_class: Any = getattr(kind, "config_class", None)
+        own, named = getattr(of_class, "model_type", None), config.get("model_type")
+        if named not in (None, own):  # Gemma's class takes Llama's tensors, and computes otherwise
+            cause = f"{who} is of class {name!r}, whose model_type is {own!r}, and says {named!r}"
+            raise CheckpointError(f"{cause:.300}. Fix: see both in its config.json")
         return kind
     cause = f"{who} is of class {name!r:.{SHOWN}}, which is no model of transformers here"
     raise CheckpointError(f"{cause}. Fix: see `architectures` in its config.json")
@@ -435,6 +453,42 @@ def _refuse_weights(path: Path, who: str) -> None:
         fix = "if you trust it, load it with transformers, and save_pretrained"
         raise CheckpointError(f"{cause}. Fix: {fix}")
     raise CheckpointError(f"{who} holds no model.safetensors, nor an index of several")
+
+
+def _precision(path: Path, who: str) -> torch.dtype:
+    """The precision that holds all floats of a folder's safetensors.
+
+    Raises CheckpointError for files that cannot be read, and for weights of 8 bits, which would be
+    read as floats, without their scales.
+    """
+    index = path / "model.safetensors.index.json"
+    found: set[torch.dtype] = set()
+    try:
+        names = {"model.safetensors"}
+        if not (path / "model.safetensors").exists():  # transformers looks in the same order
+            names = {*json.loads(index.read_text("utf8"))["weight_map"].values()}
+        for name in sorted(names):
+            for tensor, dtype in _header(path / name).items():
+                if dtype not in KEPT_AS and (dtype.startswith("F") or tensor.endswith("weight")):
+                    cause = (
+                        f"{who}: {tensor!r:.{SHOWN}} is {dtype:.{SHOWN}}, and has lost precision"
+                    )
+                    raise CheckpointError(f"{cause}. Fix: take the weights before that")
+                found |= {KEPT_AS[dtype]} if dtype in KEPT_AS else set()
+    except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        cause = f"{who} cannot be loaded ({failure(error)})"
+        raise CheckpointError(f"{cause}. Fix: see that all of it was copied") from error
+    return reduce(torch.promote_types, found) if found else torch.float32
+
+
+def _header(path: Path) -> dict[str, str]:
+    """The type of each tensor in a .safetensors file."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path.name:.{SHOWN}} is no .safetensors")
+    with safe_open(str(path), framework="pt") as file:
+        return {n: file.get_slice(n).get_dtype() for n in file.keys()}  # noqa: SIM118
 
 
 @contextmanager

@@ -82,6 +82,31 @@ def test_a_model_comes_back_from_its_folder(
     assert torch.equal(again(IDS).logits, net(IDS).logits)
 
 
+@pytest.mark.parametrize("said", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_precision_is_that_of_the_files_whatever_the_configuration_says(
+    dtype: torch.dtype, said: str, folder: Path
+) -> None:
+    net = llama().to(dtype)
+    net.save_pretrained(folder)
+    edited(dtype=said)(folder)
+    found = checkpoints.from_folder(folder)
+    assert torch.equal(found.lm_head.weight, net.lm_head.weight)
+    assert found.lm_head.weight.dtype == dtype
+
+
+def test_files_of_several_precisions_lose_none(folder: Path) -> None:
+    net = llama()
+    net.model.norm.half()
+    net.lm_head.bfloat16()
+    net.save_pretrained(folder)
+    found = checkpoints.from_folder(folder)
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+    assert all(
+        torch.equal(p, q.float()) for p, q in zip(found.parameters(), net.parameters(), strict=True)
+    )
+
+
 def test_it_says_nothing_and_leaves_the_level_of_messages(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +166,17 @@ def pickled(folder: Path) -> None:
     torch.save(llama().state_dict(), folder / "pytorch_model.bin")
 
 
+def indexed(folder: Path) -> None:
+    pickled(folder)
+    (folder / "pytorch_model.bin").rename(folder / "evil.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(llama().state_dict(), "evil.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def to_8(dtype: torch.dtype) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda x: {n: t.to(dtype) if t.dim() > 1 else t for n, t in x.items()}
+
+
 CODE = "open(r'{}', 'w').close()"
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "code of its own": (edited(auto_map={"AutoModelForCausalLM": "own.Net"}), "never run"),
@@ -148,6 +184,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "quantised": (edited(quantization_config={"bits": 4}), "lost precision"),
     "other weights": (edited(transformers_weights="adapter_model.bin"), "weights of another name"),
     "an adapter": (written("adapter_config.json", "{}"), "merge_and_unload"),
+    "a class of another model": (
+        edited(architectures=["GemmaForCausalLM"]),
+        "model_type is 'gemma'",
+    ),
     "another class": (edited(architectures=["Net"]), "of class 'Net', which is no model"),
     "no model": (edited(architectures=["LlamaConfig"]), "which is no model"),
     "no class": (edited(architectures=None), "of class 'nothing'"),
@@ -163,6 +203,9 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "damaged weights": (written("model.safetensors", "{}"), "cannot be loaded"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
     "pickled weights": (pickled, "pytorch_model.bin and no safetensors, and unpickling"),
+    "floats of 8 bits": (weights(to_8(torch.float8_e4m3fn)), "is F8_E4M3, and has lost precision"),
+    "integers": (weights(to_8(torch.int8)), "is I8, and has lost precision"),
+    "an index of other files": (indexed, r"evil\.bin is no \.safetensors"),
     "NaN": (weights(lambda x: {n: t / 0 for n, t in x.items()}), "NaN or infinity"),
 }
 

@@ -13,10 +13,12 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small import agree, picture_folder, terms
 from torch import nn
@@ -179,6 +181,7 @@ class TestHelp:
         (f"report {PAIR} --out mynets.py/x.html", 1, "Fix: see --out"),
         (f"report {PAIR} --out x.pdf", 1, "a name that ends in .html"),
         ("align a.pt b.pt --data mynets:loader", 1, "got files without --model"),
+        ("align --model mynets:Net a.pt b.pt --data mynets:loader --out ./b.pt", 1, "overwritten"),
         ("align a.pt . --data mynets:loader", 1, "a folder and a file"),
         (f"align {PAIR} --kinds scale", 1, "did you mean 'scales'"),
         (f"align {PAIR} --learn 0", 2, "whole number of at least 1"),
@@ -329,6 +332,7 @@ class TestAlignFolders:
             ("--data short.txt", "has 4 tokens, expected at least"),
             ("--data text.txt --mean 0.5", "mean and std are for pictures"),
             ("--data text.txt --kinds scale", "did you mean 'scales'"),
+            ("--data text.txt --kinds all scale", "got 'all', expected one of"),
             ("--data text.txt --out text.txt", "cannot make the folder"),
         ],
     )
@@ -348,6 +352,67 @@ class TestAlignFolders:
         assert (code, err.count("\n")) == (1, 1), err
         assert words in err
         assert not (runs / "aligned" / "a").exists()
+
+    def test_nothing_in_the_folder_is_overwritten(
+        self, runs: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """`save_pretrained` would also remove what it takes for shards of an older model."""
+        shard = runs / "mine" / "a" / "model-00001-of-00009.safetensors"
+        shard.parent.mkdir(parents=True)
+        shard.write_text("of the user")
+        code, _, err = ran(capsys, "align runs/1 runs/2 --data text.txt --out mine")
+        assert (code, err.count("\n")) == (1, 1), err
+        assert "which holds files" in err
+        assert [*runs.glob("mine/**/*")] == [shard.parent, shard]
+
+    def test_a_full_disk_is_one_line_and_leaves_no_half(
+        self, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(_: Any, path: Path) -> None:
+            path.mkdir()
+            (path / "config.json").write_text("{}")
+            raise SafetensorError("No space left on device (os error 28)")
+
+        monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", full)
+        code, _, err = ran(capsys, "align runs/1 runs/2 --data text.txt --out full")
+        assert code == 1
+        assert "cannot write full (SafetensorError: No space left on device" in err
+        assert not [*(runs / "full").iterdir()]
+
+    def test_a_text_is_for_models_that_do_not_see_what_they_predict(
+        self, runs: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = transformers.BertConfig(
+            vocab_size=5, hidden_size=8, num_hidden_layers=1, num_attention_heads=2
+        )
+        for seed in "12":
+            torch.manual_seed(int(seed))
+            transformers.BertForMaskedLM(config).save_pretrained(runs / "bert" / seed)
+            shutil.copy(runs / "runs" / "1" / "tokenizer.json", runs / "bert" / seed)
+        code, _, err = ran(capsys, "align bert/1 bert/2 --data text.txt --context 8")
+        assert code == 1
+        assert "BertForMaskedLM sees the tokens that it is to predict" in err
+
+    def test_tokens_that_the_network_does_not_know(
+        self, runs: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for seed in "12":
+            path = runs / "runs" / seed / "tokenizer.json"
+            path.write_text(path.read_text().replace('"another": 3', '"another": 7'))
+        code, _, err = ran(capsys, "align runs/1 runs/2 --data text.txt")
+        assert (code, err.count("\n")) == (1, 1), err
+        assert "has the token 7" in err
+
+    def test_other_rotary_positions_are_another_architecture(
+        self, runs: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = runs / "runs" / "2" / "config.json"
+        config = json.loads(path.read_text())
+        config["rope_parameters"]["rope_theta"] = 100.0
+        path.write_text(json.dumps(config))
+        code, _, err = ran(capsys, "align runs/1 runs/2 --data text.txt --context 4")
+        assert code == 1
+        assert "inv_freq' (of a LlamaRotaryEmbedding) differs" in err
 
     def test_a_text_needs_one_tokenizer(
         self, runs: Path, capsys: pytest.CaptureFixture[str]
