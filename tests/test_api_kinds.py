@@ -40,6 +40,15 @@ def gpt(seed: int) -> nn.Module:
     return stirred(transformers.GPT2LMHeadModel(config))
 
 
+def phi(seed: int) -> nn.Module:
+    """Rotary positions for half of the slots of a head, and the other half free."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 10, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "vocab_size": 12}
+    config = transformers.PhiConfig(bos_token_id=0, eos_token_id=1, **sizes)
+    return stirred(transformers.PhiForCausalLM(config))
+
+
 def stirred(net: nn.Module) -> nn.Module:
     """The network with gains and biases that are no longer fresh, in evaluation mode."""
     for p in net.parameters():
@@ -100,7 +109,7 @@ def test_two_networks_come_closer_and_keep_their_functions(make: Any, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("make", [llama, gpt])
+@pytest.mark.parametrize("make", [llama, gpt, phi])
 def test_what_was_planted_is_found_and_the_line_is_flat(make: Any, dtype: torch.dtype) -> None:
     a = make(1).to(dtype)
     b = planted(a, 3)

@@ -272,16 +272,17 @@ def steps(bases: Bases) -> Iterator[Step]:
     for name, f in bases.factors.items():
         by_space.setdefault(f.space, {})[name] = f
 
-    def space(name: str) -> Space:
+    def spaces_of(name: str) -> list[Space]:
+        """What mixes units by itself, for other factors may act on other slots of a head."""
         factors = by_space.pop(name, {})
-        places = [(p, 0.0) for p in groups[name].places] if name in groups else []
-        sites = [(s.place, s.offset) for f in factors.values() for s in f.sites]
-        mixing = any(f.mixes for f in factors.values())
-        return Space(
-            name if name in groups and not mixing else "",
-            tuple(sites if mixing or not places else places),
-            factors,
-        )
+        mixing = {n: f for n, f in factors.items() if f.mixes}
+        others = {n: f for n, f in factors.items() if not f.mixes}
+        found = [Space("", at_sites({n: f}), {n: f}) for n, f in mixing.items()]
+        group = name if name in groups and not mixing else ""
+        if group or others:
+            places = [(p, 0.0) for p in groups[name].places] if group else at_sites(others)
+            found.append(Space(group, tuple(places), others))
+        return found
 
     def alone(name: str) -> Space:
         """Blocks, such as query heads, in an order of their own: with all that moves with them."""
@@ -291,9 +292,9 @@ def steps(bases: Bases) -> Iterator[Step]:
     for name, g in outer.items():
         blocks = []
         for block, rest in zip(g.inner, heads(bases.permutations, g, lambda j, d: j), strict=True):
-            spaces = [space(n) for n in block if not groups[n].inner]
+            spaces = [s for n in block if not groups[n].inner for s in spaces_of(n)]
             own = [n for n in by_space if n not in groups and inside(by_space[n], rest)]
-            spaces += [space(n) for n in own] or (
+            spaces += [s for n in own for s in spaces_of(n)] or (
                 [Space("", tuple((p, 0.0) for p in rest), {})] * bool(rest)
             )
             blocks.append(tuple(spaces))
@@ -307,7 +308,12 @@ def steps(bases: Bases) -> Iterator[Step]:
     inner = {n for g in groups.values() for block in g.inner for n in block}
     for name in [n for n in groups if not groups[n].inner and n not in inner] + [*by_space]:
         if name in by_space or name in groups:
-            yield Step("", ((space(name),),))
+            yield Step("", tuple((s,) for s in spaces_of(name)))
+
+
+def at_sites(factors: dict[str, Factor]) -> tuple[tuple[Place, float], ...]:
+    """Where factors act, with offsets."""
+    return tuple((s.place, s.offset) for f in factors.values() for s in f.sites)
 
 
 def inside(factors: dict[str, Factor], places: Sequence[Place]) -> bool:
