@@ -204,6 +204,34 @@ def own_loss(outputs: Any, _: Any) -> Tensor:
     return loss
 
 
+def of_labels(ready: Prepared) -> Quantity:
+    """The model's own loss, where each batch counts by its labels, of which that is the mean.
+
+    Without this the result would depend on how texts of several lengths are cut into batches.
+    Models that foretell the next token drop the first label of each text, and others do not: what
+    comes closer to the loss on the first batch tells which. What are no labels of places (of
+    images, or numbers to be fitted) count by samples.
+    """
+    outputs, y = _outputs(ready), ready.data.head[1]
+    z, loss = calls.field(outputs, "logits"), float(own_loss(outputs, y))
+    places = isinstance(z, Tensor) and isinstance(y, Tensor) and z.dim() == 3
+    if not places or y.is_floating_point() or z.shape[:2] != y.shape:
+        return evaluate.averaged(own_loss)
+
+    def apart(first: int) -> float:
+        total, seen = evaluate.entropy(z[:, : z.shape[1] - first], y[:, first:])
+        return abs(float(total) / max(int(seen), 1) - loss)
+
+    start = min((0, 1), key=apart)
+
+    def measured(outputs: Any, y: Tensor, _: int) -> tuple[Tensor, Tensor]:
+        seen = (y[:, start:] != evaluate.IGNORED).sum()
+        mean = own_loss(outputs, y)
+        return (mean * seen if seen else torch.zeros_like(mean)), seen
+
+    return measured
+
+
 def quantities(
     ready: Prepared, loss: Loss | None, metrics: Mapping[str, Metric] | None
 ) -> dict[str, Quantity]:
@@ -216,6 +244,8 @@ def quantities(
     used = choose_loss(ready, loss)
     standard = used is train.cost
     wanted = {"loss": evaluate.entropy if standard else evaluate.averaged(used)}
+    if used is own_loss:
+        wanted["loss"] = of_labels(ready)
     for name, metric in (metrics or {}).items():
         if name in ("t", "arc", "loss"):
             raise InputError(

@@ -239,3 +239,28 @@ def test_a_gain_of_zero_beside_a_bias_is_refused() -> None:
     nn.init.ones_(b.norm.bias)
     with pytest.raises(AlignmentError, match=r"a gain in 'norm\.weight' is 0"):
         mcnotes.align(a, b, [torch.rand(4, 5)], kinds="all")
+
+
+def bert(seed: int) -> nn.Module:
+    """A model that does not shift its labels."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 10, "num_hidden_layers": 1}
+    config = transformers.BertConfig(num_attention_heads=4, vocab_size=12, **sizes)
+    return stirred(transformers.BertForMaskedLM(config))
+
+
+@pytest.mark.parametrize("make", [llama, gpt, bert])
+def test_the_loss_of_a_model_s_own_does_not_depend_on_how_batches_are_cut(make: Any) -> None:
+    """Texts of several lengths: a batch counts by its labels, and one without any by nothing."""
+    model = make(1)
+    ids = torch.randint(12, (9, 6), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    labels[3:6, 2:] = -100
+    labels[6:] = -100
+    whole = [{"input_ids": ids, "labels": labels}]
+    cut = [{n: x[k : k + 3] for n, x in whole[0].items()} for k in (0, 3, 6)]
+    with torch.no_grad():
+        expected = float(model(**whole[0]).loss)
+    for batches in (whole, cut):
+        found = mcnotes.compare({"it": model}, batches).frame()["loss"].item()
+        assert abs(found - expected) < 1e-5 * expected
