@@ -410,11 +410,21 @@ def shown(example: Inputs, others: Iterable[Inputs]) -> Iterator[tuple[Inputs, b
 
 
 def resized(inputs: Inputs, axis: int, size: int, new: int) -> Inputs:
-    """Inputs of another length: tensors of this size along an axis are cut, or begin again."""
+    """Inputs of another length: tensors of this size along an axis are cut, or begin again.
+
+    What comes again is smaller: of equal entries rounding alone would say which is the larger, and
+    a network that sorts them would seem to change.
+    """
+    index = torch.arange(new)
 
     def other(x: Tensor) -> Tensor:
-        fits = x.dim() > axis and x.shape[axis] == size
-        return x.index_select(axis, (torch.arange(new) % size).to(x.device)) if fits else x
+        if x.dim() <= axis or x.shape[axis] != size:
+            return x
+        found = x.index_select(axis, (index % size).to(x.device))
+        if not x.is_floating_point():
+            return found
+        smaller = 1 - (index // size) / 8
+        return found * smaller.to(found).view(-1, *[1] * (x.dim() - axis - 1))
 
     return tree_map_only(Tensor, other, inputs)  # type: ignore[no-any-return]
 
