@@ -64,6 +64,14 @@ def test_stored_configurations_still_name_their_files() -> None:
         assert cache.file_name(cache.read_config(path), path.suffix) == path.name
 
 
+def test_unfinished_runs_of_the_zoo_can_be_read_and_are_not_finished() -> None:
+    for path in (cache.zoo() / "unfinished").glob("*"):
+        entry = path.name.removesuffix(".checkpoint")
+        assert entry != path.name
+        assert cache.file_name(cache.read(path).config, Path(entry).suffix) == entry
+        assert not (cache.zoo() / entry).exists(), f"remove {path.name}: its entry is there"
+
+
 def test_default_experiment_is_in_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails when a default changes and the zoo was not rebuilt."""
     monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
