@@ -624,6 +624,11 @@ def plain(text: str) -> str:
 
 def align(args: argparse.Namespace) -> None:
     """Write network B aligned to A; and A in the same gauge, if more than units moved."""
+    from mcnotes import api
+    from mcnotes.checks import require
+
+    args.kinds = api.ALL if args.kinds == [api.ALL] else args.kinds
+    require("align", {"kinds": args.kinds}, api.ARGUMENTS, api.InputError)
     folders = [path.is_dir() for path in (args.checkpoint_a, args.checkpoint_b)]
     if all(folders):
         align_folders(args)
@@ -691,10 +696,7 @@ def align_folders(args: argparse.Namespace) -> None:
 
     def line(one: nn.Module, two: nn.Module) -> Profile:
         made = mcnotes.connect(one, two, few, kind="line", device=args.device)
-        try:
-            return mcnotes.profile(made, seen, loss=loss_of(args), points=ON_THE_LINE)
-        except ValueError as error:  # such as of buffers that may not be mixed
-            raise Refused(str(error)) from error
+        return mcnotes.profile(made, seen, loss=loss_of(args), points=ON_THE_LINE)
 
     before = line(model_a, model_b)
     aligned = aligned_by(args, model_a, model_b, few)
@@ -723,7 +725,7 @@ def aligned_by(args: argparse.Namespace, a: nn.Module, b: nn.Module, few: Any) -
         a,
         b,
         few,
-        kinds="all" if args.kinds == ["all"] else args.kinds,
+        kinds=args.kinds,
         learn=args.learn,
         loss=loss_of(args) if args.learn else None,
         device=args.device,

@@ -344,7 +344,7 @@ def _in_one_gauge(
     used: Loss = train.cost
     if learn is not None:
         used = prepare.choose_loss(ready, loss)
-        prepare.check_slope(ready, used)
+        prepare.check_slope(ready, used, frozen=True)
     bases, error = ready.bases(kinds)
     pair = matching.Pair(ready.net, bases.permutations, *ready.thetas)
     images = None if learn is None else ready.data

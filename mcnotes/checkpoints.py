@@ -58,9 +58,8 @@ TOKENIZERS = (
     "added_tokens",
     "spiece",
     "sentencepiece",
-    "chat_template",
 )
-"""How files of a tokenizer begin."""
+"""How files begin of which a tokenizer is made."""
 KEPT_AS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -351,8 +350,10 @@ def to_folder(path: str | Path, model: Any, like: str | Path) -> None:
         except SafetensorError as error:  # such as of a full disk
             raise OSError(failure(error)) from error
     for file in _folder(like).iterdir():
-        if file.name.startswith(TOKENIZERS) and file.is_file():
-            shutil.copyfile(file, Path(path) / file.name)
+        copy = Path(path) / file.name
+        belongs = file.name.startswith((*TOKENIZERS, "chat_template"))
+        if belongs and file.is_file() and file.resolve() != copy.resolve():
+            shutil.copyfile(file, copy)
 
 
 def tokenizer(path: str | Path) -> Callable[[str], list[int]] | None:

@@ -31,6 +31,7 @@ from mcnotes.attacks import Perturb
 from mcnotes.calls import (
     Batch,
     Batches,
+    InputError,
     applied,
     arranged,
     call,
@@ -368,7 +369,7 @@ def _spectral(module: nn.Module) -> bool:
 
 
 def check_mixable(who: str, net: nn.Module, points: Sequence[Theta]) -> None:
-    """Raise ValueError for buffers that differ between the networks and cannot be recomputed.
+    """Raise InputError for buffers that differ between the networks and cannot be recomputed.
 
     A mixture of masks is not a mask, and a mixture of unknown running statistics means nothing.
     Buffers that `batchnorm` recomputes may differ, and so may integers.
@@ -383,7 +384,7 @@ def check_mixable(who: str, net: nn.Module, points: Sequence[Theta]) -> None:
             continue
         if not all(torch.equal(x, values[0]) for x in values):
             kind = type(net.get_submodule(name.rpartition(".")[0])).__name__
-            raise ValueError(
+            raise InputError(
                 f"{who}: the buffer {name!r} (of a {kind}) differs between the networks, and a "
                 "mixture of buffers is not understood, except of BatchNorm, InstanceNorm and "
                 "spectral_norm. Fix: make it a parameter, or give it one value in all networks"

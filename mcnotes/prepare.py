@@ -260,10 +260,13 @@ def quantities(
     return wanted
 
 
-def check_slope(ready: Prepared, loss: Loss) -> None:
-    """Raise InputError unless the loss has a gradient in the parameters."""
+def check_slope(ready: Prepared, loss: Loss, *, frozen: bool = False) -> None:
+    """Raise InputError unless the loss has a gradient in the parameters.
+
+    frozen: those with requires_grad=False count, too, for symmetries move them.
+    """
     inputs, targets = ready.data.head
-    free = {name for name, p in ready.net.named_parameters() if p.requires_grad}
+    free = {name for name, p in ready.net.named_parameters() if p.requires_grad or frozen}
     theta = {n: x.clone().requires_grad_(n in free) for n, x in ready.thetas[0].items()}
     with evaluate.mode(ready.net, training=False), torch.enable_grad():
         value = loss(calls.call(ready.net, theta, inputs), targets)

@@ -397,6 +397,8 @@ class Step:
     def __call__(self, x: Any, y: Any, weights: Tensor, lr: float) -> Tensor:
         """Step on one batch with the weights w(t) [k], all on the device; returns the loss."""
         loss, g = self.gradient(x, y, weights)
+        if self.frozen is not None:
+            g.masked_fill_(self.frozen, 0)
         slope = g[None] if self.single else torch.outer(weights[self.free], g)
         if self.pull:
             slope.add_(self.phi - self.anchor, alpha=self.pull)
@@ -408,7 +410,7 @@ class Step:
     def gradient(self, x: Any, y: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The loss at θ = r(t), and the gradient in θ of loss and L2 penalty: [n].
 
-        It is 0 for parameters with requires_grad=False, which do not change.
+        In all parameters: those with requires_grad=False are not trained, but symmetries move them.
         """
         if not self.single:
             torch.mv(self.rows.T, weights, out=self.theta)
@@ -422,7 +424,7 @@ class Step:
                 loss, slopes = within(self.net, self.state_dict, work)
         g = torch.cat([s.flatten() for s in slopes])
         g.add_(self.theta, alpha=self.recipe.weight_decay)
-        return loss.detach(), g if self.frozen is None else g.masked_fill_(self.frozen, 0)
+        return loss.detach(), g
 
     def slopes(
         self, forward: Callable[[Any], Any], x: Any, y: Any

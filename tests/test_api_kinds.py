@@ -264,3 +264,15 @@ def test_the_loss_of_a_model_s_own_does_not_depend_on_how_batches_are_cut(make: 
     for batches in (whole, cut):
         found = mcnotes.compare({"it": model}, batches).frame()["loss"].item()
         assert abs(found - expected) < 1e-5 * expected
+
+
+def test_parameters_that_training_would_leave_alone_are_learned_with_all_the_same() -> None:
+    """Symmetries move them, and their slopes count."""
+    free, frozen = ([llama(1), llama(2)] for _ in range(2))
+    for net in frozen:
+        net.requires_grad_(False)
+    one, two = (mcnotes.align(a, b, BATCHES, kinds="all", learn=2) for a, b in (free, frozen))
+    for found in (one, two):
+        assert isinstance(found.matching, BasesMatching)
+    assert one.matching.losses == two.matching.losses
+    assert not any(p.requires_grad for p in two.model.parameters()), "as they were given"

@@ -80,6 +80,9 @@ def test_a_model_comes_back_from_its_folder(
     checkpoints.to_folder(tmp_path / "again", found, tmp_path / "run")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again(IDS).logits, net(IDS).logits)
+    words_of(tmp_path / "again")
+    checkpoints.to_folder(tmp_path / "again", found, tmp_path / "again")
+    assert checkpoints.tokenizer(tmp_path / "again") is not None, "it stays where it is"
 
 
 @pytest.mark.parametrize("said", ["bfloat16", "float32"])
@@ -251,13 +254,14 @@ def test_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_text_in_passages_as_the_folder_reads_it(folder: Path, tmp_path: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert checkpoints.tokenizer(folder) is None
     words_of(folder)
     encode = checkpoints.tokenizer(folder)
     assert encode is not None
     assert encode("the line unknown") == [0, 1, 10]
     text = tmp_path / "text.txt"
-    text.write_text(" ".join(WORDS * 10))
+    text.write_text(" ".join(WORDS * 10), "utf-8-sig")  # as some editors do
     sets = data.passages(text, encode, 5, batch_size=2)
     batches = [*sets.train, *sets.val, *sets.test]
     assert len(batches) == 10

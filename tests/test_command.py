@@ -333,6 +333,7 @@ class TestAlignFolders:
             ("--data text.txt --mean 0.5", "mean and std are for pictures"),
             ("--data text.txt --kinds scale", "did you mean 'scales'"),
             ("--data text.txt --kinds all scale", "got 'all', expected one of"),
+            ("--data none.txt --kinds ALL", "got 'ALL'"),  # before anything is read
             ("--data text.txt --out text.txt", "cannot make the folder"),
         ],
     )

@@ -47,9 +47,14 @@ def test_hardly_a_permutation_has_a_lower_loss_at_the_middle(action: str) -> Non
     assert every.index(middle(found[group])) < 12  # a tenth of them
 
 
-def test_both_ends_move_by_their_own_slopes() -> None:
-    """By differences: the slope in each end's matrix is that of the loss at the middle."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_both_ends_move_by_their_own_slopes(frozen: bool) -> None:
+    """By differences: the slope in each end's matrix is that of the loss at the middle.
+
+    Also if training would leave the parameters alone.
+    """
     net, data, (a, b, _), sym = trained()
+    net.requires_grad_(not frozen)
     pair, old = Pair(net, sym, a, b), sym.random(torch.Generator().manual_seed(1))
     how, line = Descent("straight-through", both=True), curves.line(a, sym.permute(b, old))
     step = loss.MiddleStep(pair, line, {0: sym.identity(), 1: old}, how, data.device)

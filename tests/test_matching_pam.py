@@ -44,11 +44,11 @@ def in_double(theta: Theta) -> Theta:
     return {n: x.double() if x.is_floating_point() else x for n, x in theta.items()}
 
 
-@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize(("follow", "frozen"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("make", [plain, normed])
-def test_gradient_is_that_of_finite_differences(make: object, follow: bool) -> None:
+def test_gradient_is_that_of_finite_differences(make: object, follow: bool, frozen: bool) -> None:
     """One step of size lr moves the (unprojected) matrices by −lr ∂/∂P [L + ‖P − P_old‖²/2ν]."""
-    net = make().double()  # type: ignore[operator]
+    net = make().double().requires_grad_(not frozen)  # type: ignore[operator]
     a, b, m = (in_double(train.initialise(net, s)) for s in (1, 2, 3))
     sym = symmetry.find(make(), task().example)  # type: ignore[operator]
     old = sym.random(generator(1))

@@ -553,7 +553,7 @@ def mask(x: Tensor) -> Tensor:
         lambda s, x: s.o(tanh(torch.where(mask(x), s.a(x), 0.0))),
         lambda s, x: s.o(tanh(s.a(x).masked_fill(~mask(x), 0.0))),
         lambda s, x: s.o(tanh(s.a(x) + torch.full((1, 8), 2.0 * x.shape[1]).tril(9))),
-        lambda s, x: s.o(tanh(s.a(x) * torch.ones(x.shape[1], 8).tril(7 - 4 + 3 + 4))),
+        lambda s, x: s.o(tanh(s.a(x) * torch.ones(x.shape[1], 8).tril(10))),
     ],
 )
 def test_constants_that_look_uniform_at_one_length_pin(run: Any) -> None:

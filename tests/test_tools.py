@@ -464,6 +464,22 @@ class TestExtensions:
         for obj in (Experiment.task, Experiment.of, Curve, Curve.degree):
             assert pages.skip_foreign(None, "class", "x", obj, False, None) is None
 
+    def test_formulas_render_without_a_script_and_faults_are_warnings(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        warnings: list[Any] = []
+        monkeypatch.setattr(mathematics.logger, "warning", lambda *args, **_: warnings.append(args))
+        rendered = mathematics.render(r"\argmin_P \E \norm{x - P y}^2")
+        assert "<math" in rendered
+        assert "katex-html" in rendered
+        assert "katex-display" not in rendered
+        assert "katex-display" in mathematics.render("x\n+ y", display=True)
+        assert not warnings
+        assert mathematics.render(r"\unknown{x}") == ""
+        assert warnings[0][1] == r"\unknown{x}"
+        mathematics.server().communicate()  # its input ends, so does it
+        mathematics.server.cache_clear()
+
 
 class TestSignatures:
     """The API page shows arguments as the source writes them."""
@@ -498,22 +514,6 @@ class TestSignatures:
             assert signatures.skip_rules(None, "data", "x", obj, False, None) is True
         for obj in (matching.METHODS, cache.VERSIONS, models.SIZED):
             assert signatures.skip_rules(None, "data", "x", obj, False, None) is None
-
-    def test_formulas_render_without_a_script_and_faults_are_warnings(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        warnings: list[Any] = []
-        monkeypatch.setattr(mathematics.logger, "warning", lambda *args, **_: warnings.append(args))
-        rendered = mathematics.render(r"\argmin_P \E \norm{x - P y}^2")
-        assert "<math" in rendered
-        assert "katex-html" in rendered
-        assert "katex-display" not in rendered
-        assert "katex-display" in mathematics.render("x\n+ y", display=True)
-        assert not warnings
-        assert mathematics.render(r"\unknown{x}") == ""
-        assert warnings[0][1] == r"\unknown{x}"
-        mathematics.server().communicate()  # its input ends, so does it
-        mathematics.server.cache_clear()
 
 
 class TestLighten:

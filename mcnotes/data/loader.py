@@ -360,7 +360,7 @@ def passages(
     if found := faults(given, {"length": whole(2), "batch_size": whole(1)}):
         raise DataError(f"data.passages: {'; '.join(found)}")
     try:
-        text = Path(path).read_text("utf8")
+        text = Path(path).read_text("utf-8-sig")  # with a byte order mark or without
     except (OSError, ValueError) as error:
         cause = f"data.passages: {path} cannot be read ({failure(error)})"
         raise DataError(f"{cause}, expected a text in UTF-8") from error
