@@ -625,10 +625,11 @@ def plain(text: str) -> str:
 def align(args: argparse.Namespace) -> None:
     """Write network B aligned to A; and A in the same gauge, if more than units moved."""
     from mcnotes import api
+    from mcnotes.calls import InputError
     from mcnotes.checks import require
 
     args.kinds = api.ALL if args.kinds == [api.ALL] else args.kinds
-    require("align", {"kinds": args.kinds}, api.ARGUMENTS, api.InputError)
+    require("align", {"kinds": args.kinds}, api.ARGUMENTS, InputError)
     folders = [path.is_dir() for path in (args.checkpoint_a, args.checkpoint_b)]
     if all(folders):
         align_folders(args)
