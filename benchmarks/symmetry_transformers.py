@@ -447,21 +447,11 @@ def examine_larger(name: str, code: str) -> dict[str, Any]:
         row["missing"], row["more"] = dict(hand - found), dict(found - hand)
         row["why"] = why if hand - found else ""
         row["dimensions"], row["folded"] = dict(dimensions), len(bases.folded)
-        row["refused"] = refusals(bases)
+        row["refused"] = bases.refusals().to_dict("records")
         row["error"] = bases.verify(net, example, others=[other])
     except Exception as error:  # the others go on
         row |= {"error": None, "failure": f"{type(error).__name__}: {error}"}
     return row
-
-
-def refusals(bases: symmetry.Bases) -> dict[str, str]:
-    """For each size of a space and each kind the operators that forbid it, without repetition."""
-    found: dict[str, str] = {}
-    for space, by_kind in bases.refused.items():
-        size = bases.permutations.groups[space].size
-        for kind, why in by_kind.items():
-            found.setdefault(f"{kind} {size}", why)
-    return found
 
 
 def compared(found: Groups, net: nn.Module, example: Any, train: bool = False) -> str:

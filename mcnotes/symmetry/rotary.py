@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map_only
 
+from mcnotes.symmetry.rules import MOVING
 from mcnotes.symmetry.units import op_name
 
 SAME = {"clone", "_to_copy", "alias", "detach", "lift_fresh", "lift_fresh_copy", "contiguous"}
 """Operators that change nothing, unless they change the type."""
-MOVING = {"permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select"}
-MOVING |= {"split", "split_with_sizes", "unbind", "repeat", "flip", "cat", "stack"}
-MOVING |= {"view", "_unsafe_view", "view_as_real", "view_as_complex"}
-POLYNOMIAL = SAME | MOVING | {"add", "sub", "neg", "mul", "addcmul"}
+ELSEWHERE = {"as_strided", "copy", "index", "index_select"}
+"""They move data by where it lies in memory, or by numbers that are not known here."""
+POLYNOMIAL = SAME | (MOVING - ELSEWHERE) | {"view_as_complex"}
+POLYNOMIAL |= {"add", "sub", "neg", "mul", "addcmul"}
 LONGEST = 40
 """Operators between the coordinates and their turned ones; programs need some ten of them."""
 
