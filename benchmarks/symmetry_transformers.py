@@ -508,6 +508,7 @@ def main() -> int:
     )
     parser.add_argument("families", nargs="*", help="default: the whole list")
     parser.add_argument("--minutes", type=float, default=1.0, help="of random programs")
+    parser.add_argument("--seed", type=int, default=0, help="of the first programs")
     parser.add_argument("--out", type=Path, help="also write a JSON file with provenance")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --out holds")
     args = parser.parse_args()
@@ -525,12 +526,13 @@ def main() -> int:
         if "larger" not in row and row["family"] in FAMILIES:
             row["larger"] = examine_larger(row["family"], code)
             print(larger_line(row), flush=True)
-    tried = programs.try_programs(60 * args.minutes)  # which raises an error if one fails
+    tried = programs.try_programs(60 * args.minutes, args.seed)  # raises an error if one fails
     print(json.dumps(summary(rows) | {"programs": tried}))
     if args.out:
         about = {"sizes": SIZES, **provenance(), "transformers": metadata.version("transformers")}
         if args.minutes:
-            runs.append({"programs": tried, "minutes": args.minutes, "commit": code})
+            run = {"programs": tried, "minutes": args.minutes, "seed": args.seed, "commit": code}
+            runs.append(run)
         record = {**about, "summary": summary(rows), "random programs": runs, "rows": rows}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     return int(any(None in (row["error"], row["larger"]["error"]) for row in rows))
