@@ -9,7 +9,8 @@ import pytest
 
 from tools.browser import Page, browser, program
 
-SCRIPT = Path(__file__).parents[1] / "book" / "_static" / "sort.js"
+STATIC = Path(__file__).parents[1] / "book" / "_static"
+SCRIPT, STYLE = STATIC / "sort.js", STATIC / "book.css"
 HEADS = ["method", "barrier (nats)", "time (s)", "paper"]
 ROWS = [
     ["weights", "0.796 ± 0.1", "10.5", ""],
@@ -89,3 +90,22 @@ def test_the_keyboard_sorts_and_words_stand_by_the_alphabet(page: Page) -> None:
 def test_other_tables_stay_as_they_are(page: Page) -> None:
     assert page.run("document.querySelectorAll('.tag_table button').length") == 0
     assert page.run("document.querySelectorAll('.tag_sortable button').length") == 4
+
+
+def test_on_a_phone_a_row_becomes_a_list_with_the_names_of_its_columns(tmp_path: Path) -> None:
+    head = f"<!doctype html><meta charset=utf-8><script defer src='{SCRIPT.as_uri()}'></script>"
+    head += "<meta name=viewport content='width=device-width'>"
+    head += f"<link rel=stylesheet href='{STYLE.as_uri()}'>"
+    wide = html("tag_sortable tag_stacked").replace("0.821", "a long sentence of words " * 9)
+    (tmp_path / "page.html").write_text(f"{head}<div class=bd-article>{wide}</div>", "utf8")
+    lefts = "[...document.querySelectorAll('td')].map(cell => cell.getBoundingClientRect().left)"
+    shown = "getComputedStyle(document.querySelectorAll('td')[1], '::before').content"
+    with browser(tmp_path / "profile") as page:
+        page.open((tmp_path / "page.html").as_uri(), 390, 700)
+        assert len({*page.run(lefts)}) == 1, "one below the other"
+        assert page.run(shown) == '"barrier (nats)"'
+        click(page, 1)
+        assert column(page, 1)[0] == "0.796 ± 0.1", "it still sorts"
+        page.open((tmp_path / "page.html").as_uri(), 1440, 900)
+        assert len({*page.run(lefts)}) == 4, "four columns where there is room"
+        assert page.run(shown) == "none"

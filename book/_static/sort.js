@@ -1,4 +1,5 @@
-// The tables of cells tagged `sortable`: the head of a column is a button that sorts by it.
+// The tables of cells tagged `sortable`: the head of a column is a button that sorts by it. On a
+// phone the rows of those tagged `stacked` become lists, in which each cell has its column's name.
 document.addEventListener("DOMContentLoaded", () => {
   const text = (row, column) => row.cells[column].textContent.trim().replaceAll("−", "-");
 
@@ -18,6 +19,13 @@ document.addEventListener("DOMContentLoaded", () => {
     table.tBodies[0].append(...full, ...blank);
     for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
     head.ariaSort = up ? "ascending" : "descending";
+  }
+
+  for (const table of document.querySelectorAll(".tag_stacked table")) {
+    const names = [...table.tHead.rows[0].cells].map((head) => head.textContent.trim());
+    for (const row of table.tBodies[0].rows) {
+      for (const cell of row.cells) cell.dataset.name = names[cell.cellIndex];
+    }
   }
 
   for (const table of document.querySelectorAll(".tag_sortable table")) {
