@@ -63,6 +63,12 @@ def test_numbers_stand_to_the_right_in_a_table() -> None:
     assert lines[2:] == ["| a | 1 | 0.1 | 1 ± 2 |", "| b2c | 20 | 2.0 | 1 ± 2 |"]
 
 
+def test_what_rounds_to_zero_has_no_sign() -> None:
+    text = frames.table(["x", "y"], [[-0.004, frames.mean_std([-0.04, 0.0])]]).data
+    assert "| 0.00 | 0.0 ± 0.0 |" in text
+    assert "| -0.01 |" in frames.table(["x"], [[-0.006]]).data
+
+
 def test_a_table_of_cells() -> None:
     lines = frames.table(["method", "barrier"], [["line", "–"], ["curve", 0.5]]).data.splitlines()
     assert lines == ["| method | barrier |", "| --- | ---: |", "| line | – |", "| curve | 0.50 |"]

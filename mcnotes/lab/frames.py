@@ -73,7 +73,12 @@ def mean_std(values: ArrayLike, digits: int = 1, scale: float = 1.0) -> str:
     """ "mean ± sample standard deviation" of scale·values, as the paper's table writes it."""
     v = np.asarray(values) * scale
     deviation = f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else ""
-    return f"{v.mean():.{digits}f}{deviation}"
+    return f"{fixed(v.mean(), digits)}{deviation}"
+
+
+def fixed(value: float, digits: int) -> str:
+    """A number with so many digits after the point; what rounds to zero has no sign."""
+    return f"{round(float(value), digits) + 0.0:.{digits}f}"
 
 
 def over(frame: DataFrame, by: Sequence[str], digits: int | Mapping[str, int] = 2) -> DataFrame:
@@ -131,7 +136,7 @@ def _digits(name: str, digits: int | Mapping[str, int]) -> int:
 
 
 def _text(value: object, digits: int) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, float | np.floating) else str(value)
+    return fixed(value, digits) if isinstance(value, float | np.floating) else str(value)
 
 
 def _is_number(text: str) -> bool:
