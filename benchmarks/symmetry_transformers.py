@@ -11,9 +11,9 @@ no group is found, or whose output is constant, fails.
 Larger groups (`symmetry.find` with `kinds`) follow: scales, signs, rotations and changes of basis,
 beside those written by hand, of which `why` tells what is missing; verified as the permutations.
 
-Random programs (see `tools.programs`) are tried for --minutes, and counted. With --resume the rows
-of --out stay, and its runs of programs; only what is missing is computed, so that an hour of
-programs can be added later.
+Random programs (see `tools.programs`) are tried for --minutes, and counted; with --operators also
+networks around each operator of PyTorch's list. With --resume the rows of --out stay, and what was
+tried; only what is missing is computed, so that an hour of programs can be added later.
 
     python benchmarks/symmetry_transformers.py --minutes 60 --out data/results/FILE.json
 """
@@ -509,14 +509,16 @@ def main() -> int:
     parser.add_argument("families", nargs="*", help="default: the whole list")
     parser.add_argument("--minutes", type=float, default=1.0, help="of random programs")
     parser.add_argument("--seed", type=int, default=0, help="of the first programs")
+    parser.add_argument("--operators", action="store_true", help="try PyTorch's list, too")
     parser.add_argument("--out", type=Path, help="also write a JSON file with provenance")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --out holds")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # of configurations that are small
     torch.set_num_threads(1)
     kept = args.resume and args.out and args.out.exists()
-    before = json.loads(args.out.read_text()) if kept else {"rows": [], "random programs": []}
-    rows, runs = before["rows"], before["random programs"]
+    before = json.loads(args.out.read_text()) if kept else {}
+    rows, runs = before.get("rows", []), before.get("random programs", [])
+    operators = before.get("operators", {})
     done, code = {row["family"] for row in rows}, commit()
     symmetry.find(nn.Linear(2, 2), torch.rand(2, 2))
     for name in (name for name in args.families or FAMILIES if name not in done):
@@ -527,15 +529,19 @@ def main() -> int:
             row["larger"] = examine_larger(row["family"], code)
             print(larger_line(row), flush=True)
     tried = programs.try_programs(60 * args.minutes, args.seed)  # raises an error if one fails
-    print(json.dumps(summary(rows) | {"programs": tried}))
+    if args.operators:
+        operators = {"networks": dict(programs.try_operators(print)), "commit": code}
+    print(json.dumps(summary(rows) | {"programs": tried, "operators": operators}))
     if args.out:
         about = {"sizes": SIZES, **provenance(), "transformers": metadata.version("transformers")}
         if args.minutes:
             run = {"programs": tried, "minutes": args.minutes, "seed": args.seed, "commit": code}
             runs.append(run)
-        record = {**about, "summary": summary(rows), "random programs": runs, "rows": rows}
+        about |= {"summary": summary(rows), "random programs": runs, "operators": operators}
+        record = about | {"rows": rows}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
-    return int(any(None in (row["error"], row["larger"]["error"]) for row in rows))
+    wrong = {"unsound", "crashes"} & operators.get("networks", {}).keys()
+    return int(bool(wrong) or any(None in (r["error"], r["larger"]["error"]) for r in rows))
 
 
 if __name__ == "__main__":
