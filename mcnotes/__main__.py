@@ -177,17 +177,30 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def what_is_kept(args: argparse.Namespace) -> str:
-    """From where a stopped report will resume, for the message about it."""
-    if args.command != "report":
-        return ""
-    if kept := checkpoints_in(args.out.with_suffix("")):
+    """From where a stopped command will resume, for the message about it."""
+    if kept := unfinished(args):
         return f". Run the same command again to resume from {listed(kept)}"
-    return " before a curve was trained. The same command starts from the beginning"
+    if args.command == "report":
+        return " before a curve was trained. The same command starts from the beginning"
+    return ""
+
+
+def unfinished(args: argparse.Namespace) -> list[Path]:
+    """Checkpoints of what a command began to train and did not finish."""
+    if args.command == "align":
+        started = args.learn and args.out and beside(args.out).exists()
+        return [beside(args.out)] if started else []
+    return checkpoints_in(args.out.with_suffix("")) if args.command == "report" else []
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The curves that a report began to train and did not finish."""
     return sorted(folder.glob("*.checkpoint"))
+
+
+def beside(out: Path) -> Path:
+    """Where `align --learn` keeps what it has learned so far."""
+    return out.with_name(f"{out.name}.checkpoint")
 
 
 def listed(paths: Sequence[Path]) -> str:
@@ -645,14 +658,14 @@ def align_files(args: argparse.Namespace) -> None:
     """`align` for two files of a network that --model makes."""
     from mcnotes import checkpoints, data, prepare, symmetry
 
-    out = args.out or Path("aligned.safetensors")
+    out = args.out = args.out or Path("aligned.safetensors")
     if args.loss and not args.learn:
         raise Refused("got --loss, which --learn alone uses for files. Fix: add --learn")
     if out.is_dir():
         raise Refused(f"got --out {out}, expected the name of a file, not of a folder")
-    beside = out.with_stem(f"{out.stem}_reference")
+    other = out.with_stem(f"{out.stem}_reference")
     given = {x.resolve() for x in (args.checkpoint_a, args.checkpoint_b)}
-    if given & {out.resolve(), beside.resolve()}:
+    if given & {out.resolve(), other.resolve()}:
         raise Refused(f"got --out {out}, by which A or B would be overwritten. Fix: another --out")
     made_folder(out.parent)
     net = build(args.model, args.arguments)
@@ -664,12 +677,13 @@ def align_files(args: argparse.Namespace) -> None:
     about = {"a": found[0].sha256, "b": found[1].sha256, "factory": args.model}
     files = {out: ("B aligned to A, the same function", aligned.model)}
     if isinstance(aligned.symmetry, symmetry.Bases):
-        files[beside] = ("A in the gauge of the aligned B, the same function", aligned.reference)
+        files[other] = ("A in the gauge of the aligned B, the same function", aligned.reference)
     try:
         for path, (what, model) in files.items():
             checkpoints.save(path, model.state_dict(), net, what=what, made_from=about)
     except OSError as error:
         raise Refused(f"cannot write {out} ({error}). Fix: see --out") from error
+    beside(out).unlink(missing_ok=True)
     for path, (what, _) in files.items():
         print(f"{path}: {what}")
 
@@ -682,7 +696,7 @@ def align_folders(args: argparse.Namespace) -> None:
     sources = {"a": args.checkpoint_a, "b": args.checkpoint_b}
     if args.model or args.arguments or args.prefix:
         raise Refused("--model, --arguments and --prefix are for files, a folder says what it is")
-    out = args.out or Path("aligned")
+    out = args.out = args.out or Path("aligned")
     if out.is_dir() and any(out.iterdir()):
         cause = f"got --out {out}, which holds files, and they would be overwritten"
         raise Refused(f"{cause}. Fix: another --out, or remove it")
@@ -714,6 +728,7 @@ def align_folders(args: argparse.Namespace) -> None:
                 Path(folder, name).rename(out / name)
     except OSError as error:
         raise Refused(f"cannot write {out} ({error}). Fix: see --out") from error
+    beside(out).unlink(missing_ok=True)
     print(f"{out / 'a'}, {out / 'b'}: the networks; {out / report}: the report")
 
 
@@ -731,6 +746,7 @@ def aligned_by(args: argparse.Namespace, a: nn.Module, b: nn.Module, few: Any) -
         loss=loss_of(args) if args.learn else None,
         device=args.device,
         seed=args.seed,
+        checkpoint=beside(args.out) if args.learn else None,
     )
     print(repr(found))
     sym = found.symmetry

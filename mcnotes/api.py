@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -281,6 +281,7 @@ def align(
     loss: Loss | None = None,
     device: str | torch.device = "auto",
     seed: int = 0,
+    checkpoint: str | Path | None = None,
 ) -> Aligned:
     """Move model B close to model A by symmetries; the result computes the same function as B.
 
@@ -292,14 +293,17 @@ def align(
     permutations alone), or by the "weights" alone (chapter 9; the default for all else). kinds:
     some of `symmetry.KINDS`, or "all" (chapter 13). With larger groups than permutations both ends
     move into one gauge, so connect `aligned.reference` with `aligned.model`. learn: then descend
-    from there on the loss half-way, for so many epochs or as a `matching.Learn` says; loss: as in
-    `connect`. device: where to compute; "auto" is CUDA if available, else the device of model A.
+    from there on the loss half-way, for so many epochs or as a `matching.Learn` says; loss,
+    checkpoint: of this descent, as in `connect`. device: where to compute; "auto" is CUDA if
+    available, else the device of model A.
     """
     given = {"kinds": kinds, "learn": learn, "loss": loss, "device": device, "seed": seed}
-    require("align", given, ARGUMENTS, InputError)
+    require("align", given | {"checkpoint": checkpoint}, ARGUMENTS, InputError)
     wanted = _wanted("align", kinds, method, learn)
-    if learn is None and loss is not None:
-        raise InputError("align: got a loss, which `learn` alone uses. Fix: add learn, or drop it")
+    for name, value in {"loss": loss, "checkpoint": checkpoint}.items():
+        if learn is None and value is not None:
+            cause = f"align: got a {name}, which `learn` alone uses"
+            raise InputError(f"{cause}. Fix: add learn, or drop it")
     with prepare.untouched(batches, seed):
         labels = learn is not None and loss is None
         ready = prepare.prepare(
@@ -307,7 +311,8 @@ def align(
         )
         if wanted != PERMUTATIONS or learn is not None:
             how = matching.Learn(learn) if isinstance(learn, int) else learn
-            return _in_one_gauge(ready, (model_a, model_b), wanted, how, loss, seed)
+            models = model_a, model_b
+            return _in_one_gauge(ready, models, wanted, how, loss, seed, checkpoint)
         sym, error = ready.symmetry()
         found = matching.Matching({}, {}, {}, {}, {}, 0.0)
         if sym.groups:
@@ -339,16 +344,22 @@ def _in_one_gauge(
     learn: matching.Learn | None,
     loss: Loss | None,
     seed: int,
+    checkpoint: str | Path | None,
 ) -> Aligned:
     """`align` by larger groups than permutations, or by descent."""
     used: Loss = train.cost
+    kept = None
+    if learn is not None and checkpoint is not None:
+        what = {"learn": asdict(learn), "kinds": [*kinds], "seed": seed}
+        what |= {"batches": ready.data.number}
+        kept = _resumable("align", Path(checkpoint), ready.thetas, what)
     if learn is not None:
         used = prepare.choose_loss(ready, loss)
         prepare.check_slope(ready, used, frozen=True)
     bases, error = ready.bases(kinds)
     pair = matching.Pair(ready.net, bases.permutations, *ready.thetas)
     images = None if learn is None else ready.data
-    found = matching.match_bases(pair, bases, images, learn, loss=used, seed=seed)
+    found = matching.match_bases(pair, bases, images, learn, loss=used, seed=seed, checkpoint=kept)
     reference, off = ready.moved(0, models[0], found.theta_a)
     model, difference = ready.moved(1, models[1], found.theta_b)
     return Aligned(model, found, bases, error, difference, reference, off)
@@ -445,7 +456,7 @@ def connect(
             what = {"recipe": recipe.config(), "kind": kind, "seed": seed, "batches": data.number}
             kept = None
             if checkpoint is not None:
-                kept = _resumable(Path(checkpoint), ready.thetas, what)
+                kept = _resumable("connect", Path(checkpoint), ready.thetas, what)
             fit = train.fit_curve(
                 net, fit.curve, data, recipe, seed=seed, loss=used, checkpoint=kept
             )
@@ -525,7 +536,9 @@ def _sums(net: nn.Module, batch: Batch, wanted: Mapping[str, Quantity]) -> Array
         return evaluate.sums(net, {}, batch, wanted, torch.device("cpu")).numpy()
 
 
-def _resumable(path: Path, thetas: list[Theta], what: Mapping[str, Any]) -> cache.Checkpoint:
+def _resumable(
+    who: str, path: Path, thetas: list[Theta], what: Mapping[str, Any]
+) -> cache.Checkpoint:
     """A checkpoint of this run. Raises InputError if the file is anything else."""
     digest = hashlib.sha256()
     for name, x in (item for theta in thetas for item in theta.items()):
@@ -538,11 +551,11 @@ def _resumable(path: Path, thetas: list[Theta], what: Mapping[str, Any]) -> cach
         found = cache.read_config(path)
     except cache.BrokenFile as error:
         raise InputError(
-            f"connect: the file {error}, expected a checkpoint of this run. Fix: name another file"
+            f"{who}: the file {error}, expected a checkpoint of this run. Fix: name another file"
         ) from error
     if found != checkpoint.config:
         raise InputError(
-            f"connect: the checkpoint {path} belongs to another run. Fix: name another file, or "
+            f"{who}: the checkpoint {path} belongs to another run. Fix: name another file, or "
             "remove this one"
         )
     return checkpoint

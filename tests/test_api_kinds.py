@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from small import SHORT, Fixed, agree, plain, rounding, task, terms
 from torch import Tensor, nn
 
 import mcnotes
-from mcnotes import matching, symmetry, train
+from mcnotes import cache, matching, symmetry, train
 from mcnotes.calls import InputError
 from mcnotes.matching import AlignmentError, BasesMatching, Learn
+from mcnotes.matching.bases import GroupStep
 
 TOKENS = torch.randint(12, (24, 6), generator=torch.Generator().manual_seed(0))
 BATCHES = [{"input_ids": x, "labels": x} for x in TOKENS.split(8)]
@@ -144,6 +146,42 @@ def test_learning_lowers_the_loss_half_way() -> None:
     assert middle[1] < middle[0]
     agree(outputs(learned.model), outputs(b), terms(b))
     agree(outputs(learned.reference), outputs(a), terms(a))
+
+
+def test_a_stopped_descent_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, path = llama(1), llama(2), tmp_path / "learn.checkpoint"
+
+    def learned(**options: Any) -> mcnotes.Aligned:
+        return mcnotes.align(a, b, BATCHES, kinds="all", learn=Learn(4, 0.03), **options)
+
+    def stop(step: GroupStep, *args: Any) -> Tensor:
+        if path.exists() and len(cache.read_tensors(path)["losses"]) == 2:
+            raise KeyboardInterrupt
+        return run(step, *args)
+
+    whole, run = learned(), GroupStep.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(GroupStep, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            learned(checkpoint=path)
+    steps = []
+
+    def counted(step: GroupStep, *args: Any) -> Tensor:
+        steps.append(args)
+        return run(step, *args)
+
+    monkeypatch.setattr(GroupStep, "__call__", counted)
+    resumed = learned(checkpoint=path)
+    assert 0 < len(steps) < len(whole.matching.losses) * len(BATCHES), "not all over again"
+    assert resumed.matching.losses == whole.matching.losses
+    pairs = zip(resumed.model.parameters(), whole.model.parameters(), strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
+    with pytest.raises(InputError, match="belongs to another run"):
+        learned(checkpoint=path, seed=1)
+    with pytest.raises(InputError, match="got a checkpoint, which `learn` alone uses"):
+        mcnotes.align(a, b, BATCHES, kinds="all", checkpoint=path)
 
 
 def test_permutations_leave_the_reference_as_it_is() -> None:

@@ -21,7 +21,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small import agree, picture_folder, terms
-from torch import nn
+from torch import Tensor, nn
 
 import mcnotes.data.sources
 import mcnotes.matching
@@ -30,6 +30,7 @@ import mcnotes.train
 from mcnotes import __main__ as command
 from mcnotes import calls, checkpoints, data
 from mcnotes.data.sources import DataError
+from mcnotes.matching.bases import GroupStep
 from tools import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -311,6 +312,31 @@ class TestAlignFolders:
         assert "rotations" in page
         assert "not offered" in page
         assert "outputs off by" in page
+
+    def test_stopped_it_goes_on_and_says_so(
+        self, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        line = "align runs/1 runs/2 --data text.txt --kinds all --learn 3"
+        kept, run = runs / "aligned.checkpoint", GroupStep.__call__
+
+        def stop(step: GroupStep, *args: Any) -> Tensor:
+            if kept.exists():
+                signal.raise_signal(signal.SIGTERM)
+            return run(step, *args)
+
+        monkeypatch.setattr(GroupStep, "__call__", stop)
+        code, _, err = ran(capsys, line)
+        assert (code, err.splitlines()[-1]) == (
+            143,
+            "mcnotes align: stopped. Run the same command again to resume from "
+            "'aligned.checkpoint'",
+        )
+        monkeypatch.undo()
+        monkeypatch.chdir(runs)
+        code, _, err = ran(capsys, line)
+        assert code == 0, err
+        assert (runs / "aligned" / "report.html").exists()
+        assert not kept.exists(), "of what is done nothing is kept"
 
     def test_units_alone_leave_a_as_it_is(
         self, runs: Path, capsys: pytest.CaptureFixture[str]

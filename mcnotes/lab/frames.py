@@ -6,7 +6,7 @@ Columns carry their units in their names, so that axes of figures and heads of t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from IPython.display import Markdown
@@ -76,7 +76,7 @@ def mean_std(values: ArrayLike, digits: int = 1, scale: float = 1.0) -> str:
     return f"{fixed(v.mean(), digits)}{deviation}"
 
 
-def fixed(value: float, digits: int) -> str:
+def fixed(value: float | np.floating[Any], digits: int) -> str:
     """A number with so many digits after the point; what rounds to zero has no sign."""
     return f"{round(float(value), digits) + 0.0:.{digits}f}"
 

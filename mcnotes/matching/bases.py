@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mcnotes import curves, display, evaluate, train
+from mcnotes.cache import Checkpoint
 from mcnotes.calls import Batches
 from mcnotes.checks import a, flag, function, optional, require, whole
 from mcnotes.curves import Curve, Theta
@@ -103,6 +104,7 @@ def match_bases(
     rounds: int = 20,
     loss: train.Loss = train.cost,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
 ) -> BasesMatching:
     """Bring network B close to A by all that `bases` holds; both keep their functions.
 
@@ -110,9 +112,9 @@ def match_bases(
     are ordered once these are matched, and again in each round. rounds: at most so many passes over
     all spaces by weights, until one gains nothing. learn: then descend, on `images`, from `seed`;
     the result is kept if it has a smaller loss there than what weights gave. loss: of outputs and
-    targets. Raises AlignmentError for parameters that are not finite, for gains that cannot be
-    folded, and where what is to be learned acts on a buffer; TrainingError if the loss is not
-    finite.
+    targets. checkpoint: from which an interrupted descent resumes after its last epoch. Raises
+    AlignmentError for parameters that are not finite, for gains that cannot be folded, and where
+    what is to be learned acts on a buffer; TrainingError if the loss is not finite.
     """
     given = {"pair": pair, "bases": bases, "images": images, "learn": learn, "rounds": rounds}
     rules = {
@@ -121,8 +123,10 @@ def match_bases(
         "learn": optional(a(Learn, "a matching.Learn")),
         "rounds": whole(1),
         "loss": function,
+        "checkpoint": optional(a(Checkpoint, "a cache.Checkpoint")),
     }
-    require("match_bases", given | {"loss": loss, "seed": seed}, PAIRED | rules)
+    given |= {"loss": loss, "seed": seed, "checkpoint": checkpoint}
+    require("match_bases", given, PAIRED | rules)
     if learn and not (images and any(True for _ in images.batches(learn.batch_size))):
         raise ValueError("match_bases: images: got none, expected those to learn from")
     if learn:
@@ -138,7 +142,8 @@ def match_bases(
     end_a, end_b = ends[0], Search(bases, *ends).run(rounds)
     losses: Sequence[float] = ()
     if learn and images is not None:
-        end_b, losses = learned(pair, bases, end_a, end_b, images, learn, loss, seed)
+        line = end_a, end_b
+        end_b, losses = learned(pair, bases, line, images, learn, loss, seed, checkpoint)
     names = pair.names
     theta_a, theta_b = like(end_a, pair.theta_a), like(end_b, pair.theta_b)
     return BasesMatching(
@@ -509,6 +514,9 @@ class GroupStep(train.Step):
         }
         rates = [{"params": [*self.logs.values()]}, {"params": [*self.matrices.values()]}]
         self.adam = torch.optim.Adam([group for group in rates if group["params"]])
+        for x in (*self.logs.values(), *self.matrices.values()):  # so that they can be restored
+            moments = {n: torch.zeros_like(x.detach()) for n in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[x] = {"step": torch.zeros(()), **moments}
         self.names = [name for name, _ in pair.net.named_parameters()]
 
     def element(self) -> Element:
@@ -534,6 +542,16 @@ class GroupStep(train.Step):
         self.adam.step()
         return loss
 
+    def state(self) -> dict[str, Tensor]:
+        """As `train.Step`: the free numbers, and the moments of each."""
+        free = {f"log.{n}": x for n, x in self.logs.items()}
+        free |= {f"matrix.{n}": x for n, x in self.matrices.items()}
+        found = {f"buffer.{n}": x for n, x in self.buffers.items()}
+        for name, x in free.items():
+            found[name] = x.detach()
+            found |= {f"{name}.{moment}": y for moment, y in self.adam.state[x].items()}
+        return found
+
 
 def exponential(f: Factor, x: Tensor) -> Tensor:
     """The element of a group of which x is the logarithm (of phases: angles); differentiable."""
@@ -551,21 +569,21 @@ def exponential(f: Factor, x: Tensor) -> Tensor:
 def learned(
     pair: Pair,
     bases: Bases,
-    end_a: Theta,
-    end_b: Theta,
+    ends: tuple[Theta, Theta],
     images: Batches,
     how: Learn,
     loss: train.Loss,
     seed: int,
+    checkpoint: Checkpoint | None,
 ) -> tuple[Theta, Sequence[float]]:
     """B after the descent, or as it was if the loss on the line has not become smaller."""
-    device = images.device
+    device, (end_a, end_b) = images.device, ends
     near = like({n: x.to(device) for n, x in end_b.items()}, pair.theta_b)
     line = curves.line(like({n: x.to(device) for n, x in end_a.items()}, pair.theta_a), near)
     step = GroupStep(pair, bases, line, how, device, loss)
     if not (step.logs or step.matrices):
         return end_b, ()
-    fit = train.run(step, line, Shown(images), seed, None)
+    fit = train.run(step, line, Shown(images), seed, checkpoint)
     order = {n: doubly_stochastic.nearest(m.detach()).argmax(1) for n, m in step.matrices.items()}
     element = {n: x.detach() for n, x in step.element().items()}
     moved = bases.act(bases.permutations.permute(end_b, order), element)
