@@ -72,6 +72,18 @@ def test_unfinished_runs_of_the_zoo_can_be_read_and_are_not_finished() -> None:
         assert not (cache.zoo() / entry).exists(), f"remove {path.name}: its entry is there"
 
 
+def test_of_what_joins_two_networks_the_zoo_has_both() -> None:
+    """The same seeds may give other networks elsewhere, which an old curve would not join."""
+    there = {path.stem.removeprefix("endpoint-") for path in cache.zoo().glob("endpoint-*")}
+    joined = {
+        path.name: cache.read_config(path)["ends"]
+        for kind in ("curve-*.safetensors", "matching-*.json")
+        for path in cache.zoo().glob(kind)
+    }
+    assert len(joined) > 20
+    assert {n: ends for n, ends in joined.items() if not {*ends} <= there} == {}
+
+
 def test_default_experiment_is_in_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails when a default changes and the zoo was not rebuilt."""
     monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
