@@ -2,10 +2,10 @@
 
 Compares what `mcnotes.matching` has (`CALLS`): orders that look at nothing, at activations, at
 weights and at the loss at the middle. Networks: perceptrons without normalisation, narrow, wide and
-deep, a convolutional network without BatchNorm, TinyTen, ResNet20 and GoogLeNet with BatchNorm, and
-a transformer with LayerNorm; three pairs of seeds each, on the embedded data set. Perceptrons of
-further widths have six of the methods. Each row names its two networks by the hash of their
-parameters.
+deep, a convolutional network without BatchNorm, TinyTen, ResNet20 of two widths and GoogLeNet with
+BatchNorm, and a transformer with LayerNorm; three pairs of seeds each, on the embedded data set;
+and chapter 11's TinyTen on CIFAR-10, for which its images must be there. Perceptrons of further
+widths have six of the methods. Each row names its two networks by the hash of their parameters.
 
 For every row: the barrier and the lowest accuracy on the straight line (test images, BatchNorm
 recomputed on training images at every point), the mean correlation of matched units (training
@@ -40,6 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,14 +68,16 @@ CALLS: dict[str, dict[str, Any]] = {  # by name, how `match` is asked
 }
 WIDTHS = (8, 16, 32, 64, 128, 256, 512)  # of two hidden layers
 PAIRS = ((1, 2), (3, 4), (5, 6))
-FEW = ((1, 2), (3, 4), (1, 4))  # of GoogLeNet, of which there are four
+FEW = ((1, 2), (3, 4), (1, 4))  # where there are four networks
 Cell = tuple[str, tuple[int, int], str, int]
 FILE = cache.ROOT / "data" / "results" / "matchers.json"
 STEPS = 3  # of the bound
 POINTS, TESTED, KNOWN = 9, 2_000, 1_000  # of a path; test images; those for statistics
 WHOLE = (  # with every method
     "TinyTen",
+    "TinyTen, CIFAR-10",
     "ResNet20",
+    "ResNet20, 4 times as wide",
     "GoogLeNet",
     "CNN",
     "transformer",
@@ -83,7 +86,8 @@ WHOLE = (  # with every method
     "MLP 256",
     "deep MLP",
 )
-LARGE = {"ResNet20", "GoogLeNet"}  # measured on half as many images of either kind
+FOUR = {"TinyTen, CIFAR-10", "ResNet20, 4 times as wide", "GoogLeNet"}  # there are four networks
+LARGE = {"ResNet20", "GoogLeNet"} | FOUR  # measured on half as many images of either kind
 
 
 class Block(nn.Module):
@@ -169,15 +173,24 @@ class Lab(Experiment):
 
 
 MLP = Lab(network="mlp-2", epochs=12, lr=0.05)
+PRESET = cache.ROOT / "experiments/presets/cpu-tinyten-cifar10.yaml"
+CIFAR = Lab.of(yaml.safe_load(PRESET.read_text("utf8")), also=["pairs"])  # as in chapter 11
 CASES: dict[str, tuple[Lab, str]] = {  # an experiment, and how it normalises
     "TinyTen": (Lab(), "BatchNorm"),
+    "TinyTen, CIFAR-10": (dataclasses.replace(CIFAR, match_images=2_000), "BatchNorm"),
     "ResNet20": (Lab(network="resnet20"), "BatchNorm"),
+    "ResNet20, 4 times as wide": (Lab(network="resnet20", width=32, epochs=6), "BatchNorm"),
     "GoogLeNet": (Lab(network="googlenet", width=0.125, epochs=6), "BatchNorm"),
     "CNN": (Lab(network="cnn", width=16, epochs=12, lr=0.05), "none"),
     "transformer": (Lab(network="transformer", width=32, epochs=20), "LayerNorm"),
     **{f"MLP {w}": (dataclasses.replace(MLP, width=w), "none") for w in WIDTHS},
     "deep MLP": (dataclasses.replace(MLP, network="mlp-5", width=64), "none"),
 }
+
+
+def pairs_of(name: str) -> tuple[tuple[int, int], ...]:
+    """Seeds of the three pairs."""
+    return FEW if name in FOUR else PAIRS
 
 
 def splits(name: str) -> tuple[Split, Split]:
@@ -282,7 +295,7 @@ def cells(networks: list[str], pairs: int, methods: list[str], epochs: int) -> l
         for method in methods
         for name in networks
         if method in FIRST or name in WHOLE
-        for pair in (FEW if name == "GoogLeNet" else PAIRS)[:pairs]
+        for pair in pairs_of(name)[:pairs]
     ]
 
 

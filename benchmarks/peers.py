@@ -1,0 +1,242 @@
+"""Packages of others on the pairs of `matchers.py` (chapter 9).
+
+`rebasin` matches weights (after Git Re-Basin), `sinkhorn-rebasin` descends by the loss at the
+middle through Sinkhorn matrices (its authors' own code; a rate of 0.1 and 20 epochs, as in their
+examples). Both come from PyPI. They share a name, so each has an environment of its own beneath
+`_build/peers`, which also sees what is installed here. Each is given the second network of a pair
+(`pair`), and a permuted copy of the first (`planted`); our methods by weights and by Sinkhorn
+matrices stand beside them.
+
+For every row: whether what comes back still computes what it did (`change`: the largest difference
+of probabilities on test images), the barrier on the straight line (BatchNorm recomputed), the
+cosine of all parameters, for planted copies how many tensors are home again, and CPU seconds. What
+fails, or needs more than `--limit` seconds, has a row that says so.
+
+One line of JSON for each row, loaded from the store if it is there; `--save` writes them to
+data/results/peers.json. The last line is JSON: in how many rows the function was kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import site
+import subprocess
+import tempfile
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matchers import CASES, PAIRS, WHOLE, digest, pairs_of, walk
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from mcnotes import cache, curves, evaluate, matching
+from mcnotes.curves import Theta
+from mcnotes.data import Split
+from mcnotes.lab.experiment import curve_seed
+from mcnotes.matching import Pair
+
+FILE = cache.ROOT / "data" / "results" / "peers.json"
+PLACES = cache.ROOT / "_build" / "peers"
+PACKAGES = {  # what is installed, all without what it asks for, which is here
+    "rebasin": ["rebasin==0.0.47", "torchview==0.2.7", "graphviz==0.21"],
+    "sinkhorn-rebasin": ["sinkhorn-rebasin==0.0.2", "torchviz==0.0.3", "graphviz==0.21"],
+}
+OURS = {"rebasin": "weights", "sinkhorn-rebasin": "sinkhorn"}  # what does the same here
+EPOCHS, RATE, BATCH = 20, 0.1, 100  # of sinkhorn-rebasin
+IMAGES = 500  # on which functions are compared
+TASKS = ("pair", "planted")
+
+
+def by_weights(net_a: nn.Module, net_b: nn.Module, images: Split) -> nn.Module:
+    """`rebasin`, which changes the second network."""
+    from rebasin import PermutationCoordinateDescent  # type: ignore[import-not-found]
+
+    example, _ = next(images.batches(BATCH))
+    PermutationCoordinateDescent(net_a, net_b, example).rebasin()
+    return net_b
+
+
+def by_descent(net_a: nn.Module, net_b: nn.Module, images: Split) -> nn.Module:
+    """`sinkhorn-rebasin`, by the loss half-way."""
+    from rebasin import RebasinNet
+    from rebasin.loss import MidLoss  # type: ignore[import-not-found]
+
+    example, _ = next(images.batches(1))
+    moved = RebasinNet(net_b, input_shape=tuple(example.shape), permutation_type="broadcast")
+    loss_of = MidLoss(net_a, criterion=F.cross_entropy)
+    optimiser = torch.optim.AdamW(moved.p.parameters(), lr=RATE)
+    moved.train()
+    for _ in range(EPOCHS):
+        for x, labels in images.batches(BATCH):
+            loss = loss_of(moved(), x, labels)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    moved.update_batchnorm(net_b)
+    moved.eval()
+    found: nn.Module = moved()
+    return found
+
+
+RUNS: dict[str, Callable[[nn.Module, nn.Module, Split], nn.Module]]
+RUNS = {"rebasin": by_weights, "sinkhorn-rebasin": by_descent}
+
+
+def inside(peer: str, network: str, folder: Path) -> None:
+    """In the peer's environment: read both networks, move the second, write it."""
+    torch.set_num_threads(1)
+    lab = CASES[network][0]
+    images = lab.task.train.first(lab.match_images)
+    nets = []
+    for name in ("a", "b"):
+        net = copy.deepcopy(lab.net)
+        net.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        nets.append(net.eval())
+    torch.manual_seed(0)
+    start = time.process_time()
+    with torch.enable_grad():
+        moved = RUNS[peer](nets[0], nets[1], images)
+    seconds = round(time.process_time() - start, 3)
+    found = {n: x.detach().clone().contiguous() for n, x in moved.state_dict().items()}
+    save_file(found, folder / "moved.safetensors", metadata={"seconds": str(seconds)})
+
+
+def environment(peer: str) -> Path:
+    """The peer's Python; its environment is made if there is none."""
+    place = PLACES / peer
+    python = place / "bin" / "python"
+    ready = place / "ready.json"
+    if ready.exists() and json.loads(ready.read_text()) == PACKAGES[peer]:
+        return python
+    venv.create(place, with_pip=True, clear=True)
+    install = [python, "-m", "pip", "-qq", "install", "--no-deps", *PACKAGES[peer]]
+    subprocess.run(install, check=True)
+    (lib,) = place.glob("lib/python*/site-packages")
+    here = "; ".join(f"site.addsitedir({p!r})" for p in site.getsitepackages())
+    (lib / "here.pth").write_text(f"import site; {here}\n")
+    ready.write_text(json.dumps(PACKAGES[peer]))
+    return python
+
+
+def last_line(text: str) -> str:
+    """What an error says in the end."""
+    return (text.strip().splitlines() or ["no message"])[-1][:200]
+
+
+def ask(peer: str, network: str, a: Theta, b: Theta, limit: float) -> tuple[Theta, float] | str:
+    """The second network as a peer moves it, and the CPU seconds; or what went wrong."""
+    python = environment(peer)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, theta in (("a", a), ("b", b)):
+            whole = {n: x.contiguous() for n, x in theta.items()}
+            save_file(whole, Path(folder) / f"{name}.safetensors")
+        call = [python, __file__, "--inside", peer, network, folder]
+        path = os.pathsep.join([str(cache.ROOT), os.environ.get("PYTHONPATH", "")])
+        around = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        try:
+            run = subprocess.run(call, capture_output=True, text=True, timeout=limit, env=around)
+        except subprocess.TimeoutExpired:
+            return f"not done after {limit:g} s"
+        if run.returncode:
+            return last_line(run.stderr)
+        file = Path(folder) / "moved.safetensors"
+        with safe_open(file, "pt") as opened:
+            seconds = float(opened.metadata()["seconds"])
+        return load_file(file), seconds
+
+
+def ours(method: str, pair: Pair, images: Split, seed: int) -> tuple[Theta, float]:
+    """The second network as a method of this package moves it, and the CPU seconds."""
+    start = time.process_time()
+    perm = matching.METHODS[method](pair, images, seed)
+    return pair.permuted(perm), round(time.process_time() - start, 3)
+
+
+def compare(network: str, pair: Pair, moved: Theta) -> dict[str, Any]:
+    """What has become of the second network."""
+    lab = CASES[network][0]
+    test = lab.task.test.first(IMAGES)
+    before, after = (evaluate.probabilities(lab.net, x, test) for x in (pair.theta_b, moved))
+    ends = [torch.cat([x[n].double().flatten() for n in pair.names]) for x in (pair.theta_a, moved)]
+    names = [name for name, _ in lab.net.named_parameters()]
+    return {
+        "change": float((before - after).abs().max()),
+        "cosine": float(torch.cosine_similarity(*ends, dim=0)),
+        "home": sum(torch.equal(pair.theta_a[n], moved[n]) for n in names),
+        "tensors": len(names),
+        "barrier": walk(network, curves.line(pair.theta_a, moved))["barrier"],
+    }
+
+
+def measure(network: str, seeds: tuple[int, int], task: str, who: str, limit: float) -> Any:
+    """One row: loaded, or computed and kept. who: a peer, or a method of ours."""
+    lab, (a, b) = CASES[network][0], seeds
+    asked = PACKAGES.get(who, who)
+    config = {"what": "peers", "ends": [lab.endpoint_config(s) for s in seeds]}
+    config |= {"task": task, "who": asked, "match_images": lab.match_images}
+
+    def compute() -> dict[str, Any]:
+        one, two = lab.endpoint(a), lab.endpoint(b)
+        if task == "planted":
+            two = lab.sym.permute(one, lab.sym.random(torch.Generator().manual_seed(1000 + a)))
+        pair, images = Pair(lab.net, lab.sym, one, two), lab.task.train.first(lab.match_images)
+        row = {"network": network, "pair": [a, b], "task": task, "who": who}
+        row["hashes"] = [digest(one), digest(two)]
+        if who in PACKAGES:
+            found = ask(who, network, one, two, limit)
+        else:
+            found = ours(who, pair, images, curve_seed(a, b))
+        if isinstance(found, str):
+            return row | {"error": found}
+        return row | compare(network, pair, found[0]) | {"seconds": found[1]}
+
+    return cache.values(config, compute)
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--networks", nargs="+", default=[*WHOLE], choices=WHOLE, metavar="NAME")
+    parser.add_argument("--pairs", type=int, default=len(PAIRS), help="of seeds, at most three")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for one row of a peer")
+    parser.add_argument("--save", action="store_true", help=f"write {FILE.name}")
+    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inside:
+        peer, network, folder = args.inside
+        return inside(peer, network, Path(folder))
+    torch.set_num_threads(1)
+    rows = []
+    for network in args.networks:
+        for seeds in pairs_of(network)[: args.pairs]:
+            for task in TASKS:
+                for peer, method in OURS.items():
+                    for who in (peer, method):
+                        rows.append(measure(network, seeds, task, who, args.limit))
+                        print(json.dumps(rows[-1]), flush=True)
+    if args.save:
+        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        record = {"packages": PACKAGES, "epochs": EPOCHS, "rate": RATE, "collected": today}
+        head = json.dumps(record | {"provenance": cache.provenance(0.0)}, indent=1)
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        text = head.removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
+        cache.write_atomic(FILE, text.encode())
+    kept = {who: 0 for pair in OURS.items() for who in pair}
+    for row in rows:
+        kept[row["who"]] += row.get("change", 1) < 1e-4
+    print(json.dumps({"function kept": kept, "of": len(rows) // len(kept)}))
+    return None
+
+
+if __name__ == "__main__":
+    main()
