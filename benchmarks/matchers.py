@@ -50,7 +50,7 @@ from mcnotes.data import Split
 from mcnotes.lab import Experiment
 from mcnotes.lab.experiment import curve_seed
 from mcnotes.matching import Descent, Pair
-from mcnotes.matching.polish import best_of_starts
+from mcnotes.matching.methods import search
 from mcnotes.symmetry import Perm
 
 FIRST = ("identity", "random", "activations", "weights", "straight-through", "sinkhorn")
@@ -227,15 +227,12 @@ def walk(name: str, curve: curves.Curve) -> dict[str, Any]:
     }
 
 
-def search(pair: Pair, images: Split, method: str, seed: int) -> Perm:
+def order(pair: Pair, images: Split, method: str, seed: int) -> Perm:
     """The permutation that `match` would find, without its report."""
     call = CALLS[method]
     if call["method"] in matching.EXACT:
         return matching.match(pair, images, **call).perm
-    if call.get("restarts", 1) > 1:
-        perm = best_of_starts(pair, matching.SEARCHES[call["method"]], call["restarts"], seed)
-    else:
-        perm = matching.METHODS[call["method"]](pair, images, seed)
+    perm = search(pair, images, call["method"], seed, call.get("restarts", 1))
     return matching.polish(pair, perm) if call.get("polished") else perm
 
 
@@ -254,7 +251,7 @@ def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> dict[str, Any
     """The permutation; the CPU seconds and megabytes of the matching alone; how well it agrees."""
     pair, images = Pair(lab.net, lab.sym, a, b), lab.task.train.first(lab.match_images)
     before, start = memory(reset=True), time.process_time()  # what runs beside it does not count
-    perm = search(pair, images, method, seed)
+    perm = order(pair, images, method, seed)
     found: dict[str, Any] = {"seconds": round(time.process_time() - start, 3)}
     found["megabytes"] = round((memory() - before) / 2**20, 1) if before else None
     placed = dataclasses.replace(pair, theta_b=pair.permuted(perm))

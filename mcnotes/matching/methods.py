@@ -176,10 +176,7 @@ def match(
         perm, left = align(pair, similar), partial(shortfall, pair.sym, similar)
     else:
         start = time.perf_counter()
-        if restarts > 1:
-            perm = best_of_starts(pair, SEARCHES[method], restarts, seed)
-        else:
-            perm = METHODS[method](pair, images, seed)
+        perm = search(pair, images, method, seed, restarts)
     if polished:
         perm = polish(pair, perm)
     if polished or method in SEARCHES:
@@ -187,6 +184,13 @@ def match(
     seconds = time.perf_counter() - start
     report = _report(perm, _seen(pair.sym, moments), moments, seconds)
     return replace(report, left=left)
+
+
+def search(pair: Pair, images: Batches, method: str, seed: int = 0, restarts: int = 1) -> Perm:
+    """What one of `METHODS` finds, or the best that one of `SEARCHES` finds from several starts."""
+    if restarts > 1:
+        return best_of_starts(pair, SEARCHES[method], restarts, seed)
+    return METHODS[method](pair, images, seed)
 
 
 def _below_bound(pair: Pair, perm: Perm) -> float:
