@@ -420,6 +420,7 @@ PARTS = {
     "attacks.margin",
     "attacks.dlr",
     "attacks.length",
+    "matching.methods.search",
 }
 """Functions of tensors of which others are made."""
 
