@@ -297,7 +297,7 @@ def align_arguments(made: Parser) -> None:
         "--learn",
         type=positive,
         metavar="EPOCHS",
-        help="then go on by the loss half-way, for so many epochs",
+        help="then go on by the loss half-way, for so many epochs; stopped, it can be resumed",
     )
     loss_argument(made)
     made.add_argument(
@@ -737,6 +737,8 @@ def aligned_by(args: argparse.Namespace, a: nn.Module, b: nn.Module, few: Any) -
     import mcnotes
     from mcnotes import symmetry
 
+    if kept := unfinished(args):
+        print(f"mcnotes align: resumes from {listed(kept)}", flush=True)
     found = mcnotes.align(
         a,
         b,

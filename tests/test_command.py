@@ -333,8 +333,9 @@ class TestAlignFolders:
         )
         monkeypatch.undo()
         monkeypatch.chdir(runs)
-        code, _, err = ran(capsys, line)
+        code, out, err = ran(capsys, line)
         assert code == 0, err
+        assert "resumes from 'aligned.checkpoint'" in out
         assert (runs / "aligned" / "report.html").exists()
         assert not kept.exists(), "of what is done nothing is kept"
 
