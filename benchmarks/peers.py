@@ -133,8 +133,12 @@ def last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[-1][:200]
 
 
-def ask(peer: str, network: str, a: Theta, b: Theta, limit: float) -> tuple[Theta, float] | str:
-    """The second network as a peer moves it, and the CPU seconds; or what went wrong."""
+class Failure(Exception):
+    """What went wrong with a package."""
+
+
+def ask(peer: str, network: str, a: Theta, b: Theta, limit: float) -> tuple[Theta, float]:
+    """The second network as a peer moves it, and the CPU seconds. Raises Failure."""
     python = environment(peer)
     with tempfile.TemporaryDirectory() as folder:
         for name, theta in (("a", a), ("b", b)):
@@ -145,10 +149,10 @@ def ask(peer: str, network: str, a: Theta, b: Theta, limit: float) -> tuple[Thet
         around = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         try:
             run = subprocess.run(call, capture_output=True, text=True, timeout=limit, env=around)
-        except subprocess.TimeoutExpired:
-            return f"not done after {limit:g} s"
+        except subprocess.TimeoutExpired as error:
+            raise Failure(f"not done after {limit:g} s") from error
         if run.returncode:
-            return last_line(run.stderr)
+            raise Failure(last_line(run.stderr))
         file = Path(folder) / "moved.safetensors"
         with safe_open(file, "pt") as opened:
             seconds = float(opened.metadata()["seconds"])
@@ -179,28 +183,30 @@ def compare(network: str, pair: Pair, moved: Theta) -> dict[str, Any]:
 
 
 def measure(network: str, seeds: tuple[int, int], task: str, who: str, limit: float) -> Any:
-    """One row: loaded, or computed and kept. who: a peer, or a method of ours."""
+    """One row: loaded, or computed and kept; a failure is not kept. who: a peer, or our method."""
     lab, (a, b) = CASES[network][0], seeds
-    asked = PACKAGES.get(who, who)
+    peer = who in PACKAGES
+    how = [PACKAGES[who], EPOCHS, RATE, BATCH] if peer else [who, matching.RATES.get(who)]
     config = {"what": "peers", "ends": [lab.endpoint_config(s) for s in seeds]}
-    config |= {"task": task, "who": asked, "match_images": lab.match_images}
+    config |= {"task": task, "who": how, "match_images": lab.match_images}
+    row = {"network": network, "pair": [a, b], "task": task, "who": who}
 
     def compute() -> dict[str, Any]:
         one, two = lab.endpoint(a), lab.endpoint(b)
         if task == "planted":
             two = lab.sym.permute(one, lab.sym.random(torch.Generator().manual_seed(1000 + a)))
         pair, images = Pair(lab.net, lab.sym, one, two), lab.task.train.first(lab.match_images)
-        row = {"network": network, "pair": [a, b], "task": task, "who": who}
-        row["hashes"] = [digest(one), digest(two)]
-        if who in PACKAGES:
-            found = ask(who, network, one, two, limit)
+        if peer:
+            moved, seconds = ask(who, network, one, two, limit)
         else:
-            found = ours(who, pair, images, curve_seed(a, b))
-        if isinstance(found, str):
-            return row | {"error": found}
-        return row | compare(network, pair, found[0]) | {"seconds": found[1]}
+            moved, seconds = ours(who, pair, images, curve_seed(a, b))
+        hashes = [digest(one), digest(two)]
+        return row | {"hashes": hashes} | compare(network, pair, moved) | {"seconds": seconds}
 
-    return cache.values(config, compute)
+    try:
+        return cache.values(config, compute)
+    except Failure as failure:
+        return row | {"error": str(failure)}
 
 
 def main() -> None:

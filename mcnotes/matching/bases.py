@@ -546,7 +546,7 @@ class GroupStep(train.Step):
         """As `train.Step`: the free numbers, and the moments of each."""
         free = {f"log.{n}": x for n, x in self.logs.items()}
         free |= {f"matrix.{n}": x for n, x in self.matrices.items()}
-        found = {f"buffer.{n}": x for n, x in self.buffers.items()}
+        found = super().state()
         for name, x in free.items():
             found[name] = x.detach()
             found |= {f"{name}.{moment}": y for moment, y in self.adam.state[x].items()}
