@@ -343,7 +343,7 @@ class Experiment:
             "samples": 12,
             "images": 2_000,
             "probe": 500,
-            "follow": True,
+            "nu_phi": 1_000.0,
         }
         return pam.Settings((self.curve_epochs,), **short | dict(self.pam_options))
 
@@ -441,7 +441,8 @@ class Experiment:
         plain |= {"between": [e.config() for e in self.between]} if self.between else {}
         # Entries keep their keys: once the schedule said whether PAM ran as in the paper.
         usual = replace(self, pam_options={}).pam_settings()
-        usual = pam.Settings((self.curve_epochs,)) if self.schedule == "paper" else usual
+        if self.schedule == "paper":
+            usual = pam.Settings((self.curve_epochs,), nu_phi=1_000.0, follow=False)
         if (used := self.pam_settings()) != usual:
             plain["pam"] = asdict(used)
         return plain | self._special()
