@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -370,7 +371,7 @@ class TestRecord:
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    """The whole graph at the smoke preset: killed within a curve, run again, run idle."""
+    """The whole graph at the smoke preset: stopped, killed within a curve, run again, run idle."""
     config = {
         "presets": ["smoke"],
         "parameters": {"curve_epochs": 4},
@@ -394,11 +395,23 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> 
             stderr=subprocess.STDOUT,
         )
 
-    running, deadline = start(), time.monotonic() + 600
-    while not list(store.glob("curve-*.checkpoint")):
-        assert running.poll() is None, running.communicate()[0]
-        assert time.monotonic() < deadline, "no epoch of a curve was finished"
-        time.sleep(0.05)
+    def started_until(kind: str) -> subprocess.Popen[str]:
+        running, deadline = start(), time.monotonic() + 600
+        while not list(store.glob(f"{kind}-*")):
+            assert running.poll() is None, running.communicate()[0]
+            assert time.monotonic() < deadline, f"no epoch of this kind was finished: {kind}"
+            time.sleep(0.05)
+        return running
+
+    running = started_until("endpoint")
+    family = psutil.Process(running.pid).children(recursive=True)
+    running.terminate()
+    assert "stopped: the same command goes on" in running.communicate(timeout=100)[0]
+    assert running.returncode == 128 + signal.SIGTERM
+    assert len(family) > 1
+    assert not psutil.wait_procs(family, timeout=10)[1], "SIGTERM stops the steps, too"
+
+    running = started_until("curve")
     os.killpg(running.pid, signal.SIGKILL)
     running.communicate()
     trained = {path.name: path.stat().st_mtime_ns for path in store.glob("endpoint-*")}

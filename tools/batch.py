@@ -13,21 +13,24 @@ import contextlib
 import hashlib
 import os
 import shlex
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from filelock import FileLock, Timeout
 
 from mcnotes import checks
+from mcnotes.__main__ import Terminated, sigterm_interrupts
 from mcnotes.lab import parameters
 from tools import chapters, notebooks, presets
 
 ROOT = presets.ROOT
 STEPS = ROOT / "experiments"
+PATIENCE = 60  # seconds that a stopped step may take to end
 DEFAULTS: dict[str, Any] = {
     "presets": ["smoke"],  # files of experiments/presets
     "parameters": {},  # changes to the presets
@@ -205,7 +208,28 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
     merged.write_text(text, "utf8")
     again = [word for path in incomplete(config, runs) for word in ("--forcerun", path)]
     command += [*options, *again, "--configfile", str(merged)]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    with sigterm_interrupts(), psutil.Popen(command, cwd=ROOT) as graph:
+        try:
+            return graph.wait()
+        except KeyboardInterrupt as reason:
+            stop(graph, told=not isinstance(reason, Terminated))
+            raise
+
+
+def stop(graph: psutil.Popen, told: bool) -> None:
+    """End Snakemake and its steps; each keeps its last epoch. Kernels end with their steps.
+
+    told: Ctrl-C in a terminal has reached all of them. SIGTERM reaches the first process only.
+    """
+    family = [*graph.children(recursive=True), graph]
+    for process in () if told else family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if os.getsid(process.pid) == os.getsid(0):  # a kernel has a session of its own
+                process.send_signal(signal.SIGINT)
+    _, left = psutil.wait_procs(family, timeout=PATIENCE)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def incomplete(config: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list[str]:
@@ -264,3 +288,7 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt as reason:
+        print("stopped: the same command goes on from the last epochs", file=sys.stderr)
+        number = signal.SIGTERM if isinstance(reason, Terminated) else signal.SIGINT
+        sys.exit(128 + number)

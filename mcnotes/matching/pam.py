@@ -28,7 +28,7 @@ STEPS = ("step.", "round.")  # a checkpoint's names: a step's state, the scores 
 
 @dataclass(frozen=True)
 class Settings:
-    """How PAM runs (defaults: the authors' code); the recipe gives batch size, schedule, precision …
+    """How PAM runs (defaults: the authors' code); the recipe has the batch size and the rest.
 
     There one ν of 1000 holds both blocks. But the curve step's leash is applied outside of its
     momentum μ = 0.9, which makes the loss's steps 1/(1 − μ) times as long and the leash's not: what
