@@ -192,6 +192,7 @@ wrong: dict[str, Mapping[str, Any]] = {
     "p_epochs": COUNT,
     "p_lr": POSITIVE,
     "nu": POSITIVE,
+    "nu_phi": POSITIVE,
     "relaxation": NAMED,
     "probe": COUNT,
     "nodes": COUNT,

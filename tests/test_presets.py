@@ -61,12 +61,13 @@ def test_trains_aligns_and_joins(lab: Experiment) -> None:
 
 @pytest.mark.parametrize("name", [*PAPER, *sorted(SLOW), "cpu-tinyten-cifar10"])
 def test_pam_is_the_papers(name: str) -> None:
-    """Whatever the schedule is called: 20 epochs on 50,000 images, ν = 1000, 32 samples."""
+    """Whatever the schedule is called: 20 epochs on 50,000 images, its leashes, 32 samples."""
     lab = Experiment.of(presets.load(name), also=["pairs"])
     settings = pam.Settings(epochs=(lab.curve_epochs,))
     assert lab.pam_settings() == settings
-    assert (settings.p_epochs, settings.p_lr, settings.nu) == (20, 0.05, 1000)
-    assert (settings.samples, settings.images, settings.follow) == (32, 50_000, False)
+    assert (settings.p_epochs, settings.p_lr) == (20, 0.05)
+    assert (settings.nu, settings.nu_phi * (1 - 0.9)) == (1000, pytest.approx(1000))
+    assert (settings.samples, settings.images, settings.follow) == (32, 50_000, True)
 
 
 @pytest.mark.parametrize("lab", ["paper-tinyten-cifar10", "paper-resnet32-cifar10"], indirect=True)

@@ -210,7 +210,7 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
     command += [*options, *again, "--configfile", str(merged)]
     with sigterm_interrupts(), psutil.Popen(command, cwd=ROOT) as graph:
         try:
-            return graph.wait()
+            return int(graph.wait())
         except KeyboardInterrupt as reason:
             stop(graph, told=not isinstance(reason, Terminated))
             raise

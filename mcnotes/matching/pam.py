@@ -390,7 +390,9 @@ def move_end(curve: Curve, end: Theta, follow: bool) -> Curve:
     if follow:
         for i in range(1, curve.degree):
             share = i / curve.degree
-            others[i] = combine([others[i], end, old], [1.0, share, -share])
+            moved = combine([others[i], end, old], [1.0, share, -share])
+            stays = {n: x for n, x in others[i].items() if torch.equal(end[n], old[n])}
+            others[i] = moved | stays  # to the last bit
     return curve.with_points([*others, end])
 
 
