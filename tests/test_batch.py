@@ -318,6 +318,30 @@ class TestRecord:
         assert path.barrier == pytest.approx(0.9)
         assert results.paths(found, "unaligned", "bezier") == []
 
+    def test_a_file_grows_by_what_is_measured_later(self, tmp_path: Path) -> None:
+        """And keeps no curve that its experiment would no longer give."""
+        file = tmp_path / "p.json"
+        first, second, other = self.record(), self.record(), self.record()
+        first["curves"] += [c | {"method": "pam-aligned"} for c in first["curves"]]
+        results.save(first, file)
+        second["experiment"] = {"width": 4, "pam_options": {"samples": 3}}
+        second["curves"] = [second["curves"][0] | {"pair": [1, 3]}]
+        second["endpoints"] = [net | {"seed": 3} for net in second["endpoints"]]
+        results.save(second, file)
+        (found,) = results.load(tmp_path)
+        named = [(*c["pair"], c["method"]) for c in found["curves"]]
+        assert named == [(1, 2, "aligned"), (1, 3, "aligned")], "PAM's settings are others"
+        assert [net["seed"] for net in found["endpoints"]] == [1, 3]
+        assert found["experiment"] == second["experiment"]
+        results.save(self.record(), file)
+        assert [c["pair"] for c in results.load(tmp_path)[0]["curves"]] == [[1, 2], [1, 3]]
+        other["experiment"] = {"width": 5}
+        results.save(other, file)
+        assert results.load(tmp_path) == [other]
+        file.write_text("{")
+        results.save(other, file)
+        assert results.load(tmp_path) == [other]
+
     @pytest.mark.parametrize(
         ("name", "value", "says"),
         [

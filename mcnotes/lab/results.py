@@ -65,9 +65,37 @@ def collect(
 
 
 def save(record: Record, path: Path) -> None:
-    """Check the record and write it, whole or not at all."""
+    """Check the record and write it, whole or not at all; a file that is there grows (`merged`)."""
     check(record, str(path))
+    try:
+        earlier = read(path) if path.exists() else None
+    except ResultsError:
+        earlier = None  # the file was to be collected again
+    if earlier:
+        record = merged(record, earlier)
     cache.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def merged(record: Record, earlier: Record) -> Record:
+    """The record, and those curves of an earlier one that are new to it and hold for it, too.
+
+    A curve holds if everything that its path depends on is the same in both experiments.
+    """
+    now, then = (Experiment(**r["experiment"]) for r in (record, earlier))
+
+    def named(curve: Record) -> tuple[int, int, str, str]:
+        a, b = curve["pair"]
+        return a, b, curve["method"], curve["shape"]
+
+    there = set(map(named, record["curves"]))
+    old = [c for c in earlier["curves"] if named(c) not in there]
+    old = [c for c in old if now.path_config(*named(c)) == then.path_config(*named(c))]
+    seeds = {seed for c in old for seed in c["pair"]} - {net["seed"] for net in record["endpoints"]}
+    nets = record["endpoints"] + [net for net in earlier["endpoints"] if net["seed"] in seeds]
+    return record | {
+        "endpoints": sorted(nets, key=lambda net: net["seed"]),
+        "curves": sorted(record["curves"] + old, key=lambda c: c["pair"]),
+    }
 
 
 def load(folder: Path) -> list[Record]:
