@@ -263,11 +263,12 @@ def test_what_a_kept_value_depends_on_is_found() -> None:
 
 
 class TestReadme:
-    def test_its_picture_is_the_one_that_chapter_4_drew(self) -> None:
-        notebook = notebooks.read(ROOT / "book" / "04_neuron_alignment.ipynb")
-        drawn = notebooks.figure(notebook, book.README_FIGURE)
-        assert drawn == book.README_PICTURE.read_bytes(), "run `make notebooks`"
-        assert f"({book.README_PICTURE.relative_to(ROOT)})" in (ROOT / "README.md").read_text()
+    @pytest.mark.parametrize("name", book.README_PICTURES)
+    def test_its_pictures_are_those_that_the_chapters_drew(self, name: str) -> None:
+        file = book.README_PICTURES[name]
+        (chapter,) = (ROOT / "book").glob(f"{name.split('-')[1]}_*.ipynb")
+        assert notebooks.figure(notebooks.read(chapter), name) == file.read_bytes()
+        assert f"({file.relative_to(ROOT)})" in (ROOT / "README.md").read_text("utf8")
 
     def test_a_missing_figure_is_none(self) -> None:
         notebook = notebooks.read(ROOT / "book" / "04_neuron_alignment.ipynb")

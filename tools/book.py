@@ -24,7 +24,10 @@ ROOT = presets.ROOT
 STAGE = ROOT / "_build" / "stage"
 NEW = ROOT / "_build" / "new"
 HTML = ROOT / "_build" / "html"
-README_FIGURE, README_PICTURE = "fig-04-main", ROOT / "book" / "main-result.png"
+README_PICTURES = {  # of the README: a chapter's figure, and the file that shows it
+    "fig-04-main": ROOT / "book" / "main-result.png",
+    "fig-11-column": ROOT / "book" / "full-scale.png",
+}
 CARDS = {  # of the landing page: a chapter's number, and the figure that stands for it
     "01": "fig-01-planes",
     "02": "fig-02-plane",
@@ -115,8 +118,9 @@ def write_back(paths: list[Path], preset: str) -> None:
         notebooks.normalise(notebook)
         notebooks.lighten_pictures(notebook)
         print(f"{path.name}: {'written' if notebooks.write(path, notebook) else 'unchanged'}")
-        if picture := notebooks.figure(notebook, README_FIGURE):
-            README_PICTURE.write_bytes(picture)
+        for figure, file in README_PICTURES.items():
+            if picture := notebooks.figure(notebook, figure):
+                file.write_bytes(picture)
 
 
 def stamp_all(paths: list[Path]) -> None:
