@@ -30,6 +30,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 
 import timing
 import torch
@@ -37,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from mcnotes import matching, models, symmetry, train
+from mcnotes.calls import Batch
 from mcnotes.data import Split
 from mcnotes.matching import activations
 
@@ -51,12 +53,12 @@ def pictures(n: int, device: str) -> Split:
     return Split(images.permute(0, 3, 1, 2).to(device), torch.zeros(n).long().to(device))
 
 
-def set_up(args: argparse.Namespace, stored: int) -> tuple[object, ...]:
+def set_up(args: argparse.Namespace, stored: int) -> tuple[matching.Pair, Split]:
     net = models.build(args.network, num_classes=10, in_channels=3, width=args.width)
-    thetas = [{n: x.to(args.device) for n, x in train.initialise(net, s).items()} for s in (1, 2)]
+    a, b = ({n: x.to(args.device) for n, x in train.initialise(net, s).items()} for s in (1, 2))
     images = pictures(stored, args.device)
     sym = symmetry.find(net, next(images.first(2).batches(2))[0].cpu())
-    return net.to(args.device).eval(), thetas, images, sym
+    return matching.Pair(net.to(args.device).eval(), sym, a, b), images
 
 
 def plain(args: argparse.Namespace, *others: str) -> str:
@@ -71,8 +73,8 @@ def plain(args: argparse.Namespace, *others: str) -> str:
 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
-    net, thetas, every, sym = set_up(args, args.images)
-    images, pair = every.first(args.images), matching.Pair(net, sym, *thetas)
+    pair, images = set_up(args, args.images)
+    net, thetas = pair.net, (pair.theta_a, pair.theta_b)
 
     def forwards() -> None:
         with torch.no_grad():
@@ -83,19 +85,22 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     cpu = images.images.device.type == "cpu"
     cores, size = (torch.get_num_threads(), 64) if cpu else (1, 512)  # as `matching.stream` does
 
-    def share_of_forwards(share: Split) -> activations.Streams:
+    def share_of_forwards(share: Iterable[Batch]) -> activations.Streams:
         own = copy.deepcopy(net)  # which threads cannot share
         with torch.no_grad():
-            for x, _ in share.batches(size):
+            for x, _ in share:
                 for theta in thetas:
                     torch.func.functional_call(own, theta, (x,))
         return {}
 
-    work = {
+    def micro_forwards() -> None:
+        first, *shares = images.shares(size, cores)
+        share_of_forwards(first)
+        activations._side_jobs(share_of_forwards, shares)
+
+    work: dict[str, Callable[[], object]] = {
         "forwards": forwards,
-        "micro forwards": lambda: activations._side_jobs(
-            share_of_forwards, [images.first(size), *activations._shares(images, size, cores)]
-        ),
+        "micro forwards": micro_forwards,
         "same batch": lambda: activations.stream(pair, images, batch_size=args.batch),
         "micro-batches": lambda: activations.stream(pair, images),
     }
@@ -108,7 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     x = next(images.batches(64))[0]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(x)
-    taps = [t for each in sym.tapper(net)(thetas[0], x).values() for t in each]
+    taps = [t for each in pair.sym.tapper(net)(pair.theta_a, x).values() for t in each]
     moments = sum(2 * t.shape[0] * t.shape[1] ** 2 for t in taps)
     numbers = 2 * sum(t.numel() for t in taps) * len(images) / len(x)
     large = torch.ones(2**26, device=images.images.device)
@@ -152,8 +157,7 @@ def main() -> None:
     if args.memory_of:
         import resource
 
-        net, thetas, images, sym = set_up(args, args.stored)
-        pair = matching.Pair(net, sym, *thetas)
+        pair, images = set_up(args, args.stored)
         matching.match(pair, images.first(args.memory_of), batch_size=args.batch)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return

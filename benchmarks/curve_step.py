@@ -44,8 +44,8 @@ def plain_step(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[],
 
 def curve_step(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
     net.train()
-    ends = [{n: v.to(x.device) for n, v in train.initialise(net, s).items()} for s in (1, 2)]
-    curve = curves.bezier(*ends)
+    a, b = ({n: v.to(x.device) for n, v in train.initialise(net, s).items()} for s in (1, 2))
+    curve = curves.bezier(a, b)
     recipe = train.Recipe(epochs=1, lr=0.01)
     step = train.Step(net, curve, slice(1, -1), recipe, x.device)
     weights = curve.weights(torch.rand(64, dtype=torch.float64)).float().to(x.device)
@@ -69,9 +69,13 @@ def main() -> None:
     torch.manual_seed(0)
     x = torch.rand(args.batch, 3, 32, 32, device=device)
     y = torch.randint(10, (args.batch,), device=device)
-    make = lambda: models.build(  # noqa: E731
-        args.network, num_classes=10, in_channels=3, width=args.width, image_size=32
-    ).to(device)
+
+    def make() -> nn.Module:
+        net = models.build(
+            args.network, num_classes=10, in_channels=3, width=args.width, image_size=32
+        )
+        return net.to(device)
+
     work = {"plain": plain_step(make(), x, y), "curve": curve_step(make(), x, y)}
     for step in work.values():
         timing.seconds(step, device, 3)

@@ -106,7 +106,8 @@ class Block(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in parts)  # [images, heads, places, units]
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.out(mixed)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        beside: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + beside
 
 
 class Transformer(nn.Module):
@@ -247,21 +248,24 @@ def memory(reset: bool = False) -> int | None:
     return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", status)[0])
 
 
+def cosine(names: list[str], a: Theta, b: Theta) -> float:
+    """Of the angle between two networks: of these parameters, all as one vector."""
+    u, v = (torch.cat([theta[n].double().flatten() for n in names]) for theta in (a, b))
+    return float(torch.cosine_similarity(u, v, dim=0))
+
+
 def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> dict[str, Any]:
     """The permutation; the CPU seconds and megabytes of the matching alone; how well it agrees."""
     pair, images = Pair(lab.net, lab.sym, a, b), lab.task.train.first(lab.match_images)
     before, start = memory(reset=True), time.process_time()  # what runs beside it does not count
     perm = order(pair, images, method, seed)
     found: dict[str, Any] = {"seconds": round(time.process_time() - start, 3)}
-    found["megabytes"] = round((memory() - before) / 2**20, 1) if before else None
+    after = memory()
+    found["megabytes"] = round((after - before) / 2**20, 1) if before and after else None
     placed = dataclasses.replace(pair, theta_b=pair.permuted(perm))
     alike = matching.match(placed, images, method="identity").after
     found["correlation"] = float(torch.cat([*alike.values()]).mean())
-    ends = (
-        torch.cat([theta[n].double().flatten() for n in pair.names])
-        for theta in (a, placed.theta_b)
-    )
-    found["cosine"] = float(torch.cosine_similarity(*ends, dim=0))
+    found["cosine"] = cosine(pair.names, a, placed.theta_b)
     return {"perm": perm} | found
 
 
@@ -369,8 +373,10 @@ def same_networks(fresh: dict[str, dict[str, Any]], kept: dict[str, dict[str, An
 
     Training the same seeds on another processor may give others.
     """
-    lines = [some["identity"]["line"]["loss"] for some in (fresh, kept) if "identity" in some]
-    return len(lines) == 2 and np.allclose(*lines, rtol=0, atol=2e-5)
+    if not ("identity" in fresh and "identity" in kept):
+        return False
+    one, two = (some["identity"]["line"]["loss"] for some in (fresh, kept))
+    return np.allclose(one, two, rtol=0, atol=2e-5)
 
 
 def save(rows: list[dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matchers import CASES, PAIRS, WHOLE, digest, pairs_of, walk
+from matchers import CASES, PAIRS, WHOLE, cosine, digest, pairs_of, walk
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -119,7 +119,7 @@ def environment(peer: str) -> Path:
     if ready.exists() and json.loads(ready.read_text()) == PACKAGES[peer]:
         return python
     venv.create(place, with_pip=True, clear=True)
-    install = [python, "-m", "pip", "-qq", "install", "--no-deps", *PACKAGES[peer]]
+    install = [str(python), "-m", "pip", "-qq", "install", "--no-deps", *PACKAGES[peer]]
     subprocess.run(install, check=True)
     (lib,) = place.glob("lib/python*/site-packages")
     here = "; ".join(f"site.addsitedir({p!r})" for p in site.getsitepackages())
@@ -144,7 +144,7 @@ def ask(peer: str, network: str, a: Theta, b: Theta, limit: float) -> tuple[Thet
         for name, theta in (("a", a), ("b", b)):
             whole = {n: x.contiguous() for n, x in theta.items()}
             save_file(whole, Path(folder) / f"{name}.safetensors")
-        call = [python, __file__, "--inside", peer, network, folder]
+        call = [str(python), __file__, "--inside", peer, network, folder]
         path = os.pathsep.join([str(cache.ROOT), os.environ.get("PYTHONPATH", "")])
         around = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         try:
@@ -171,13 +171,11 @@ def compare(network: str, pair: Pair, moved: Theta) -> dict[str, Any]:
     lab = CASES[network][0]
     test = lab.task.test.first(IMAGES)
     before, after = (evaluate.probabilities(lab.net, x, test) for x in (pair.theta_b, moved))
-    ends = [torch.cat([x[n].double().flatten() for n in pair.names]) for x in (pair.theta_a, moved)]
-    names = [name for name, _ in lab.net.named_parameters()]
     return {
         "change": float((before - after).abs().max()),
-        "cosine": float(torch.cosine_similarity(*ends, dim=0)),
-        "home": sum(torch.equal(pair.theta_a[n], moved[n]) for n in names),
-        "tensors": len(names),
+        "cosine": cosine(pair.names, pair.theta_a, moved),
+        "home": sum(torch.equal(pair.theta_a[n], moved[n]) for n in pair.names),
+        "tensors": len(pair.names),
         "barrier": walk(network, curves.line(pair.theta_a, moved))["barrier"],
     }
 
@@ -187,7 +185,7 @@ def measure(network: str, seeds: tuple[int, int], task: str, who: str, limit: fl
     lab, (a, b) = CASES[network][0], seeds
     peer = who in PACKAGES
     how = [PACKAGES[who], EPOCHS, RATE, BATCH] if peer else [who, matching.RATES.get(who)]
-    config = {"what": "peers", "ends": [lab.endpoint_config(s) for s in seeds]}
+    config: dict[str, Any] = {"what": "peers", "ends": [lab.endpoint_config(s) for s in seeds]}
     config |= {"task": task, "who": how, "match_images": lab.match_images}
     row = {"network": network, "pair": [a, b], "task": task, "who": who}
 

@@ -112,8 +112,8 @@ LATENT = {
 }
 DEEPSEEK = {"n_routed_experts": 4, "moe_intermediate_size": INNER, "first_k_dense_replace": 1}
 DEEPSEEK |= {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1}
-XLNET = {"n_layer": 1, "n_head": HEADS, "d_inner": INNER, "d_head": DIM, "d_model": STREAM}
-XLNET["max_position_embeddings"] = None
+XLNET: dict[str, int | None] = {"n_layer": 1, "n_head": HEADS, "d_inner": INNER, "d_head": DIM}
+XLNET |= {"d_model": STREAM, "max_position_embeddings": None}
 RECURRENT = {"lru_width": STREAM, "num_hidden_layers": 3, "attention_window_size": 32}
 
 Groups = Counter[str]  # how many there are of each size; of blocks: "6 blocks"

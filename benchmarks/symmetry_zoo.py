@@ -92,8 +92,10 @@ def build(name: str, size: int | None) -> tuple[torch.nn.Module, int]:
     if name.startswith("timm:"):
         import timm
 
-        net = timm.create_model(name.removeprefix("timm:"))
-        return net, net.default_cfg["input_size"][-1]
+        name = name.removeprefix("timm:")
+        config = timm.get_pretrained_cfg(name)
+        assert config is not None  # timm has one for each of its models
+        return timm.create_model(name), config.input_size[-1]
     options = {"init_weights": False} if name in AUXILIARY else {}
     net = torchvision.models.get_model(name, weights=None, **options)
     return net, IMAGE.get(name, size or 224)

@@ -109,6 +109,9 @@ def machine(device: torch.device, precision: torch.dtype) -> tuple[float, float]
     return 2 * n**3 / product, 2 * source.numel() * 4 / copy
 
 
+epoch: Callable[[], float]  # of (a), in a process that `prepare` has made ready
+
+
 def prepare(args: argparse.Namespace) -> None:
     """Make ready, in a process of (a), and run an epoch to warm up."""
     if args.device == "cpu":

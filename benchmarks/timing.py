@@ -24,7 +24,8 @@ def seconds(work: Callable[[], object], device: object, steps: int = 1) -> float
     """Of one of `steps` calls of `work`, the device's queue empty before and after."""
     from torch import cuda  # heavy: not before the process has settled
 
-    wait = cuda.synchronize if str(device) != "cpu" else lambda: None
+    on_cpu = str(device) == "cpu"
+    wait: Callable[[], None] = (lambda: None) if on_cpu else cuda.synchronize
     wait()
     start = time.perf_counter()
     for _ in range(steps):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from mcnotes.symmetry import Perm
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+E = TypeVar("E", bound="Experiment")
 
 # What a configuration names in ways of its own, or not at all: `Experiment.config`.
 SPECIAL = frozenset(
@@ -152,7 +154,7 @@ class Experiment:
                 yield f"between: {checks.got(f'{end.network} of width {end.width:g}', expected)}"
 
     @classmethod
-    def of(cls, names: Mapping[str, Any], *, also: Collection[str] = ()) -> Experiment:
+    def of(cls: type[E], names: Mapping[str, Any], *, also: Collection[str] = ()) -> E:
         """From a notebook's globals() after its parameters cell.
 
         also: the names of the chapter's further parameters, or of fields that it takes for itself
