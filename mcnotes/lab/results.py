@@ -92,9 +92,13 @@ def merged(record: Record, earlier: Record) -> Record:
     old = [c for c in old if now.path_config(*named(c)) == then.path_config(*named(c))]
     seeds = {seed for c in old for seed in c["pair"]} - {net["seed"] for net in record["endpoints"]}
     nets = record["endpoints"] + [net for net in earlier["endpoints"] if net["seed"] in seeds]
+
+    def order(curve: Record) -> tuple[list[int], int]:
+        return curve["pair"], list(ALIGNMENTS).index(curve["method"])
+
     return record | {
         "endpoints": sorted(nets, key=lambda net: net["seed"]),
-        "curves": sorted(record["curves"] + old, key=lambda c: c["pair"]),
+        "curves": sorted(record["curves"] + old, key=order),
     }
 
 
