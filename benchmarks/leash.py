@@ -50,7 +50,7 @@ def main() -> None:
     lab = Experiment.of(values, also=["pairs"])
     configuration = json.loads(json.dumps(lab.config()))  # as it comes back from a file
     kept = args.out.exists() and json.loads(args.out.read_text("utf8"))
-    record = kept or {"preset": args.preset, "configuration": configuration, "rows": []}
+    record = kept or {"configuration": configuration, "rows": []}
     if record["configuration"] != configuration:
         parser.error(f"{args.out} is of another configuration. Fix: remove it")
     for pair, start, pull in tqdm(list(itertools.product(values["pairs"], STARTS, PULLS))):
