@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rows
 from tqdm.auto import tqdm
 
-from mcnotes import cache, curves, evaluate, train
+from mcnotes import curves, evaluate, train
 from mcnotes.lab import Experiment
 from mcnotes.matching import pam
 from tools import presets
@@ -48,20 +49,10 @@ def main() -> None:
     args = parser.parse_args()
     values = presets.load(args.preset)
     lab = Experiment.of(values, also=["pairs"])
-    configuration = json.loads(json.dumps(lab.config()))  # as it comes back from a file
-    kept = args.out.exists() and json.loads(args.out.read_text("utf8"))
-    record = kept or {"configuration": configuration, "rows": []}
-    if record["configuration"] != configuration:
-        parser.error(f"{args.out} is of another configuration. Fix: remove it")
+    record = rows.opened(args.out, lab, "rows")
     for pair, start, pull in tqdm(list(itertools.product(values["pairs"], STARTS, PULLS))):
-        named = {"pair": pair, "start": start, "pull": pull}
-        if any(row.items() >= named.items() for row in record["rows"]):
-            continue
-        began = time.perf_counter()
-        found = trained(lab, pair, start, pull)
-        origin = cache.provenance(time.perf_counter() - began)
-        record["rows"].append(named | found | {"provenance": origin})
-        cache.write_atomic(args.out, (json.dumps(record, indent=1) + "\n").encode())
+        labels = {"pair": pair, "start": start, "pull": pull}
+        rows.add(record, "rows", labels, partial(trained, lab, pair, start, pull), args.out)
     print(json.dumps({"file": str(args.out), "rows": len(record["rows"])}))
 
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rows
 from tqdm.auto import tqdm
 
-from mcnotes import cache, curves, evaluate, matching
+from mcnotes import curves, evaluate, matching
 from mcnotes.lab import Experiment
 from tools import presets
 
@@ -74,22 +75,11 @@ def main() -> None:
     for pair in args.pairs:
         tasks += [(line, pair, way) for way in WAYS]
         tasks += [(middle, pair, method) for method in args.curves]
-    configuration = json.loads(json.dumps(lab.config()))  # as it comes back from a file
-    kept = args.out and args.out.exists() and json.loads(args.out.read_text("utf8"))
-    record = kept or {"configuration": configuration, "line": [], "middle": []}
-    if record["configuration"] != configuration:
-        parser.error(f"{args.out} is of another configuration. Fix: remove it")
+    record = rows.opened(args.out, lab, "line", "middle")
     for measure, pair, of in tqdm(tasks):
-        rows, named = record[measure.__name__], {"pair": pair, "of": of}
-        if any(row.items() >= named.items() for row in rows):
-            continue
-        start = time.perf_counter()
         a, b = map(int, pair.split("-"))
-        found = measure(lab, a, b, of)
-        origin = cache.provenance(time.perf_counter() - start)
-        rows.append(named | found | {"provenance": origin})
-        if args.out:
-            cache.write_atomic(args.out, (json.dumps(record, indent=1) + "\n").encode())
+        labels = {"pair": pair, "of": of}
+        rows.add(record, measure.__name__, labels, partial(measure, lab, a, b, of), args.out)
     barriers = {f"{row['pair']} {row['of']}": row["barrier"] for row in record["line"]}
     print(json.dumps(barriers))
 

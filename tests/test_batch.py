@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,31 @@ class TestRecord:
         file.write_text("{")
         results.save(other, file)
         assert results.load(tmp_path) == [other]
+
+    @pytest.mark.parametrize(("loss", "grows"), [(0.1 + 1e-8, True), (0.101, False)])
+    def test_it_does_not_mix_networks_of_two_machines(
+        self, tmp_path: Path, loss: float, grows: bool
+    ) -> None:
+        """The same seed may be another network: then its loss is another."""
+        first, second = self.record(), self.record()
+        results.save(first, tmp_path / "p.json")
+        second["curves"] = [second["curves"][0] | {"method": "unaligned", "loss": [loss, 1, 0.1]}]
+        results.save(second, tmp_path / "p.json")
+        (found,) = results.load(tmp_path)
+        assert len(found["curves"]) == 1 + grows
+
+    def test_it_grows_between_networks_of_two_experiments(self, tmp_path: Path) -> None:
+        ends = (Experiment(width=4), Experiment(width=4, lr=0.2))
+        record = self.record() | {"experiment": asdict(Experiment(width=4, between=ends))}
+        for method in ("aligned", "unaligned"):
+            record["curves"] = [record["curves"][0] | {"method": method}]
+            results.save(record, tmp_path / "p.json")
+        assert len(results.load(tmp_path)[0]["curves"]) == 2
+
+    def test_a_file_of_an_experiment_that_is_none_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "p.json").write_text(json.dumps(self.record() | {"experiment": {"width": -1}}))
+        results.save(self.record(), tmp_path / "p.json")
+        assert results.load(tmp_path) == [self.record()]
 
     @pytest.mark.parametrize(
         ("name", "value", "says"),

@@ -221,15 +221,21 @@ def stop(graph: psutil.Popen, told: bool) -> None:
 
     told: Ctrl-C in a terminal has reached all of them. SIGTERM reaches the first process only.
     """
-    family = [*graph.children(recursive=True), graph]
-    for process in () if told else family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if os.getsid(process.pid) == os.getsid(0):  # a kernel has a session of its own
-                process.send_signal(signal.SIGINT)
-    _, left = psutil.wait_procs(family, timeout=PATIENCE)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+        family = [*graph.children(recursive=True), graph]
+        for process in () if told else family:
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(process.pid) == os.getsid(0):  # a kernel has a session of its own
+                    send(process, signal.SIGINT)
+        _, left = psutil.wait_procs(family, timeout=PATIENCE)
+        for process in left:
+            send(process, signal.SIGKILL)
+
+
+def send(process: psutil.Process, number: signal.Signals) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
 
 
 def incomplete(config: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list[str]:

@@ -10,7 +10,6 @@ the beginning again, until all kills are used up. The exit status is 1 if any nu
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -26,12 +25,12 @@ from typing import Any
 import psutil
 import yaml
 
+from tools.batch import PATIENCE, send
 from tools.presets import ROOT
 
 WAYS = ("kill all", "kill the first", "terminate", "interrupt")
 METHODS = ["unaligned", "aligned", "pam-unaligned", "pam-aligned"]
 PARAMETERS = {"epochs": 3, "curve_epochs": 3}  # beside those of the smoke preset
-PATIENCE = 60  # seconds that a batch may take to stop cleanly
 
 
 def start(place: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -62,23 +61,18 @@ def stop(batch: subprocess.Popen[bytes], way: str) -> None:
     family = [first, *first.children(recursive=True)]
     if way == "kill all":
         for process in family:
-            _send(process, signal.SIGKILL)
+            send(process, signal.SIGKILL)
     elif way == "kill the first":
-        _send(first, signal.SIGKILL)
+        send(first, signal.SIGKILL)
     elif way == "terminate":
-        _send(first, signal.SIGTERM)
+        send(first, signal.SIGTERM)
     else:
         os.killpg(batch.pid, signal.SIGINT)
-    _, left = psutil.wait_procs(family, timeout=2 if way == "kill the first" else PATIENCE)
+    _, left = psutil.wait_procs(family, timeout=2 if way == "kill the first" else 2 * PATIENCE)
     for process in left:
-        _send(process, signal.SIGKILL)
+        send(process, signal.SIGKILL)
     psutil.wait_procs(left)
     batch.wait()
-
-
-def _send(process: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
 
 
 def numbers(place: Path) -> Any:

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from mcnotes.__main__ import sigterm_interrupts
 from tools import chapters
 
 INSTRUCTIONS = {
@@ -125,6 +126,7 @@ def main(settings: list[str], only: list[str] | None, words: list[str] | None, j
 if __name__ == "__main__":
     given = options()
     try:
-        sys.exit(main(given.settings, given.only, given.chapters, given.jobs))
+        with sigterm_interrupts():  # which ends the tests, too
+            sys.exit(main(given.settings, given.only, given.chapters, given.jobs))
     except ValueError as error:
         sys.exit(f"portable: {error}")

@@ -345,7 +345,7 @@ class Experiment:
             "samples": 12,
             "images": 2_000,
             "probe": 500,
-            "nu_phi": 1_000.0,
+            "nu_phi": 1_000.0,  # the leash of the paper's formulas, on which the zoo was trained
         }
         return pam.Settings((self.curve_epochs,), **short | dict(self.pam_options))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
@@ -67,39 +69,57 @@ def collect(
 def save(record: Record, path: Path) -> None:
     """Check the record and write it, whole or not at all; a file that is there grows (`merged`)."""
     check(record, str(path))
-    try:
-        earlier = read(path) if path.exists() else None
-    except ResultsError:
-        earlier = None  # the file was to be collected again
-    if earlier:
-        record = merged(record, earlier)
+    with contextlib.suppress(ValueError):  # such a file is to be collected again
+        if earlier := read(path) if path.exists() else None:
+            record = merged(record, earlier)
     cache.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def merged(record: Record, earlier: Record) -> Record:
     """The record, and those curves of an earlier one that are new to it and hold for it, too.
 
-    A curve holds if everything that its path depends on is the same in both experiments.
+    A curve holds if everything that its path depends on is the same in both experiments, and no end
+    has another loss here: one seed gives other networks on another machine.
     """
-    now, then = (Experiment(**r["experiment"]) for r in (record, earlier))
-
-    def named(curve: Record) -> tuple[int, int, str, str]:
-        a, b = curve["pair"]
-        return a, b, curve["method"], curve["shape"]
-
-    there = set(map(named, record["curves"]))
-    old = [c for c in earlier["curves"] if named(c) not in there]
-    old = [c for c in old if now.path_config(*named(c)) == then.path_config(*named(c))]
+    now, then = _experiment(record), _experiment(earlier)
+    there, ends = set(map(_named, record["curves"])), dict[int, float]()
+    for curve in record["curves"]:
+        ends |= _losses(curve)
+    old = [
+        curve
+        for curve in earlier["curves"]
+        if _named(curve) not in there
+        and now.path_config(*_named(curve)) == then.path_config(*_named(curve))
+        and all(math.isclose(x, ends.get(n, x), rel_tol=1e-4) for n, x in _losses(curve).items())
+    ]
     seeds = {seed for c in old for seed in c["pair"]} - {net["seed"] for net in record["endpoints"]}
     nets = record["endpoints"] + [net for net in earlier["endpoints"] if net["seed"] in seeds]
 
     def order(curve: Record) -> tuple[list[int], int]:
-        return curve["pair"], list(ALIGNMENTS).index(curve["method"])
+        return curve["pair"], ALIGNMENTS.index(curve["method"])
 
     return record | {
         "endpoints": sorted(nets, key=lambda net: net["seed"]),
         "curves": sorted(record["curves"] + old, key=order),
     }
+
+
+def _named(curve: Record) -> tuple[int, int, str, str]:
+    a, b = curve["pair"]
+    return a, b, curve["method"], curve["shape"]
+
+
+def _losses(curve: Record) -> dict[int, float]:
+    """The losses of a curve's two ends, by seed: no order of units changes them."""
+    return dict(zip(curve["pair"], (curve["loss"][0], curve["loss"][-1]), strict=True))
+
+
+def _experiment(record: Mapping[str, Any]) -> Experiment:
+    """The experiment of a record. Raises ValueError if there is none of these parameters."""
+    given = dict(record["experiment"])
+    if given.get("between"):
+        given["between"] = tuple(Experiment(**each) for each in given["between"])
+    return Experiment(**given)
 
 
 def load(folder: Path) -> list[Record]:
@@ -129,7 +149,7 @@ def holds(
     """Whether the record is of this experiment, and has a curve for all of these."""
     there = {(*curve["pair"], curve["method"], curve["shape"]) for curve in record["curves"]}
     asked = {(a, b, method, shape) for a, b in pairs for method in methods for shape in shapes}
-    same = Experiment(**record["experiment"]).config() == lab.config()
+    same = _experiment(record).config() == lab.config()
     return same and asked <= there
 
 
