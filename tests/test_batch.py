@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from mcnotes.lab import Experiment, results
 from tools import batch, chapters, notebooks, presets
+
+DEAF = """import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `nohup … &` does
+os.execv(sys.argv[1], sys.argv[1:])"""
 
 ROOT = presets.ROOT
 JSON = st.recursive(
@@ -434,9 +439,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> 
     command = [sys.executable, "-m", "tools.batch", "run", "--config", str(file)]
     environment = os.environ | {"MCNOTES_STORE": str(store), "OMP_NUM_THREADS": "1"}
 
-    def start(*options: str) -> subprocess.Popen[str]:
+    def start(*options: str, first: Sequence[str] = ()) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*command, *options],
+            [*first, *command, *options],
             cwd=ROOT,
             env=environment,
             text=True,
@@ -445,18 +450,19 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> 
             stderr=subprocess.STDOUT,
         )
 
-    def started_until(kind: str) -> subprocess.Popen[str]:
-        running, deadline = start(), time.monotonic() + 600
+    def started_until(kind: str, first: Sequence[str] = ()) -> subprocess.Popen[str]:
+        running, deadline = start(first=first), time.monotonic() + 600
         while not list(store.glob(f"{kind}-*")):
             assert running.poll() is None, running.communicate()[0]
             assert time.monotonic() < deadline, f"no epoch of this kind was finished: {kind}"
             time.sleep(0.05)
         return running
 
-    running = started_until("endpoint")
+    running = started_until("endpoint", [sys.executable, "-c", DEAF])
     family = psutil.Process(running.pid).children(recursive=True)
     running.terminate()
-    assert "stopped: the same command goes on" in running.communicate(timeout=100)[0]
+    said = running.communicate(timeout=100)[0]
+    assert said.count("stopped: the same command goes on") > 1, "steps end by themselves, too"
     assert running.returncode == 128 + signal.SIGTERM
     assert len(family) > 1
     assert not psutil.wait_procs(family, timeout=10)[1], "SIGTERM stops the steps, too"

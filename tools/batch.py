@@ -219,14 +219,15 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
 def stop(graph: psutil.Popen, told: bool) -> None:
     """End Snakemake and its steps; each keeps its last epoch. Kernels end with their steps.
 
-    told: Ctrl-C in a terminal has reached all of them. SIGTERM reaches the first process only.
+    told: Ctrl-C in a terminal has reached all of them. SIGTERM reaches the first process only. It
+    is what all are sent, since a job in the background of a script ignores SIGINT.
     """
     with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
         family = [*graph.children(recursive=True), graph]
         for process in () if told else family:
             with contextlib.suppress(ProcessLookupError):
                 if os.getsid(process.pid) == os.getsid(0):  # a kernel has a session of its own
-                    send(process, signal.SIGINT)
+                    send(process, signal.SIGTERM)
         _, left = psutil.wait_procs(family, timeout=PATIENCE)
         for process in left:
             send(process, signal.SIGKILL)
@@ -285,7 +286,8 @@ def main(arguments: list[str]) -> int:
     args, options = parser.parse_args(arguments[:at]), arguments[at + 1 :]
     if args.command == "run":
         return run(args.config, assignments(args.changes), options)
-    step(args.notebook, args.out, assignments(args.values))
+    with sigterm_interrupts():
+        step(args.notebook, args.out, assignments(args.values))
     return 0
 
 
