@@ -2,12 +2,11 @@
 
 A rule takes a value and returns what is wrong with it, "" where nothing is. Rules are made by the
 functions below, and of one another: `listed(whole(1))`. The book's table is `parameters.ALLOWED`.
+Most rules do without PyTorch, which takes seconds to import: those that need it import it.
 """
 
 import sys
 from collections.abc import Callable, Collection, Mapping
-
-import torch
 
 from mcnotes.names import suggest
 
@@ -38,6 +37,8 @@ def got(value: object, expected: str) -> str:
 
 def form(value: object) -> str:
     """The type and the shape of a tensor; the kind of anything else."""
+    import torch
+
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {[*value.shape]}"
     return type(value).__name__
@@ -94,6 +95,8 @@ def a(kind: type | tuple[type, ...], words: str) -> Rule:
 
 def device(value: object) -> str:
     """A device of this computer as PyTorch names it, or "auto"."""
+    import torch
+
     try:
         place = torch.device("cpu" if value == "auto" else value)  # type: ignore[call-overload]
         torch.empty(1, device=place).tolist()  # fails on "meta", where nothing has a value

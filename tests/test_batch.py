@@ -425,6 +425,13 @@ class TestRecord:
         results.load(ROOT / "data" / "results")
 
 
+def test_a_step_leaves_pytorch_to_its_notebook() -> None:
+    """A batch has many steps, and on two cores PyTorch takes seconds to import."""
+    code = "import sys, tools.batch; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert shown.stdout.split() == [b"False"]
+
+
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
     """The whole graph at the smoke preset: stopped, killed within a curve, run again, run idle."""
     config = {

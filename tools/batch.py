@@ -25,7 +25,6 @@ from filelock import FileLock, Timeout
 
 from mcnotes import checks
 from mcnotes.__main__ import Terminated, sigterm_interrupts
-from mcnotes.lab import parameters
 from tools import chapters, notebooks, presets
 
 ROOT = presets.ROOT
@@ -63,6 +62,7 @@ class PlanError(ValueError):
 
 def plan(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The parameters of each preset that `config` names. Raises PlanError before anything runs."""
+    from mcnotes.lab import parameters  # imports PyTorch, which a step leaves to its notebook
 
     rules = {
         "presets": checks.listed(checks.text),

@@ -96,9 +96,7 @@ def impossible(parameters: dict[str, Any]) -> list[str]:
 
 def experiment(parameters: dict[str, Any]) -> Experiment:
     """The experiment of a notebook with these parameters. Raises ValueError as `Experiment.of`."""
-    from mcnotes.lab import (
-        Experiment,
-    )  # imports PyTorch, which a single step leaves to its notebook
+    from mcnotes.lab import Experiment  # imports PyTorch, which a step leaves to its notebook
 
     fields = Experiment.__dataclass_fields__
     return Experiment.of(parameters, also=[name for name in parameters if name not in fields])

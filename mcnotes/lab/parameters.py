@@ -1,6 +1,6 @@
 """What the parameters of experiments, chapters and presets may be: the table of rules.
 
-`zoo.Experiment` holds its fields against it, and a chapter's or a step's further parameters.
+`lab.Experiment` holds its fields against it, and a chapter's or a step's further parameters.
 """
 
 from mcnotes import checkpoints, checks, data, models, train
