@@ -4,11 +4,12 @@ A result is looked up in `data/zoo` (ships with the book), then in the store (th
 else it is computed and kept in the store. Files appear whole or not at all; two processes never
 compute the same entry at once; a killed computation goes on from its last checkpoint.
 
-What cannot be kept is returned all the same, with a StoreWarning. A file is trusted only if it
-holds the configuration that is asked for and a hash that fits its content; otherwise it is set
-aside as `….broken` (in the zoo: left alone) and computed again. A file that is there and *cannot be
-read* (no permission, too many open files, a network file system's hiccup) may hold the work of
-hours: after a few tries OSError is raised, nothing is computed and nothing touched.
+What cannot be kept is returned all the same, with a StoreWarning, and this process holds it in
+memory. A file is trusted only if it holds the configuration that is asked for and a hash that fits
+its content; otherwise it is set aside as `….broken` (in the zoo: left alone) and computed again. A
+file that is there and *cannot be read* (no permission, too many open files, a network file system's
+hiccup) may hold the work of hours: after a few tries OSError is raised, nothing is computed and
+nothing touched.
 """
 
 import contextlib
@@ -52,10 +53,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAUSES = (0.1, 0.4, 1.5)  # seconds before a file that cannot be read is tried again
 FOREIGN_PART = 24 * 3600.0  # seconds after which another place's unfinished file is an orphan
 # What reading wrong bytes raises: their form, their names, their types; nested too deeply.
-_WRONG = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_WRONG = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 _PLACES = ("from the zoo", "computed on this machine")
 _loaded: Counter[tuple[str, str]] = Counter()
 _parts = itertools.count()
+_unkept: dict[Path, bytes] = {}  # what could not be written: not to be computed again here
 
 
 class StoreWarning(UserWarning):
@@ -140,7 +142,7 @@ class Checkpoint:
             warnings.warn(f"{self.shipped}: {error}; not used", StoreWarning, 3)
             self.shipped = None
         else:
-            _set_aside(self.path, error)
+            set_aside(self.path, error)
 
 
 class Recording(Checkpoint):
@@ -356,18 +358,21 @@ def _get_alone(
             return entry.value
     except BrokenFile as error:
         if ours:
-            _set_aside(target, error)
+            set_aside(target, error)
     name = f"{target.name}.checkpoint"
     checkpoint = Checkpoint(target.with_name(name), config, zoo() / "unfinished" / name)
-    found = compute(checkpoint)
     pack, unpack = (_dump, _undump) if target.suffix == ".json" else (_pack, _unpack)
-    content = pack(found, config, provenance(checkpoint.seconds))
+    if target not in _unkept:
+        found = compute(checkpoint)
+        _unkept[target] = pack(found, config, provenance(checkpoint.seconds))
+    content = _unkept[target]
     try:
         write_atomic(target, content)
-    except OSError as error:  # the checkpoint stays: the next run goes on from it
+    except OSError as error:  # the checkpoint stays: the next process goes on from it
         text = f"{target}: {error}; the result is used but not kept"
         warnings.warn(text, StoreWarning, 4)
     else:
+        del _unkept[target]
         with contextlib.suppress(OSError):
             checkpoint.path.unlink(missing_ok=True)
     return unpack(content)[2]  # the same value, whether it was computed or loaded
@@ -375,12 +380,15 @@ def _get_alone(
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold the lock; where there can be none (a read-only store), go on with a StoreWarning."""
+    """Hold the lock; where there can be none (a read-only store), go on with a StoreWarning.
+
+    FileLock's RuntimeError: this process has it still, since releasing it failed.
+    """
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except (OSError, NotImplementedError) as error:
+    except (OSError, RuntimeError) as error:
         text = f"{path}: {error}; going on, though another process may compute the same"
         warnings.warn(text, StoreWarning, 5)
     try:
@@ -419,7 +427,7 @@ def _content(path: Path) -> bytes:
         raise OSError(error.errno, text, str(path)) from error
 
 
-def _set_aside(path: Path, error: Exception) -> None:
+def set_aside(path: Path, error: Exception) -> None:
     """Rename a file of wrong content, so that nothing is lost, and say so."""
     names = (f"{path.name}.broken{n or ''}" for n in itertools.count())
     aside = next(p for p in map(path.with_name, names) if not p.exists())

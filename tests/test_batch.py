@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -22,6 +23,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
 
+from mcnotes import cache
 from mcnotes.lab import Experiment, results
 from tools import batch, chapters, notebooks, presets
 
@@ -82,6 +84,12 @@ class TestPlan:
             ({"out": None}, "out: got None"),
             ({"out": "runs/{x}"}, "out: got 'runs/{x}', expected .* without braces"),
             ({"results": ["a"]}, "results: got"),
+            ({"out": ""}, "out: got '', expected the name of a folder"),
+            ({"out": "-runs"}, "out: got '-runs', expected .* no - in front"),
+            ({"results": "a\nb"}, "results: got .*printable"),
+            ({"out": "README.md"}, "out: got .*a folder: .*README.md is a file"),
+            ({"results": "README.md/deeper"}, "results: got .*a folder: .*README.md is a file"),
+            ({"presets": ["a{b}"]}, "presets: got 'a{b}', expected .*without braces"),
         ],
     )
     def test_a_mistake_is_named_before_anything_runs(
@@ -103,6 +111,61 @@ class TestPlan:
         batch.check_machine(
             batch.plan({"presets": ["smoke"], "parameters": {"statistics": 10_000}})
         )
+
+    def test_outputs_and_a_store_that_cannot_be_written_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Before networks are trained, whose numbers nobody could keep."""
+        runs = batch.plan({"presets": ["smoke"]})
+        monkeypatch.setenv("MCNOTES_STORE", str(tmp_path / "store"))
+        batch.check_machine(runs, [tmp_path / "a" / "b"])
+        assert list((tmp_path / "a" / "b").iterdir()) == []
+        nowhere = Path("/proc/here")
+        with pytest.raises(batch.PlanError, match=r"/proc/here: .*choose a folder that can be"):
+            batch.check_machine(runs, [tmp_path, nowhere])
+        monkeypatch.setenv("MCNOTES_STORE", str(nowhere))
+        with pytest.raises(batch.PlanError, match="/proc/here"):
+            batch.check_machine(runs)
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setenv("MCNOTES_STORE", str(tmp_path / "store"))
+        monkeypatch.setattr("tempfile.TemporaryFile", full)
+        with pytest.raises(batch.PlanError, match=r"store: .*No space left"):
+            batch.check_machine(runs)
+
+    def test_what_is_set_adds_to_what_the_file_sets(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Mappings name by name, at any depth, from wherever they come."""
+        said = ["parameters={curve_epochs: 2, pam_options: {samples: 3}}", "methods=[aligned]"]
+        said.append("parameters={epochs: 3, pam_options: {p_epochs: 4}}")
+        found = batch.merged(
+            {"parameters": {"width": 6, "pam_options": {"samples": 1, "probe": 5}}},
+            batch.assignments(said),
+        )
+        inner = {"samples": 3, "probe": 5, "p_epochs": 4}
+        parameters = {"width": 6, "epochs": 3, "curve_epochs": 2, "pam_options": inner}
+        assert found == {"parameters": parameters, "methods": ["aligned"]}
+        (tmp_path / "run.yaml").write_text("presets: [smoke]\nparameters: {width: 6}")
+        planned = list[dict[str, Any]]()
+
+        def stop(config: dict[str, Any]) -> None:
+            planned.append(config)
+            raise batch.PlanError
+
+        monkeypatch.setattr(batch, "plan", stop)
+        with pytest.raises(batch.PlanError):
+            batch.run(tmp_path / "run.yaml", {"parameters": {"epochs": 3}}, [])
+        assert planned[0]["parameters"] == {"width": 6, "epochs": 3}
+
+    @pytest.mark.parametrize(
+        "words", [["methods=[a]", "methods=[b]"], ["out=a", "out=a"], ["x={a: 1}", "x=1"]]
+    )
+    def test_two_values_of_one_name_are_refused(self, words: list[str]) -> None:
+        with pytest.raises(batch.PlanError, match=r"got two values, .*, expected one"):
+            batch.assignments(words)
 
     def test_what_a_preset_leaves_open_comes_from_the_notebook(self) -> None:
         (values,) = batch.plan({"presets": ["smoke"], "parameters": {"epochs": 2}}).values()
@@ -302,7 +365,7 @@ class TestRecord:
         named = {"pair": [1, 2], "method": "aligned", "shape": "bezier"}
         here = {"hardware": "a laptop", "torch": "2"}
         parts = {"path": here | {"seconds": 1.5}, "curve": here | {"seconds": 2}}
-        curve = named | path | {"provenance": parts}
+        curve = named | path | {"versions": {"endpoint": 1}, "provenance": parts}
         nets = [{"seed": 1, "provenance": here | {"seconds": 3}}]
         return {
             "format": results.FORMAT,
@@ -345,8 +408,37 @@ class TestRecord:
         results.save(other, file)
         assert results.load(tmp_path) == [other]
         file.write_text("{")
-        results.save(other, file)
+        with pytest.warns(cache.StoreWarning, match="set aside as p.json.broken"):
+            results.save(other, file)
         assert results.load(tmp_path) == [other]
+        assert (tmp_path / "p.json.broken").read_text() == "{"
+
+    @pytest.mark.parametrize(
+        ("kind", "method", "stays"),
+        [
+            ("endpoint", "unaligned", False),
+            ("path", "aligned", False),
+            ("matching", "aligned", False),
+            ("matching", "unaligned", True),
+            ("pam", "aligned", True),
+            ("pam", "pam-unaligned", False),
+        ],
+    )
+    def test_a_curve_of_an_older_version_is_measured_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, method: str, stays: bool
+    ) -> None:
+        """In a file that names its versions, and in one from before there were any."""
+        for older in ({}, {"versions": dict(cache.VERSIONS)}):
+            record = self.record()
+            del record["curves"][0]["versions"]
+            record["curves"] = [record["curves"][0] | older | {"method": method}]
+            asked = (Experiment(width=4), [[1, 2]], [method], ["bezier"])
+            with monkeypatch.context() as patch:
+                assert results.holds(record, *asked)
+                patch.setitem(cache.VERSIONS, kind, 2)
+                assert results.holds(record, *asked) == stays
+                new = self.record() | {"curves": [self.record()["curves"][0] | {"pair": [1, 3]}]}
+                assert len(results.merged(new, record)["curves"]) == 1 + stays
 
     @pytest.mark.parametrize(("loss", "grows"), [(0.1 + 1e-8, True), (0.101, False)])
     def test_it_does_not_mix_networks_of_two_machines(
@@ -370,7 +462,8 @@ class TestRecord:
 
     def test_a_file_of_an_experiment_that_is_none_is_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "p.json").write_text(json.dumps(self.record() | {"experiment": {"width": -1}}))
-        results.save(self.record(), tmp_path / "p.json")
+        with pytest.warns(cache.StoreWarning, match="width: got -1"):
+            results.save(self.record(), tmp_path / "p.json")
         assert results.load(tmp_path) == [self.record()]
 
     @pytest.mark.parametrize(
@@ -391,10 +484,50 @@ class TestRecord:
         with pytest.raises(results.ResultsError, match=says):
             results.check(record, "p.json")
 
-    def test_a_damaged_file_is_named(self, tmp_path: Path) -> None:
-        (tmp_path / "p.json").write_text("{")
+    @pytest.mark.parametrize(
+        "text", ["{", "3", "null", "[]", '"preset"', "[" * 100_000, '["preset"]', '{"preset": 1}']
+    )
+    def test_a_damaged_file_is_named(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "smoke.json").write_text(text)
+        if text != "[]":
+            with pytest.raises(results.ResultsError, match=r"smoke\.json.*collect it again"):
+                results.load(tmp_path)
+        config = {"presets": ["smoke"], "results": str(tmp_path)}
+        assert batch.incomplete(config, batch.plan(config)) == [f"{tmp_path}/smoke.json"]
+
+    @pytest.mark.parametrize(
+        ("where", "value"),
+        [
+            ("experiment", []),
+            ("experiment", None),
+            ("experiment", {"between": [1, 2]}),
+            ("endpoints", 3),
+            ("endpoints", [3]),
+            ("curves", 3),
+            ("curves", [3]),
+            ("pair", 3),
+            ("pair", None),
+            ("pair", [1, 2, 3]),
+            ("t", ["a", "b", "c"]),
+            ("t", [[1], 2, 3]),
+            ("loss", [None] * 3),
+            ("method", [1]),
+            ("arc", [0, None, 2]),
+            ("versions", 3),
+            ("versions", {"path": "x"}),
+        ],
+    )
+    def test_whatever_is_wrong_in_a_file_it_is_one_sentence(
+        self, tmp_path: Path, where: str, value: Any
+    ) -> None:
+        record, file = self.record(), tmp_path / "p.json"
+        (record if where in record else record["curves"][0])[where] = value
+        file.write_text(json.dumps(record))
         with pytest.raises(results.ResultsError, match=r"p\.json.*collect it again"):
             results.load(tmp_path)
+        with pytest.warns(cache.StoreWarning, match="set aside"):
+            results.save(self.record(), file)
+        assert results.load(tmp_path) == [self.record()]
 
     @pytest.mark.parametrize(
         ("change", "again"),
@@ -421,8 +554,16 @@ class TestRecord:
         (tmp_path / "laptop.json").write_text('{"models": 80}')
         assert batch.incomplete(config, batch.plan(config)) == [f"{tmp_path}/laptop.json"]
 
-    def test_every_record_of_the_book_is_sound(self) -> None:
-        results.load(ROOT / "data" / "results")
+    def test_every_record_of_the_book_is_sound_and_of_todays_code(self) -> None:
+        for record in results.load(ROOT / "data" / "results"):
+            of = record["curves"]
+            pairs = sorted({tuple(curve["pair"]) for curve in of})
+            for method in sorted({curve["method"] for curve in of}):
+                mine = record | {"curves": [c for c in of if c["method"] == method]}
+                asked = [p for p in pairs if any(tuple(c["pair"]) == p for c in mine["curves"])]
+                shapes = {curve["shape"] for curve in mine["curves"]}
+                lab = presets.experiment(record["experiment"])
+                assert results.holds(mine, lab, asked, [method], shapes), record["preset"]
 
 
 def test_a_step_leaves_pytorch_to_its_notebook() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -203,6 +204,61 @@ def test_a_store_that_cannot_be_written_loses_no_result(
     assert number == {"a": [1, float("inf")]}, "as it would be loaded"
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_what_could_not_be_kept_is_not_computed_again(
+    monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Not by this process; and it is kept as soon as there is room."""
+    real, times = cache.write_atomic, list[int]()
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def compute(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        times.append(1)
+        return make(checkpoint)
+
+    def found() -> Any:
+        if suffix == ".json":
+            return cache.values(CONFIG, lambda: compute(Checkpoint(Path()))["x"].tolist())
+        return cache.tensors(CONFIG, compute)["x"].tolist()
+
+    monkeypatch.setattr(cache, "_unkept", {})
+    monkeypatch.setattr(cache, "write_atomic", full)
+    with pytest.warns(StoreWarning, match="No space left"):
+        first = found()
+    with pytest.warns(StoreWarning, match="No space left"):
+        second = found()
+    first.clear()  # what one caller does to it, another does not see
+    monkeypatch.setattr(cache, "write_atomic", real)
+    third, fourth = found(), found()
+    assert second == third == fourth != first
+    assert times == [1]
+    assert cache._unkept == {}
+    assert list(cache.folder().glob(f"*{suffix}"))
+
+
+def test_a_lock_that_could_not_be_released_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the entry could not be kept either, the next call asks for the lock once more."""
+    real = fcntl.flock
+
+    def stuck(file: int, operation: int) -> None:
+        if operation == fcntl.LOCK_UN:
+            raise OSError(errno.EIO, "Input/output error")
+        real(file, operation)
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", stuck)
+        patch.setattr(cache, "write_atomic", full)
+        with pytest.warns(StoreWarning, match="No space left"):
+            assert cache.values(CONFIG, lambda: 5) == 5
+    with pytest.warns(StoreWarning, match="already held"):
+        assert cache.values(CONFIG, lambda: 6) == 5
+
+
 def test_what_could_not_be_kept_goes_on_from_its_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -223,6 +279,7 @@ def test_what_could_not_be_kept_goes_on_from_its_checkpoint(
     with pytest.warns(StoreWarning, match="No space left"):
         cache.tensors(CONFIG, compute)
     monkeypatch.setattr(cache, "write_atomic", real)
+    cache._unkept.clear()  # as in the next process
     cache.tensors(CONFIG, compute)
     assert steps == [1]
     assert not list(cache.folder().glob("*.checkpoint"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -153,6 +154,17 @@ class TestNormalise:
         assert notebooks.write(path, notebook("1", seed=1))
         assert not notebooks.write(path, notebooks.read(path))
 
+    @pytest.mark.parametrize(
+        "text",
+        ["", "{", "[]", "3", '{"cells": 3}', '{"cells": [], "nbformat": 4}', '{"table": {}}'],
+    )
+    def test_what_is_no_notebook_is_said_in_one_line(self, tmp_path: Path, text: str) -> None:
+        path = tmp_path / "n.ipynb"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"n\.ipynb is no notebook: .+") as fault:
+            notebooks.read(path)
+        assert "\n" not in str(fault.value)
+
 
 class TestOutputs:
     def test_the_digest_sees_code_and_only_code(self) -> None:
@@ -261,6 +273,31 @@ class TestRunner:
         (small_book / "mcnotes" / "new.py").write_text("")
         assert chapters.run(paths[1:], "laptop") == []
         assert "ran in" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("text", ["", "{", '{"cells": 3}', "[]"])
+    def test_an_executed_copy_that_cannot_be_read_is_made_again(
+        self, small_book: Path, capsys: pytest.CaptureFixture[str], text: str
+    ) -> None:
+        """A kill, or a full disk, may have left a part of it."""
+        copy = chapters.result_path(small_book / "book" / "02_second.ipynb", "smoke")
+        copy.parent.mkdir(parents=True)
+        copy.write_text(text)
+        assert not chapters.is_of(copy, "a stamp")
+        if not text:  # one kernel shows it
+            assert chapters.run(chapters.chapters(small_book)[1:], "smoke") == []
+            assert notebooks.read(copy).cells[-1].outputs[0].text == "2\n"
+
+    def test_folders_of_the_environment_do_not_depend_on_where_a_notebook_runs(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MCNOTES_STORE", "mine/store")
+        monkeypatch.setenv("MCNOTES_ZOO", str(tmp_path / "zoo"))
+        monkeypatch.delenv("MCNOTES_DATA", raising=False)
+        chapters.settle_folders()
+        assert cache.folder() == tmp_path / "mine" / "store"
+        assert cache.zoo() == tmp_path / "zoo"
+        assert "MCNOTES_DATA" not in os.environ
 
     def test_the_key_depends_on_package_and_data_but_not_on_caches(self, small_book: Path) -> None:
         keys = [chapters.inputs()]

@@ -15,7 +15,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tools import chapters, notebooks, presets
 
 ROOT = presets.ROOT
 STEPS = ROOT / "experiments"
+ROOM = 2**20  # bytes that each folder must have room for
 PATIENCE = 60  # seconds that a stopped step may take to end
 DEFAULTS: dict[str, Any] = {
     "presets": ["smoke"],  # files of experiments/presets
@@ -65,7 +67,7 @@ def plan(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     from mcnotes.lab import parameters  # imports PyTorch, which a step leaves to its notebook
 
     rules = {
-        "presets": checks.listed(checks.text),
+        "presets": checks.listed(named),
         "parameters": names_and_values,
         "methods": parameters.ALLOWED["methods"],
         "shapes": parameters.ALLOWED["shapes"],
@@ -86,6 +88,18 @@ def plan(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def named(value: object) -> str:
+    """The rule of a preset's name."""
+    return checks.text(value) or (
+        "" if is_plain(value) else checks.got(value, "printable characters without braces")
+    )
+
+
+def is_plain(value: object) -> bool:
+    """Whether Snakemake takes a text as it stands: it would read braces as wildcards."""
+    return isinstance(value, str) and value.isprintable() and not set("{}") & set(value)
+
+
 def names_and_values(value: object) -> str:
     """The rule of `parameters`; the notebooks know which names there are."""
     expected = "names and values such as {epochs: 3}"
@@ -93,18 +107,29 @@ def names_and_values(value: object) -> str:
 
 
 def folder(value: object) -> str:
-    """The rule of a folder for outputs. Snakemake would read braces as wildcards."""
-    plain = isinstance(value, str) and value and not set("{}") & set(value)
-    return "" if plain else checks.got(value, "the name of a folder, without braces")
+    """The rule of a folder for outputs."""
+    expected = "the name of a folder, of printable characters without braces and no - in front"
+    if not (value and is_plain(value)) or str(value).startswith("-"):
+        return checks.got(value, expected)
+    path = ROOT / str(value)
+    above = [path, *path.parents]
+    there = next(path for path in above if path.exists())
+    return "" if there.is_dir() else checks.got(value, f"a folder: {there} is a file")
 
 
 def chosen(config: dict[str, Any], preset: str) -> dict[str, Any]:
-    """The parameters of a preset, with the changes that `config` makes; mappings are merged."""
-    values = presets.load(preset)
-    for name, given in (DEFAULTS | config)["parameters"].items():
-        both = isinstance(given, dict) and isinstance(values.get(name), dict)
-        values[name] = values[name] | given if both else given
-    return values
+    """The parameters of a preset, with the changes that `config` makes."""
+    return merged(presets.load(preset), (DEFAULTS | config)["parameters"])
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The values with the changes; of two mappings, each name on its own, at any depth."""
+    found = values | changes
+    for name in values.keys() & changes.keys():
+        both = values[name], changes[name]
+        if isinstance(both[0], dict) and isinstance(both[1], dict):
+            found[name] = merged(*both)
+    return found
 
 
 def words(step: str, values: dict[str, Any]) -> str:
@@ -131,12 +156,28 @@ _Line.add_representer(
 )
 
 
-def check_machine(runs: dict[str, dict[str, Any]], *, gpu_here: bool = True) -> None:
-    """Raise PlanError unless the data is present, and a GPU where a run here needs one."""
+def check_machine(
+    runs: dict[str, dict[str, Any]], folders: Collection[Path] = (), *, gpu_here: bool = True
+) -> None:
+    """Raise PlanError unless the data is present, and a GPU where a run here needs one.
+
+    folders: where outputs go; they, and the store, through which steps get each other's results,
+    must take files.
+    """
     import torch
 
+    from mcnotes import cache
     from mcnotes.data import SOURCES, default_folder, sources
 
+    for place in (cache.folder(), *folders):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(bytes(ROOM))
+        except OSError as error:
+            raise PlanError(
+                f"{place}: {error}. Fix: choose a folder that can be written"
+            ) from error
     for preset, values in runs.items():
         if gpu_here and values["device"] == "cuda" and not torch.cuda.is_available():
             raise PlanError(
@@ -153,6 +194,8 @@ def check_machine(runs: dict[str, dict[str, Any]], *, gpu_here: bool = True) -> 
 
 def step(notebook: Path, out: Path, values: dict[str, Any]) -> None:
     """Run `notebook`; `out` appears once all of it has run. Raises RuntimeError as `execute`."""
+    if out.is_dir():
+        raise PlanError(f"{out}: is a folder, expected the name of a file")
     faults = presets.check(values, notebooks.parameters(notebooks.read(notebook)))
     if faults:
         raise PlanError(f"{notebook.name}: {'; '.join(faults)}")
@@ -193,7 +236,7 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
     """Check the configuration, then call Snakemake and return its exit status."""
     import torch
 
-    config = presets.read(config_file) | changes
+    config = merged(presets.read(config_file), changes)
     chapters.cell_timeout()  # raises before anything runs
     runs = plan(config)  # the graph checks the machine when it starts
     slots = max(1, torch.cuda.device_count()) * (DEFAULTS | config)["runs_per_gpu"]
@@ -203,11 +246,11 @@ def run(config_file: Path, changes: dict[str, Any], options: list[str]) -> int:
         command += ["--cores", str(os.cpu_count() or 1)]
     # Snakemake would parse `--config` in its own way, so it gets the merged file.
     text = yaml.safe_dump(config)
-    merged = ROOT / "_build" / f"batch-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
-    merged.parent.mkdir(exist_ok=True)
-    merged.write_text(text, "utf8")
+    whole = ROOT / "_build" / f"batch-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    whole.parent.mkdir(exist_ok=True)
+    whole.write_text(text, "utf8")
     again = [word for path in incomplete(config, runs) for word in ("--forcerun", path)]
-    command += [*options, *again, "--configfile", str(merged)]
+    command += [*options, *again, "--configfile", str(whole)]
     with sigterm_interrupts(), psutil.Popen(command, cwd=ROOT) as graph:
         try:
             return int(graph.wait())
@@ -252,7 +295,10 @@ def incomplete(config: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list[
     for preset, file in files.items():
         if not (ROOT / file).exists():
             continue
-        record = results.read(ROOT / file)
+        try:
+            record = results.read(ROOT / file)
+        except results.ResultsError:
+            record = None
         lab, pairs = presets.experiment(runs[preset]), runs[preset]["pairs"]
         wanted = (lab, pairs, asked["methods"], asked["shapes"])
         if record is None or not results.holds(record, *wanted):
@@ -261,12 +307,17 @@ def incomplete(config: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list[
 
 
 def assignments(words: list[str]) -> dict[str, Any]:
-    """Parse `name=value` words into a dict; values are read as YAML."""
+    """Parse `name=value` words into a dict; values are read as YAML, mappings of a name merged."""
+    found: dict[str, Any] = {}
     for word in words:
-        if "=" not in word:
+        name, sign, text = word.partition("=")
+        if not sign:
             raise PlanError(f"got {word!r}, expected NAME=VALUE")
-    parts = (word.partition("=") for word in words)
-    return {name: presets.parse(value, name) for name, _, value in parts}
+        value = presets.parse(text, name)
+        if name in found and not (isinstance(value, dict) and isinstance(found[name], dict)):
+            raise PlanError(f"{name}: got two values, {found[name]!r} and {value!r}, expected one")
+        found = merged(found, {name: value})
+    return found
 
 
 def main(arguments: list[str]) -> int:
@@ -284,6 +335,7 @@ def main(arguments: list[str]) -> int:
     one.add_argument("values", nargs="*", metavar="NAME=VALUE")
     at = arguments.index("--") if "--" in arguments else len(arguments)
     args, options = parser.parse_args(arguments[:at]), arguments[at + 1 :]
+    chapters.settle_folders()
     if args.command == "run":
         return run(args.config, assignments(args.changes), options)
     with sigterm_interrupts():

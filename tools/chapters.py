@@ -28,6 +28,7 @@ ROOT = presets.ROOT
 EXECUTED = ROOT / "_build" / "executed"
 CACHES = ("store", "downloads", "locks", "zoo/locks", "tiny-imagenet-200")  # in the data folder
 UNFINISHED = (".checkpoint", ".part", ".broken")
+FOLDERS = ("MCNOTES_DATA", "MCNOTES_STORE", "MCNOTES_ZOO")  # in the environment
 ENVIRONMENT = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}  # no bars, no times in stored outputs
 
 
@@ -153,7 +154,7 @@ def run_one(path: Path, preset: str, key: str, force: bool) -> bool:
         json.dumps([key, notebooks.digest(notebook), values], sort_keys=True).encode()
     ).hexdigest()
     result = result_path(path, preset)
-    if not force and result.exists() and notebooks.read(result).metadata.get("key") == stamp:
+    if not force and is_of(result, stamp):
         return False
     running = result.with_suffix(".running.ipynb")
     execute(path, running, values)
@@ -166,6 +167,21 @@ def run_one(path: Path, preset: str, key: str, force: bool) -> bool:
 
 def result_path(path: Path, preset: str) -> Path:
     return EXECUTED / preset / path.name
+
+
+def is_of(result: Path, stamp: str) -> bool:
+    """Whether an executed copy is there, whole, and of what the stamp names."""
+    try:
+        return bool(notebooks.read(result).metadata.get("key") == stamp)
+    except (OSError, ValueError):
+        return False
+
+
+def settle_folders() -> None:
+    """Make the environment's folders absolute: a notebook runs in another folder than its tool."""
+    for name in FOLDERS:
+        if given := os.environ.get(name):
+            os.environ[name] = os.path.abspath(given)
 
 
 def check_all(paths: list[Path], preset: str) -> list[Failure]:
@@ -186,6 +202,7 @@ def run(paths: list[Path], preset: str, force: bool = False, jobs: int = 1) -> l
     if failures := check_all(paths, preset):
         return report(failures, 0)
     cell_timeout()  # raises before anything runs
+    settle_folders()
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the stored outputs were made
     key, home = inputs(), Path.cwd()

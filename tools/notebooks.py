@@ -24,8 +24,12 @@ METADATA = {
 
 
 def read(path: Path) -> Notebook:
-    """The notebook at `path`, in the current notebook format."""
-    return nbformat.read(path, as_version=4)
+    """The notebook at `path`, in the current notebook format. Raises OSError, or ValueError."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except (ValueError, TypeError, LookupError, AttributeError, nbformat.ValidationError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no notebook: {type(error).__name__}: {reason}") from error
 
 
 def write(path: Path, notebook: Notebook) -> bool:

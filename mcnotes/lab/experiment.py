@@ -481,9 +481,10 @@ class Experiment:
         if method.startswith("pam-"):
             config["pam"] = asdict(self.pam_settings())
             config |= {"objective": "augmented images"} if self.augment else {}
-        return config | cache.versions(*self._rests_on(method, shape))
+        return config | cache.versions(*self.rests_on(method, shape))
 
-    def _rests_on(self, method: str, shape: str) -> list[str]:
+    @staticmethod
+    def rests_on(method: str, shape: str) -> list[str]:
         """The kinds of entries that a curve rests on besides its ends, itself included."""
         used = {"matching": not method.endswith("unaligned"), "pam": method.startswith("pam-")}
         used["curve"] = used["pam"] or shape != "line"

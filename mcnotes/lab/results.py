@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -17,13 +16,14 @@ from tqdm.auto import tqdm
 from mcnotes import cache, evaluate
 from mcnotes.lab import frames
 from mcnotes.lab.experiment import Experiment
-from mcnotes.lab.parameters import ALIGNMENTS, SHAPES
+from mcnotes.lab.parameters import ALIGNMENTS, SHAPES, a_pair
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 FORMAT = 1
 ORIGIN = ("hardware", "torch", "seconds")  # what the provenance of every part says
+_WRONG = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # of wrong values
 Record = dict[str, Any]
 
 
@@ -52,7 +52,7 @@ def collect(
         origins = {what: cache.origin(config) for what, config in parts.items()}
         curve = {"pair": [a, b], "method": method, "shape": shape}
         curve |= {name: array.tolist() for name, array in path._asdict().items()}
-        curves.append(curve | {"provenance": origins})
+        curves.append(curve | {"versions": _versions(curve), "provenance": origins})
     seeds = sorted({seed for pair in pairs for seed in pair})
     nets = [{"seed": s, "provenance": cache.origin(lab.endpoint_config(s))} for s in seeds]
     return {
@@ -67,19 +67,25 @@ def collect(
 
 
 def save(record: Record, path: Path) -> None:
-    """Check the record and write it, whole or not at all; a file that is there grows (`merged`)."""
+    """Check the record and write it, whole or not at all; a file that is there grows (`merged`).
+
+    A file of another form is set aside, with a StoreWarning.
+    """
     check(record, str(path))
-    with contextlib.suppress(ValueError):  # such a file is to be collected again
+    try:
         if earlier := read(path) if path.exists() else None:
             record = merged(record, earlier)
+    except ResultsError as error:
+        cache.set_aside(path, error)
     cache.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def merged(record: Record, earlier: Record) -> Record:
     """The record, and those curves of an earlier one that are new to it and hold for it, too.
 
-    A curve holds if everything that its path depends on is the same in both experiments, and no end
-    has another loss here: one seed gives other networks on another machine.
+    A curve holds if everything that its path depends on is the same in both experiments, its code
+    has today's versions, and no end has another loss here: one seed gives other networks on another
+    machine.
     """
     now, then = _experiment(record), _experiment(earlier)
     there, ends = set(map(_named, record["curves"])), dict[int, float]()
@@ -89,6 +95,7 @@ def merged(record: Record, earlier: Record) -> Record:
         curve
         for curve in earlier["curves"]
         if _named(curve) not in there
+        and _is_current(curve)
         and now.path_config(*_named(curve)) == then.path_config(*_named(curve))
         and all(math.isclose(x, ends.get(n, x), rel_tol=1e-4) for n, x in _losses(curve).items())
     ]
@@ -107,6 +114,18 @@ def merged(record: Record, earlier: Record) -> Record:
 def _named(curve: Record) -> tuple[int, int, str, str]:
     a, b = curve["pair"]
     return a, b, curve["method"], curve["shape"]
+
+
+def _versions(curve: Record) -> dict[str, int]:
+    """Today's version (`cache.VERSIONS`) of each kind of entry that a curve's path rests on."""
+    kinds = {"endpoint", "path", *Experiment.rests_on(curve["method"], curve["shape"])}
+    return {kind: cache.VERSIONS[kind] for kind in sorted(kinds)}
+
+
+def _is_current(curve: Record) -> bool:
+    """Whether a curve was measured by today's versions; files that name none are of the first."""
+    then = curve.get("versions", {})
+    return all(then.get(kind, 1) == now for kind, now in _versions(curve).items())
 
 
 def _losses(curve: Record) -> dict[int, float]:
@@ -131,11 +150,15 @@ def read(path: Path) -> Record | None:
     """The record in a file; None if it holds other measurements. Raises ResultsError as `load`."""
     try:
         record: Record = json.loads(path.read_text("utf8"))
-    except ValueError as error:
-        raise ResultsError(f"{path}: {error}. Fix: collect it again or remove it") from error
-    if "preset" not in record:
-        return None
-    check(record, str(path))
+        if "preset" not in record:
+            return None
+        check(record, str(path))
+        _experiment(record)
+    except ResultsError:
+        raise
+    except _WRONG as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ResultsError(f"{path}: {reason}. Fix: collect it again or remove it") from error
     return record
 
 
@@ -146,8 +169,8 @@ def holds(
     methods: Collection[str],
     shapes: Collection[str],
 ) -> bool:
-    """Whether the record is of this experiment, and has a curve for all of these."""
-    there = {(*curve["pair"], curve["method"], curve["shape"]) for curve in record["curves"]}
+    """Whether the record is of this experiment, and has all of these curves, by today's code."""
+    there = {_named(curve) for curve in record["curves"] if _is_current(curve)}
     asked = {(a, b, method, shape) for a, b in pairs for method in methods for shape in shapes}
     same = _experiment(record).config() == lab.config()
     return same and asked <= there
@@ -172,6 +195,9 @@ def check(record: Mapping[str, Any], where: str) -> None:
         label = f"curve {curve.get('pair')} {curve.get('method')} {curve.get('shape')}"
         known = curve.get("method") in ALIGNMENTS and curve.get("shape") in SHAPES
         must(known, f"unknown: {label}")
+        must(not (fault := a_pair(curve.get("pair"))), f"{label}: {fault}")
+        numbers = curve.get("versions", {}).values()
+        must(all(isinstance(n, int) for n in numbers), f"{label}: versions")
         origins = curve.get("provenance", {})
         must("path" in origins, f"{label} has no provenance")
         must(all(map(_known, origins.values())), f"{label} has no full provenance")
