@@ -130,3 +130,5 @@ if __name__ == "__main__":
             sys.exit(main(given.settings, given.only, given.chapters, given.jobs))
     except ValueError as error:
         sys.exit(f"portable: {error}")
+    except KeyboardInterrupt:
+        sys.exit("portable: stopped")
