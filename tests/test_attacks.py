@@ -363,7 +363,7 @@ def test_refuses_what_no_attack_can_be() -> None:
     with pytest.raises(ValueError, match="got norm 'l2', expected 'linf'"):
         Square(0.1, norm="l2")
     with pytest.raises(ValueError, match=r"eps: got 1e\+308, expected .* at most 10000"):
-        PGD(1e308)  # inf · 0 in a step: NaN, which would pass for images that withstood
+        PGD(1e308)  # its images would hold NaN, of inf · 0
     with pytest.raises(ValueError, match=r"step: got 1e\+308, expected .* at most 10000"):
         PGD(0.1, step=1e308)
     with pytest.raises(ValueError, match=r"steps: got 1000.*expected a whole number from 1 to"):
