@@ -260,7 +260,7 @@ ARGUMENTS: dict[str, Rule] = {
     "curve": a(Connection, "the result of connect"),
     "loss": optional(function),
     "metrics": optional(mapping_of(function)),
-    "points": whole(2),  # both ends
+    "points": evaluate.ARGUMENTS["points"],
     "device": placed,
     "seed": whole(-(2**63), 2**64 - 1),
     "checkpoint": optional(_file),

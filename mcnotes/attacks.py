@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mcnotes.checks import Rule, flag, form, number, one_of, optional, require, whole
+from mcnotes.checks import Rule, a, flag, form, listed, number, one_of, optional, require, whole
 
 Model = Callable[[Tensor], Tensor]
 Perturb = Callable[[Model, Tensor, Tensor], Tensor]
@@ -49,14 +49,15 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "dlr": dlr,
 }
 STEP_SCHEDULES = ("constant", "linear")  # linear: down to 0
+FAR = 10_000.0  # no two images of [0, 1] are further apart: √pixels, of up to 4096 · 4096 · 3
 OPTIONS: dict[str, Rule] = {
-    "eps": number(0),
+    "eps": number(0, FAR),
     "steps": whole(1),
     "norm": one_of(["linf", "l2"]),
     "restarts": whole(1),
     "loss": one_of(LOSSES),
     "targeted": flag,
-    "step": optional(number(0)),
+    "step": optional(number(0, FAR)),
     "schedule": one_of(STEP_SCHEDULES),
     "start": flag,
     "best": flag,
@@ -130,13 +131,16 @@ class Square(Attack):
     """Random search with squares of ±eps (Andriushchenko et al. 2020), ℓ∞ only; no gradients.
 
     An image that fools the network here and not under PGD is a sign of masked gradients. Works best
-    with loss="margin".
+    with loss="margin". Raises ValueError for another norm than "linf".
     """
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        """As `PGD`. Raises ValueError for another norm than "linf"."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.norm != "linf":
             raise ValueError(f"Square: got norm {self.norm!r}, expected 'linf'")
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        """As `PGD`."""
         _check_batch(x, y)
         ball, worst = Ball(x, self.eps, self.norm), Worst(self, model, x, y)
         halve = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # the area, in 10,000 steps
@@ -160,9 +164,15 @@ class Square(Attack):
 
 @dataclass(frozen=True)
 class Ensemble:
-    """One attack after the other, each on the images that all before it left standing."""
+    """One attack after the other, each on the images that all before it left standing.
+
+    Raises ValueError for what is no attack.
+    """
 
     attacks: tuple[PGD | Square, ...]
+
+    def __post_init__(self) -> None:
+        require("Ensemble", vars(self), {"attacks": listed(a(Attack, "an attack"), once=False)})
 
     def config(self) -> dict[str, Any]:
         """JSON values that describe the attacks."""

@@ -43,11 +43,11 @@ State = dict[str, Tensor]
 VERSIONS = {"endpoint": 1, "matching": 1, "curve": 1, "pam": 1, "path": 1}
 """The version of the code behind each kind of entry; data/README.md says when to raise one.
 
-"pam" stands for the algorithm (`matching.pam`), "curve" for the training of any curve. These kinds
-say in their configurations which others they rest on (`versions`). Every other kind, a chapter's
-own, may rest on all of them; a line here for it counts besides.
+"pam" stands for the algorithm (`matching.pam`), "curve" for the training of any curve. The
+`KINDS` say in their configurations which others they rest on (`versions`). Every other kind, a
+chapter's own, may rest on all of them; a line here for it counts besides.
 """
-_PRECISE = frozenset({"endpoint", "matching", "curve", "pam", "path"})
+KINDS = frozenset({"endpoint", "matching", "curve", "pam", "path"})
 
 ROOT = Path(__file__).resolve().parents[1]
 PAUSES = (0.1, 0.4, 1.5)  # seconds before a file that cannot be read is tried again
@@ -220,8 +220,23 @@ def tensors(
 
 
 def values(config: Config, compute: Callable[[], Any]) -> Any:
-    """As `tensors`, for JSON values (numbers, lists, dicts with text keys)."""
-    return _get(config, ".json", lambda _: compute())
+    """As `tensors`, for JSON values (numbers, lists, dicts with text keys).
+
+    Raises ValueError for a result that is none.
+    """
+
+    def computed(_: Checkpoint) -> Any:
+        found = compute()
+        try:
+            return _normal(found)
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = config.get("what", "result")
+            raise ValueError(
+                f"store: {kind}: the result cannot be kept: {error}. Fix: return numbers, text, "
+                "True, False, None, and lists and dicts of these"
+            ) from error
+
+    return _get(config, ".json", computed)
 
 
 def report() -> str:
@@ -448,7 +463,7 @@ _Parsed = tuple[dict[str, Any], dict[str, Any], Any, str | None]  # an entry's p
 def _versioned(config: Config) -> dict[str, Any]:
     """With the versions of its own kind, and of all kinds that it may rest on without saying so."""
     kind = config.get("what", "result")
-    own = versions(kind) if kind in _PRECISE else versions(kind, *VERSIONS)
+    own = versions(kind) if kind in KINDS else versions(kind, *VERSIONS)
     if not own:
         return dict(config)
     return {**config, "versions": config.get("versions", {}) | own["versions"]}

@@ -5,12 +5,15 @@ functions below, and of one another: `listed(whole(1))`. The book's table is `pa
 Most rules do without PyTorch, which takes seconds to import: those that need it import it.
 """
 
-import sys
 from collections.abc import Callable, Collection, Mapping
 
 from mcnotes.names import suggest
 
 Rule = Callable[[object], str]
+# What a whole number and a factor may be at most unless a rule says less. No run has more images,
+# units or steps; either fits what it is used for: 32 bits, float32, JSON, a division of floats.
+MOST = 2**31 - 1
+LARGEST = 2.0**127
 
 
 def faults(values: Mapping[str, object], rules: Mapping[str, Rule]) -> list[str]:
@@ -32,7 +35,11 @@ def require(
 
 def got(value: object, expected: str) -> str:
     """The text of a fault."""
-    return f"got {value!r:.200}, expected {expected}"
+    try:
+        shown = f"{value!r:.200}"
+    except Exception:  # of thousands of digits, or of a type whose repr fails
+        shown = f"a value of type {type(value).__name__}"
+    return f"got {shown}, expected {expected}"
 
 
 def form(value: object) -> str:
@@ -44,30 +51,32 @@ def form(value: object) -> str:
     return type(value).__name__
 
 
-def whole(least: int, most: int | None = None) -> Rule:
-    """An `int` (True and 2.0 are none) from `least` to `most`."""
-    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+def whole(least: int, most: int = MOST) -> Rule:
+    """An `int` (True and 2.0 are none) from `least` to `most`, which is named if it is exceeded."""
 
     def rule(value: object) -> str:
+        limits = f"of at least {least}"
         if isinstance(value, int) and not isinstance(value, bool):
-            inside = value >= least and (most is None or value <= most)
-            if inside:
+            if least <= value <= most:
                 return ""
+            limits = f"from {least} to {most}" if value > most else limits
         return got(value, f"a whole number {limits}") + _quoted(value)
 
     return rule
 
 
-def number(least: float, most: float = sys.float_info.max, *, above: bool = False) -> Rule:
+def number(least: float, most: float = LARGEST, *, above: bool = False) -> Rule:
     """A finite `int` or `float` (True is none) from `least`, or above it, to `most`."""
-    limits = f"{'above' if above else 'of at least'} {least:g}"
-    limits += "" if most == sys.float_info.max else f" and at most {most:g}"
 
     def rule(value: object) -> str:
+        exceeded = False
         if isinstance(value, int | float) and not isinstance(value, bool):
             inside = (least < value if above else least <= value) and value <= most  # NaN is not
             if inside:
                 return ""
+            exceeded = value > most
+        limits = f"{'above' if above else 'of at least'} {least:g}"
+        limits += f" and at most {most:g}" if exceeded or most < LARGEST else ""
         return got(value, f"a number {limits}") + _quoted(value)
 
     return rule

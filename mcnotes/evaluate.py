@@ -70,8 +70,9 @@ ARGUMENTS: dict[str, Rule] = {
     "curve": a(Curve, "a Curve"),
     "wanted": mapping_of(function, least=1),
     "batch_size": whole(1),
-    "points": whole(2),  # both ends
-    "resolution": whole(2),
+    # Both ends; more would take days, as would a plane of more than the square of its resolution.
+    "points": whole(2, 1_000_000),
+    "resolution": whole(2, 1_000),
     "margin": number(0),
     "tolerance": number(0, above=True),
     "perturb": optional(function),

@@ -406,15 +406,16 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
 
 SIZED = ("mlp", "vit", "vit-layernorm")
 """Networks for images of one size."""
+WIDEST = 2**16  # a matrix of so many rows and columns alone takes 16 GiB
 SIZES: dict[str, Rule] = {
     "num_classes": whole(1),
     "in_channels": whole(1),
-    "width": optional(number(0, above=True)),
+    "width": optional(number(0, WIDEST, above=True)),
     "image_size": optional(whole(1)),
 }
 """The allowed sizes of a network."""
 TRANSFORMERS: dict[str, Rule] = {
-    "width": whole(1),
+    "width": whole(1, WIDEST),
     "heads": whole(1),
     "depth": whole(1),
     "norm": one_of(NORMS),

@@ -93,8 +93,9 @@ def native_precision(device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
+EPOCHS = 1_000_000  # at most: `_epoch` draws by seed · 1,000,003 + epoch, all of them different
 OPTIONS: dict[str, Rule] = {
-    "epochs": whole(1),
+    "epochs": whole(1, EPOCHS),
     "batch_size": whole(1),
     "lr": number(0, above=True),
     "momentum": number(0, 1),
@@ -291,7 +292,7 @@ def _resume(step: "Step", checkpoint: Checkpoint) -> list[float]:
 
 def _epoch(step: "Step", curve: Curve, task: Training, seed: int, epoch: int) -> float:
     """One pass over the training images; all its randomness is determined by (seed, epoch)."""
-    recipe, device, seed = step.recipe, task.device, seed * 1_000_003 + epoch
+    recipe, device, seed = step.recipe, task.device, (seed * 1_000_003 + epoch) % 2**64
     noise = torch.Generator(device).manual_seed(seed)
     batches, samples = task.train.count(recipe.batch_size), 0
     ts = torch.rand(batches, generator=noise, device=device, dtype=torch.float64)

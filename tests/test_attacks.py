@@ -361,7 +361,16 @@ def test_refuses_what_no_attack_can_be() -> None:
     with pytest.raises(ValueError, match="need start=True and best=True"):
         PGD(0.1, restarts=2, best=False)
     with pytest.raises(ValueError, match="got norm 'l2', expected 'linf'"):
-        Square(0.1, norm="l2")(lambda u: u, pictures(0), torch.zeros(4, dtype=torch.int64))
+        Square(0.1, norm="l2")
+    with pytest.raises(ValueError, match=r"eps: got 1e\+308, expected .* at most 10000"):
+        PGD(1e308)  # its images would hold NaN, of inf · 0
+    with pytest.raises(ValueError, match=r"step: got 1e\+308, expected .* at most 10000"):
+        PGD(0.1, step=1e308)
+    with pytest.raises(ValueError, match=r"steps: got 1000.*expected a whole number from 1 to"):
+        PGD(0.1, 10**400)
+    for what in (3, (), (3,), (PGD(0.1), "square"), (lambda model, x, y: x,)):
+        with pytest.raises(ValueError, match=r"Ensemble: attacks: got .*, expected an? "):
+            Ensemble(what)  # type: ignore[arg-type]
 
 
 def test_says_what_it_is() -> None:

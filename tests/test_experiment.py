@@ -50,9 +50,9 @@ def test_no_two_pairs_share_a_seed() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="got method 'best', expected one of"):
+    with pytest.raises(ValueError, match="method: got 'best', expected one of"):
         TINY.pair(1, 2, "best")
-    with pytest.raises(ValueError, match="got shape 'spline', expected one of"):
+    with pytest.raises(ValueError, match="shape: got 'spline', expected one of"):
         TINY.curve(1, 2, "unaligned", "spline")
 
 
@@ -171,7 +171,7 @@ def test_a_record_is_of_a_curve_that_pam_trained() -> None:
     for method, shape in (("aligned", "bezier"), ("pam-aligned", "line"), ("best", "chain")):
         with pytest.raises(ValueError, match="PAM trains a 'bezier' or a 'chain' by"):
             TINY.proximal(1, 2, method, shape)
-    with pytest.raises(ValueError, match="got shape 'spline'"):
+    with pytest.raises(ValueError, match="shape: got 'spline'"):
         TINY.proximal(1, 2, "pam-aligned", "spline")
 
 
@@ -317,5 +317,7 @@ def test_paths_as_a_tidy_frame() -> None:
     here = frame[(frame["pair"] == "3–4") & (frame["method"] == "aligned")]
     path = lab.path(3, 4, "aligned", "line")
     assert (here["loss (nats)"] == path.loss).all()
+    once = lab.paths(iter(pairs), iter(["unaligned", "aligned"]), iter(["line"]))
+    assert once.equals(frame), "what can be gone through once gives all rows, too"
     barriers = frames.summary(frame)["barrier (nats)"]
     assert barriers[3] == pytest.approx(path.barrier)

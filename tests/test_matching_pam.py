@@ -394,7 +394,8 @@ def test_distances() -> None:
 def test_settings_are_checked() -> None:
     for wrong, words in (
         ({"relaxation": "nearest"}, "relaxation: got 'nearest', expected one of"),
-        ({"nu": 0.0}, "nu: got 0.0, expected a number above 0"),
+        ({"nu": 0.0}, "nu: got 0.0, expected a number of at least 5.8"),
+        ({"nu_phi": 1e-300}, "nu_phi: got 1e-300, expected a number of at least 5.8"),
         ({"epochs": ()}, r"epochs: got \(\), expected a list of one value or more"),
     ):
         with pytest.raises(ValueError, match=words):

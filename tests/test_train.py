@@ -343,6 +343,14 @@ def test_schedules() -> None:
     assert robust(180, 200) == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("seed", [2**60, 2**64 - 1, -(2**63)])
+def test_every_seed_that_is_allowed_trains(seed: int) -> None:
+    net, data = plain(), task()
+    fit = train.fit(net, data, RECIPE, seed=seed)
+    assert equal(fit.theta, train.fit(net, data, RECIPE, seed=seed).theta)
+    assert not equal(fit.theta, train.fit(net, data, RECIPE, seed=seed // 3).theta)
+
+
 def test_errors_come_before_the_work() -> None:
     net, data = plain(), task()
     theta = train.initialise(net, 1)
@@ -352,6 +360,9 @@ def test_errors_come_before_the_work() -> None:
         Recipe(epochs=1, schedule="cosine")
     with pytest.raises(ValueError, match="epochs: got 0, expected a whole number of at least 1"):
         Recipe(epochs=0)
+    for name, value in {"epochs": 10**400, "lr": 1e308, "weight_decay": 1e39}.items():
+        with pytest.raises(ValueError, match=f"^Recipe: {name}: got .* (to|at most) "):
+            Recipe(**{"epochs": 1, name: value})
     with pytest.raises(ValueError, match="expected one of float32, bfloat16"):
         Recipe(epochs=1, precision="float16")
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf).*lower lr"):

@@ -164,10 +164,14 @@ class Task:
 
 
 class Source(NamedTuple):
-    """What is particular to a data set: images held out, augmentation, class in torchvision."""
+    """What is particular to a data set.
+
+    Images held out, augmentation, (classes, channels, pixels of a side), class in torchvision.
+    """
 
     validation: int
     augment: Augment
+    form: tuple[int, int, int]
     torchvision: str | None = None
 
 
@@ -176,11 +180,11 @@ _FASHION = Augment(padding=2, flip=True)
 _CIFAR = Augment(padding=4, flip=True, rotation=15, interpolation="nearest")
 _TINY = Augment(8, True, 30, (0.8, 1.2), contrast=0.25, saturation=0.25, interpolation="nearest")
 SOURCES = {
-    "fashion-mnist-small": Source(2_000, _FASHION),
-    "fashion-mnist": Source(5_000, _FASHION, "FashionMNIST"),
-    "cifar10": Source(5_000, _CIFAR, "CIFAR10"),
-    "cifar100": Source(5_000, _CIFAR, "CIFAR100"),
-    "tiny-imagenet": Source(10_000, _TINY),
+    "fashion-mnist-small": Source(2_000, _FASHION, (10, 1, 28)),
+    "fashion-mnist": Source(5_000, _FASHION, (10, 1, 28), "FashionMNIST"),
+    "cifar10": Source(5_000, _CIFAR, (10, 3, 32), "CIFAR10"),
+    "cifar100": Source(5_000, _CIFAR, (100, 3, 32), "CIFAR100"),
+    "tiny-imagenet": Source(10_000, _TINY, (200, 3, 64)),
 }
 
 

@@ -30,7 +30,7 @@ from mcnotes import (
 )
 from mcnotes.curves import Curve, Theta
 from mcnotes.lab import frames
-from mcnotes.lab.parameters import ALIGNMENTS, ALLOWED, SHAPES
+from mcnotes.lab.parameters import ALIGNMENTS, ALLOWED, two_seeds
 from mcnotes.matching import pam
 from mcnotes.names import suggest
 from mcnotes.symmetry import Perm
@@ -53,6 +53,7 @@ SPECIAL = frozenset(
         "pam_options",
     }
 )
+PROXIMAL = tuple(method for method in ALIGNMENTS if method.startswith("pam-"))
 AnyAttack = attacks.PGD | attacks.Square | attacks.Ensemble
 
 
@@ -69,12 +70,20 @@ def _may_be_parameter(name: str, value: object) -> bool:
     return plain and not name.startswith("_") and name not in ("In", "Out")
 
 
+def _listed(values: Any) -> Any:
+    """A list, to go through more than once; what gives none stays, for its rule to refuse."""
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else values
+
+
 def _plain(value: Any) -> Any:
     """As JSON: what has a `config` by that, arrays and tuples as lists, named tuples by names."""
     if hasattr(value, "config"):
         return value.config()
     if isinstance(value, Mapping):
-        return {str(name): _plain(x) for name, x in value.items()}
+        named = {str(name): _plain(x) for name, x in value.items()}
+        if len(named) < len(value):
+            raise ValueError(f"keep: {checks.got([*value], 'names that differ as text')}")
+        return named
     if hasattr(value, "_asdict"):
         return _plain(value._asdict())
     if isinstance(value, list | tuple):
@@ -149,9 +158,16 @@ class Experiment:
             yield f"between: {checks.got(ends, 'a tuple of two experiments, or None')}"
             return
         for end in ends:
-            if (end.network, end.width) != (self.network, self.width):
-                expected = f"{self.network} of width {self.width:g}, as the experiment itself"
-                yield f"between: {checks.got(f'{end.network} of width {end.width:g}', expected)}"
+            if end._form() != self._form():
+                expected = f"{self._form()}, as the experiment itself"
+                yield f"between: got {end._form()}, expected {expected}"
+
+    def _form(self) -> str:
+        """What the two networks of a pair, and the curve between them, must have in common."""
+        classes, channels, size = data.SOURCES[self.dataset].form
+        images = f"{channels} x {size} x {size} images of {classes} classes"
+        place = data.tasks.resolved(self.device).type
+        return f"{self.network} of width {self.width:g} for {images} on {place}"
 
     @classmethod
     def of(cls: type[E], names: Mapping[str, Any], *, also: Collection[str] = ()) -> E:
@@ -175,6 +191,7 @@ class Experiment:
 
     def check_size(self, images: int) -> None:
         """Raise ValueError unless so many training images are enough for what is asked of them."""
+        checks.require("check_size", {"images": images}, {"images": checks.whole(0)})
         usual = data.SOURCES[self.dataset].validation
         held_out = usual if self.validation is None else self.validation
         asked = {"statistics": self.statistics, "match_images": self.match_images}
@@ -238,7 +255,10 @@ class Experiment:
 
     def ends(self, a: int, b: int) -> tuple[Theta, Theta]:
         """The networks of seeds a and b, as they were trained: by this experiment or `between`."""
+        self._check(a, b)
         one, two = self.between or (self, self)
+        for lab in (self, one, two):
+            lab.task  # noqa: B018  # there, and large enough for all, before any training
         return one.endpoint(a), two.endpoint(b)
 
     def endpoint(self, seed: int) -> Theta:
@@ -272,8 +292,7 @@ class Experiment:
 
         "pam-…": the order to which PAM leads with a Bézier curve, from the order of "…".
         """
-        if method not in ALIGNMENTS:
-            raise ValueError(f"pair: got method {method!r}, expected one of {ALIGNMENTS}")
+        self._check(a, b, method)
         start = method.removeprefix("pam-")
         theta_a, theta_b = self.ends(a, b)
         if start == "aligned":
@@ -284,7 +303,7 @@ class Experiment:
 
     def curve(self, a: int, b: int, method: str, shape: str = "bezier") -> Curve:
         """The trained curve between two networks ("line": nothing to train)."""
-        self._check(method, shape)
+        self._check(a, b, method, shape)
         if shape == "line":
             return curves.line(*self.pair(a, b, method))
         fresh, found = self._trained(a, b, method, shape)
@@ -322,12 +341,10 @@ class Experiment:
         compute = by_descent if start == method else by_pam
         return fresh, self._tensors(self.curve_config(a, b, method, shape), compute)
 
-    def _check(self, method: str, shape: str) -> None:
-        """Raise ValueError unless there is such a curve."""
-        if method not in ALIGNMENTS:
-            raise ValueError(f"curve: got method {method!r}, expected one of {ALIGNMENTS}")
-        if shape not in SHAPES:
-            raise ValueError(f"curve: got shape {shape!r}, expected one of {SHAPES}")
+    def _check(self, a: int, b: int, method: str = "unaligned", shape: str = "line") -> None:
+        """Raise ValueError unless there are such networks, and such a curve between them."""
+        given = {"a": a, "b": b, "method": method, "shape": shape}
+        checks.require("curve", given, self.rules)
         if self.perturb and method.startswith("pam-"):
             raise ValueError(
                 f"curve: got {method!r} of a robust experiment; PAM trains standard curves only. "
@@ -351,12 +368,12 @@ class Experiment:
 
     def proximal(self, a: int, b: int, method: str, shape: str = "bezier") -> Record:
         """What PAM did on its way to `curve(a, b, "pam-…", shape)`, which is trained if need be."""
-        if not method.startswith("pam-") or shape == "line":
+        if method not in PROXIMAL or shape == "line":
             raise ValueError(
                 f"proximal: got {method!r}, {shape!r}; PAM trains a 'bezier' or a 'chain' by "
                 "'pam-unaligned' or 'pam-aligned'"
             )
-        self._check(method, shape)
+        self._check(a, b, method, shape)
 
         def compute() -> dict[str, Any]:
             _, found = self._trained(a, b, method, shape)
@@ -385,9 +402,10 @@ class Experiment:
         split: "train", "val", "held_out" or "test"; of it the first `images` (default all).
         statistics_attack: that on the images for BatchNorm.
         """
-        checks.require("path", {"images": images}, {"images": checks.optional(checks.whole(1))})
-        unusual: dict[str, Any] = {"split": split if split != "test" else None, "images": images}
+        unusual: dict[str, Any] = {"split": split, "images": images}
         unusual |= {"attack": attack, "statistics_attack": statistics_attack}
+        self._check_measured(unusual)
+        unusual["split"] = split if split != "test" else None
         config = self.path_config(a, b, method, shape)
         config |= {name: _plain(x) for name, x in unusual.items() if x is not None}
 
@@ -407,6 +425,15 @@ class Experiment:
         found = cache.values(config, compute)
         return evaluate.Profile(*(np.array(found[name]) for name in evaluate.Profile._fields))
 
+    def _check_measured(self, choices: Mapping[str, Any]) -> None:
+        """Raise ValueError unless a path can be measured so."""
+        checks.require("path", choices, self.rules)
+        if choices.get("split") == "val" and self.validation == 0:
+            raise ValueError(
+                "path: split: got 'val' of an experiment with validation=0, which holds out no "
+                "images. Fix: take 'held_out', or set validation"
+            )
+
     def paths(
         self,
         pairs: Iterable[Sequence[int]],
@@ -414,15 +441,26 @@ class Experiment:
         shapes: Iterable[str] = ("line", "bezier"),
         **choices: Any,
     ) -> DataFrame:
-        """`path` for all of these, as a tidy frame (`frames.points`): pair, method, shape, t, …"""
+        """`path` for all of these, as a tidy frame (`frames.points`): pair, method, shape, t, …
+
+        choices: as of `path`. What cannot be is refused before the first is trained.
+        """
+        asked = {"pairs": _listed(pairs), "methods": _listed(methods), "shapes": _listed(shapes)}
+        checks.require("paths", asked, self.rules | {"pairs": checks.listed(two_seeds)})
+        chosen = [
+            (a, b, method, shape)
+            for shape in asked["shapes"]
+            for method in asked["methods"]
+            for a, b in asked["pairs"]
+        ]
+        for one in chosen:
+            self._check(*one)
         return frames.points(
             (
                 {"pair": f"{a}–{b}", "method": method, "shape": shape},
                 self.path(a, b, method, shape, **choices),
             )
-            for shape in shapes
-            for method in methods
-            for a, b in pairs
+            for a, b, method, shape in chosen
         )
 
     def keep(self, compute: Callable[..., Any], *of: Any, **choices: Any) -> Any:
@@ -431,8 +469,10 @@ class Experiment:
         compute: a chapter's function of this experiment, by whose name the value is kept (give a
         function that computes something else another name). of, choices: JSON values, and what has
         a `config`, such as attacks, recipes and experiments: all that the value depends on besides
-        this experiment. Arrays come back as lists.
+        this experiment. Arrays come back as lists. Raises ValueError for a function without a name
+        of its own, such as a lambda, and for a result that is no JSON value.
         """
+        checks.require("keep", {"compute": compute}, self.rules)
         config = self.config() | {"what": compute.__name__, "of": _plain(of)}
         config |= {"choices": _plain(choices)} if choices else {}
         return cache.values(config, lambda: _plain(compute(self, *of, **choices)))
@@ -451,6 +491,7 @@ class Experiment:
 
     def endpoint_config(self, seed: int) -> dict[str, Any]:
         """What a network depends on: its entry's configuration in the store."""
+        checks.require("endpoint", {"seed": seed}, self.rules)
         usual = {
             "what": "endpoint",
             "dataset": self.dataset,
@@ -463,6 +504,7 @@ class Experiment:
 
     def curve_config(self, a: int, b: int, method: str, shape: str) -> dict[str, Any]:
         """What a curve depends on: its entry's configuration in the store."""
+        self._check(a, b, method, shape)
         one, two = self.between or (self, self)
         ends = [cache.key(one.endpoint_config(a)), cache.key(two.endpoint_config(b))]
         words = f"{self.network} {self.width:g}, {self.dataset}, seeds {a} and {b}"

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mcnotes import cache, data, models, symmetry, train
+from mcnotes import cache, checks, data, models, symmetry, train
 from mcnotes.curves import Theta
+from mcnotes.lab.parameters import ALLOWED
 
 # Tokens are places in this line. It stays as it is: keys name the text alone.
 LETTERS = " !%'(),-.0123456789:;?abcdefghijklmnopqrstuvwxyz"
@@ -111,5 +112,6 @@ class Prose:
 
     def keep(self, compute: Callable[..., Any], *of: Any, **choices: Any) -> Any:
         """As `Experiment.keep`."""
+        checks.require("keep", {"compute": compute}, ALLOWED)
         config = {"what": compute.__name__, "of": [*of], "choices": choices} | self.config()
         return cache.values(config, lambda: compute(self, *of, **choices))

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mcnotes import display, evaluate, train
 from mcnotes.cache import Checkpoint, State
-from mcnotes.checks import Rule, a, flag, listed, number, one_of, require, whole
+from mcnotes.checks import LARGEST, Rule, a, flag, listed, number, one_of, require, whole
 from mcnotes.curves import Curve, Theta, check_same_space, combine
 from mcnotes.data import Split, Task
 from mcnotes.matching import assignment, doubly_stochastic
@@ -61,11 +61,11 @@ def _relaxation(value: object) -> str:
 
 
 OPTIONS: dict[str, Rule] = {
-    "epochs": listed(whole(1), once=False),
-    "p_epochs": whole(1),
+    "epochs": listed(whole(1, train.EPOCHS), once=False),
+    "p_epochs": whole(1, train.EPOCHS),
     "p_lr": number(0, above=True),
-    "nu": number(0, above=True),
-    "nu_phi": number(0, above=True),
+    "nu": number(1 / LARGEST),  # 1/ν is a factor, too
+    "nu_phi": number(1 / LARGEST),
     "relaxation": _relaxation,
     "samples": whole(0),
     "images": whole(1),
@@ -241,7 +241,7 @@ class _Run:
         return move_end(self.curve, end, self.problem.settings.follow)
 
     def step_seed(self) -> int:
-        return self.seed * 1009 + 2 * len(self.history) + self.halfway
+        return (self.seed * 1009 + 2 * len(self.history) + self.halfway) % 2**64
 
     def permutation_step(self) -> None:
         problem, curve, old, seed = self.problem, self.curve, self.perm, self.step_seed()
