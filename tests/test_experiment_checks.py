@@ -412,6 +412,17 @@ def test_a_path_over_images_that_nobody_held_out_is_refused_before_training(
             call(*asked, split="held_out")
 
 
+@pytest.mark.parametrize("split", ["val", "held_out"])
+def test_images_that_an_end_was_trained_on_are_not_held_out(
+    split: str, tiny: Callable[..., Experiment]
+) -> None:
+    ends = tiny(validation=8), tiny(validation=3)
+    with pytest.raises(ValueError, match=r"4 images an end was trained on 1\. Fix: give"):
+        tiny(validation=4, between=ends).path(1, 2, "unaligned", split=split)
+    with pytest.raises(pytest.fail.Exception):
+        tiny(validation=3, between=ends).path(1, 2, "unaligned", split=split)
+
+
 @pytest.mark.parametrize("place", ["itself", "first", "second"])
 @pytest.mark.parametrize(
     ("change", "says"),

@@ -433,6 +433,19 @@ class Experiment:
                 "path: split: got 'val' of an experiment with validation=0, which holds out no "
                 "images. Fix: take 'held_out', or set validation"
             )
+        if choices.get("split") in ("val", "held_out"):
+            self._check_held_out(str(choices["split"]))
+
+    def _check_held_out(self, split: str) -> None:
+        """Raise ValueError if an end was trained on images that this experiment holds out."""
+        count = len(self.task.held_out)
+        for end in self.between or ():
+            known = min(len(end.task.val), count)
+            if end.dataset == self.dataset and known < len(self.task.val):
+                raise ValueError(
+                    f"path: split: got {split!r}, of whose {count} images an end was trained on "
+                    f"{count - known}. Fix: give the experiment and both ends one validation"
+                )
 
     def paths(
         self,
