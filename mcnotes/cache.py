@@ -52,8 +52,8 @@ KINDS = frozenset({"endpoint", "matching", "curve", "pam", "path"})
 ROOT = Path(__file__).resolve().parents[1]
 PAUSES = (0.1, 0.4, 1.5)  # seconds before a file that cannot be read is tried again
 FOREIGN_PART = 24 * 3600.0  # seconds after which another place's unfinished file is an orphan
-# What reading wrong bytes raises: their form, their names, their types; nested too deeply.
-_WRONG = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+# What reading wrong content raises: its form, its names, its types; nested too deeply.
+WRONG = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 _PLACES = ("from the zoo", "computed on this machine")
 _loaded: Counter[tuple[str, str]] = Counter()
 _parts = itertools.count()
@@ -284,7 +284,7 @@ def read(path: Path) -> Entry:
     try:
         config, origin, value, told = (_undump if path.suffix == ".json" else _unpack)(content)
         found = _digest(config, origin, value)
-    except _WRONG as error:
+    except WRONG as error:
         raise BrokenFile(f"{path}: {type(error).__name__}: {error}") from error
     if told is None:
         raise BrokenFile(f"{path}: it has no hash of its content, as older versions left it")

@@ -421,6 +421,9 @@ def test_images_that_an_end_was_trained_on_are_not_held_out(
         tiny(validation=4, between=ends).path(1, 2, "unaligned", split=split)
     with pytest.raises(pytest.fail.Exception):
         tiny(validation=3, between=ends).path(1, 2, "unaligned", split=split)
+    others = (ends[0], replace(ends[0], dataset="fashion-mnist"))
+    with pytest.raises(ValueError, match="trained on fashion-mnist, which may have these images"):
+        tiny(validation=3, between=others).path(1, 2, "unaligned", split=split)
 
 
 @pytest.mark.parametrize("place", ["itself", "first", "second"])

@@ -437,11 +437,16 @@ class Experiment:
             self._check_held_out(str(choices["split"]))
 
     def _check_held_out(self, split: str) -> None:
-        """Raise ValueError if an end was trained on images that this experiment holds out."""
+        """Raise ValueError if an end may have been trained on what this experiment holds out."""
         count = len(self.task.held_out)
         for end in self.between or ():
+            if end.dataset != self.dataset:
+                raise ValueError(
+                    f"path: split: got {split!r} of {self.dataset}, and an end was trained on "
+                    f"{end.dataset}, which may have these images, too. Fix: take 'test'"
+                )
             known = min(len(end.task.val), count)
-            if end.dataset == self.dataset and known < len(self.task.val):
+            if known < len(self.task.val):
                 raise ValueError(
                     f"path: split: got {split!r}, of whose {count} images an end was trained on "
                     f"{count - known}. Fix: give the experiment and both ends one validation"

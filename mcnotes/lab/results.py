@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 ORIGIN = ("hardware", "torch", "seconds")  # what the provenance of every part says
-_WRONG = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # of wrong values
 Record = dict[str, Any]
 
 
@@ -156,7 +155,7 @@ def read(path: Path) -> Record | None:
         _experiment(record)
     except ResultsError:
         raise
-    except _WRONG as error:
+    except cache.WRONG as error:
         reason = f"{type(error).__name__}: {error}"
         raise ResultsError(f"{path}: {reason}. Fix: collect it again or remove it") from error
     return record
