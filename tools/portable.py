@@ -3,8 +3,9 @@
 PyTorch, oneDNN and MKL choose their kernels by the processor's instructions and the number of
 threads, and each choice rounds in another way. A setting is INSTRUCTIONS-THREADS, as `avx2-1`:
 `best` stands for all instructions of this processor, `avx2` for those of most laptops, `default`
-for the oldest only. One line is printed for each setting and part; the exit status is 1 if a test
-failed.
+for the oldest only. The parts are the unit tests, the chapters as they stand, and the chapters at
+the smallest preset, whose networks have hardly learned anything. One line is printed for each
+setting and part; the exit status is 1 if something failed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ INSTRUCTIONS = {
 THREADS = (1, 2)
 SETTINGS = [f"{name}-{threads}" for name in INSTRUCTIONS for threads in THREADS]
 LIMIT = 3600  # seconds that a chapter's cell may take
+PARTS = ("tests", "chapters", "smoke")
 NBVAL = ["--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={LIMIT}"]
 
 
@@ -58,22 +60,19 @@ def environment(setting: str, store: Path) -> dict[str, str]:
     return others | chapters.ENVIRONMENT | INSTRUCTIONS[name] | own
 
 
-def run(setting: str, part: str, arguments: list[str], jobs: int) -> bool:
-    """Run pytest on one part and print a line (and what failed). Returns whether all passed."""
+def run(setting: str, part: str, command: list[str]) -> bool:
+    """Run one part and print a line (and what failed). Returns whether all passed."""
     start = time.perf_counter()
-    workers = ["-n", str(max(1, jobs // int(setting.split("-")[1]))), "--dist", "loadfile"]
-    workers.append("--no-loadscope-reorder")  # long files come early
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *workers, *arguments]
     with tempfile.TemporaryDirectory() as store:
         done = subprocess.run(
-            command,
+            [sys.executable, "-m", *command],
             cwd=chapters.ROOT,
             env=environment(setting, Path(store)),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-    lines = done.stdout.splitlines()
+    lines = done.stdout.splitlines() or [""]
     counts = Counter({how: int(n) for n, how in re.findall(r"(\d+) (\w+)", lines[-1])})
     failed = counts["failed"] + counts["error"] + counts["errors"]
     seconds = time.perf_counter() - start
@@ -83,6 +82,21 @@ def run(setting: str, part: str, arguments: list[str], jobs: int) -> bool:
         print("\n".join(f"    {line}" for line in names or lines[-20:]))
     sys.stdout.flush()
     return done.returncode == 0
+
+
+def command(setting: str, part: str, tests: list[str], words: list[str], jobs: int) -> list[str]:
+    """What follows `python -m` to run a part in a setting.
+
+    tests: as pytest takes them. words: chapters whose names contain one of them; all if there are
+    none, which raises ValueError if no chapter does.
+    """
+    workers = str(max(1, jobs // int(setting.split("-")[1])))
+    found = chapters.select(words)
+    if part == "smoke":
+        return ["tools.book", "run", *words, "--preset", "smoke", "--force", "--jobs", workers]
+    pytest = ["pytest", "-p", "no:cacheprovider", "-n", workers, "--dist", "loadfile"]
+    pytest.append("--no-loadscope-reorder")  # long files come early
+    return [*pytest, *(tests if part == "tests" else [*NBVAL, *map(str, found)])]
 
 
 def check(settings: list[str]) -> None:
@@ -102,32 +116,31 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--settings", nargs="+", default=SETTINGS, help="all by default")
-    parser.add_argument("--only", nargs="+", metavar="TESTS", help="these, as pytest takes them")
-    parser.add_argument(
-        "--chapters", nargs="*", help="those whose names contain one of these words"
-    )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cores to use")
+    add = parser.add_argument
+    add("--settings", nargs="+", default=SETTINGS, help="all by default")
+    add("--parts", nargs="+", default=PARTS, choices=PARTS, help="all by default")
+    add("--tests", nargs="+", default=["tests"], help="these, as pytest takes them")
+    add("--chapters", nargs="+", default=[], help="whose names contain one of these words")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="cores to use")
     return parser.parse_args(arguments)
 
 
-def main(settings: list[str], only: list[str] | None, words: list[str] | None, jobs: int) -> int:
-    """Run the named parts, or everything if none is named. Returns the exit status."""
-    check(settings)
-    parts = {}
-    if only or words is None:
-        parts["tests"] = only or ["tests"]
-    if words is not None or not only:
-        parts["chapters"] = [*NBVAL, *map(str, chapters.select(words or []))]
-    passed = [run(setting, *part, jobs) for setting in settings for part in parts.items()]
+def main(given: argparse.Namespace) -> int:
+    """Run the parts in each setting. Returns the exit status."""
+    check(given.settings)
+    runs = [
+        (setting, part, command(setting, part, given.tests, given.chapters, given.jobs))
+        for setting in given.settings
+        for part in given.parts
+    ]
+    passed = [run(*each) for each in runs]
     return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":
-    given = options()
     try:
         with sigterm_interrupts():  # which ends the tests, too
-            sys.exit(main(given.settings, given.only, given.chapters, given.jobs))
+            sys.exit(main(options()))
     except ValueError as error:
         sys.exit(f"portable: {error}")
     except KeyboardInterrupt:
