@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,10 +18,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import processes
 import psutil
 import pytest
 import torch
 from filelock import FileLock
+from processes import end, start
 
 from mcnotes import cache, data
 from mcnotes.cache import Checkpoint, StoreWarning
@@ -695,13 +698,13 @@ def test_a_clone_keeps_its_results_in_its_data_folder(monkeypatch: pytest.Monkey
 
 # --- Unfinished files -------------------------------------------------------------------------
 
-DIES = """
-import os, signal, sys, time
+WAITS = """
+import os, sys, time
 from pathlib import Path
 from mcnotes import cache
 def stop(_):
     print("writing", flush=True)
-    time.sleep(600) if sys.argv[2] == "wait" else os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
 os.fsync = stop
 cache.write_atomic(Path(sys.argv[1]) / "f", bytes(1000))
 """
@@ -712,7 +715,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", DIES, str(tmp_path), "die"], check=False)
+    assert end(start(processes.write, tmp_path / "f")) == [-signal.SIGKILL]
     (left,) = parts(tmp_path)
     assert left.stat().st_size == 1000
     cache.write_atomic(tmp_path / "another", b"new")
@@ -720,7 +723,7 @@ def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", DIES, str(tmp_path), "wait"]
+    command = [sys.executable, "-c", WAITS, str(tmp_path)]
     writing = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert writing.stdout
     writing.stdout.readline()
@@ -765,9 +768,7 @@ def test_four_processes_compute_once(broken: bool, tmp_path: Path) -> None:
     if broken:
         path.parent.mkdir()
         path.write_bytes(b"broken")
-    command = [sys.executable, "-W", "ignore", "-c", SLOW, str(log)]
-    all_four = [subprocess.Popen(command) for _ in range(4)]
-    assert [p.wait(120) for p in all_four] == [0] * 4
+    assert end(*(start(processes.share, log) for _ in range(4))) == [0] * 4
     assert log.read_text() == "computed\n"
     assert len(list(cache.folder().glob("*.broken*"))) == broken
 
@@ -800,69 +801,32 @@ def test_failed_write_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-KILLED = """
-import os, signal, sys, torch
-from mcnotes import cache
-steps = ["fsync", "replace"]
-fatal, count = sys.argv[1], int(sys.argv[2])
-real = getattr(os, fatal)
-def deadly(*args, **kw):
-    global count
-    count -= 1
-    if count < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kw)
-setattr(os, fatal, deadly)
-def work(checkpoint):
-    state = checkpoint.load() or {"i": torch.zeros((), dtype=torch.int64)}
-    for i in range(int(state["i"]), 3):
-        checkpoint.save({"i": torch.tensor(i + 1)})
-    return {"x": torch.tensor([1.0, 2.0])}
-cache.tensors({"what": "killed"}, work)
-"""
-
-
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("nth", [0, 1, 2, 3])
 def test_kill_at_every_write(call: str, nth: int) -> None:
-    dead = subprocess.run([sys.executable, "-c", KILLED, call, str(nth)], check=False)
-    assert dead.returncode == -9
+    assert end(start(processes.count, call, nth)) == [-signal.SIGKILL]
     path = cache.folder() / cache.file_name({"what": "killed"}, ".safetensors")
     assert not path.exists()
-    done = subprocess.run([sys.executable, "-c", KILLED, call, "99"], check=False)
-    assert done.returncode == 0
+    assert end(start(processes.count, call, 99)) == [0]
     assert torch.equal(cache.read_tensors(path)["x"], torch.tensor([1.0, 2.0]))
     assert not list(cache.folder().glob("*.checkpoint"))
 
 
-SLOW = """
-import time, torch, sys
-from pathlib import Path
-from mcnotes import cache
-def work(_):
-    with open(sys.argv[1], "a") as log: log.write("computed\\n")
-    time.sleep(0.5)
-    return {"x": torch.ones(1)}
-print(cache.tensors({"what": "shared"}, work)["x"].item())
-"""
-
-
 def test_two_processes_compute_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    both = [subprocess.Popen([sys.executable, "-c", SLOW, str(log)]) for _ in range(2)]
-    assert [p.wait(60) for p in both] == [0, 0]
+    assert end(*(start(processes.share, log) for _ in range(2))) == [0, 0]
     assert log.read_text() == "computed\n"
 
 
 def test_a_killed_owner_leaves_no_lock(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    first = subprocess.Popen([sys.executable, "-c", SLOW, str(log)])
+    first = start(processes.share, log)
     while not log.exists():
+        assert first.is_alive() or log.exists()
         time.sleep(0.02)
     first.kill()
-    first.wait()
-    done = subprocess.run([sys.executable, "-c", SLOW, str(log)], timeout=60, check=False)
-    assert done.returncode == 0
+    assert end(first) == [-signal.SIGKILL]
+    assert end(start(processes.share, log)) == [0]
     assert log.read_text() == "computed\n" * 2
 
 

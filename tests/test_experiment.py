@@ -1,5 +1,6 @@
 """Experiments: parameters by name; one configuration, one entry; the shipped networks are true."""
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +15,27 @@ from mcnotes.lab.experiment import curve_seed
 from mcnotes.matching import pam
 
 TINY = Experiment(width=2, epochs=1, curve_epochs=1, points=3, statistics=100, match_images=100)
+PAM = {"p_epochs": 1, "images": 200, "probe": 100, "samples": 2}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the two networks of TINY."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MCNOTES_STORE", str(folder))
+        for seed in (1, 2):
+            TINY.endpoint(seed)
+    return folder
+
+
+@pytest.fixture
+def store(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, that is used here; nothing is taken from elsewhere."""
+    folder = shutil.copytree(trained, tmp_path / "store")
+    monkeypatch.setenv("MCNOTES_STORE", str(folder))
+    monkeypatch.setenv("MCNOTES_ZOO", str(tmp_path / "none"))
+    return folder
 
 
 def test_parameters_by_name() -> None:
@@ -23,10 +45,8 @@ def test_parameters_by_name() -> None:
         Experiment.of({"epoch": 3})
 
 
-def test_the_permutation_that_was_found_first_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
+@pytest.mark.usefixtures("store")
+def test_the_permutation_that_was_found_first_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     first = TINY.aligned(1, 2)
     found = TINY.matching(1, 2)
     other = replace(found, perm=TINY.sym.identity())
@@ -98,7 +118,7 @@ def test_default_experiment_is_in_the_zoo(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_stored_network_is_what_training_gives() -> None:
-    """The first epochs of the zoo's cheapest claim, recomputed: an end point's scores."""
+    """A network of the zoo, trained again: its scores."""
     laptop = Experiment(device="cpu")
     theta = laptop.endpoint(1)
     again = train.fit(laptop.net, laptop.task, laptop.recipe(laptop.epochs), seed=1).theta
@@ -123,29 +143,28 @@ def test_stored_path_is_what_evaluation_gives() -> None:
     assert score.accuracy == pytest.approx(path.accuracy[middle], abs=2e-3)
 
 
-def test_pam_is_kept_with_its_permutation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("store")
+def test_pam_is_kept_with_its_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Curve, record and path; the curve ends in network b, permuted by alignment and then PAM."""
-    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
-    monkeypatch.setenv("MCNOTES_ZOO", str(tmp_path / "none"))
-    path = TINY.path(1, 2, "pam-aligned")
+    lab = replace(TINY, pam_options=PAM)
+    path = lab.path(1, 2, "pam-aligned")
     monkeypatch.setattr(pam, "fit", None)
-    curve, record = TINY.curve(1, 2, "pam-aligned"), TINY.proximal(1, 2, "pam-aligned")
-    aligned = TINY.pair(1, 2, "aligned")[1]
-    end = TINY.sym.permute(aligned, record.perm)
-    for theta in (curve.points[-1], TINY.pair(1, 2, "pam-aligned")[1]):
+    curve, record = lab.curve(1, 2, "pam-aligned"), lab.proximal(1, 2, "pam-aligned")
+    aligned = lab.pair(1, 2, "aligned")[1]
+    end = lab.sym.permute(aligned, record.perm)
+    for theta in (curve.points[-1], lab.pair(1, 2, "pam-aligned")[1]):
         assert all(torch.equal(theta[n], end[n]) for n in end)
     assert len(record.history) == 1
     assert curve.points[1].keys() == end.keys()
-    np.testing.assert_array_equal(TINY.path(1, 2, "pam-aligned").loss, path.loss)
-    assert TINY.curve(1, 2, "pam-aligned", "line").degree == 1
+    np.testing.assert_array_equal(lab.path(1, 2, "pam-aligned").loss, path.loss)
+    assert lab.curve(1, 2, "pam-aligned", "line").degree == 1
 
 
 def test_a_pam_curve_that_could_not_be_kept_leaves_nothing_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a disk that is full for the curve, its record is still right, and the curve is trained."""
-    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
-    monkeypatch.setenv("MCNOTES_ZOO", str(tmp_path / "none"))
+    lab = replace(TINY, pam_options=PAM)
     real, trained = cache.write_atomic, []
 
     def full(path: Path, content: bytes) -> None:
@@ -157,14 +176,14 @@ def test_a_pam_curve_that_could_not_be_kept_leaves_nothing_wrong(
     monkeypatch.setattr(pam, "fit", lambda *a, **k: trained.append(1) or fit(*a, **k))
     monkeypatch.setattr(cache, "write_atomic", full)
     with pytest.warns(StoreWarning, match="No space left"):
-        record = TINY.proximal(1, 2, "pam-unaligned")
+        record = lab.proximal(1, 2, "pam-unaligned")
     assert trained == [1]
-    assert not list(tmp_path.glob("curve-*"))
+    assert not list(store.glob("curve-*"))
     monkeypatch.setattr(cache, "write_atomic", real)
-    curve = TINY.curve(1, 2, "pam-unaligned")
-    end = TINY.sym.permute(TINY.endpoint(2), record.perm)
+    curve = lab.curve(1, 2, "pam-unaligned")
+    end = lab.sym.permute(lab.endpoint(2), record.perm)
     assert all(torch.equal(curve.points[-1][n], end[n]) for n in end)
-    assert TINY.proximal(1, 2, "pam-unaligned").history == record.history
+    assert lab.proximal(1, 2, "pam-unaligned").history == record.history
 
 
 def test_a_record_is_of_a_curve_that_pam_trained() -> None:
@@ -182,9 +201,8 @@ def test_pam_spends_as_many_epochs_on_the_curve_as_plain_training() -> None:
             assert (settings.epochs, settings.p_epochs) == ((epochs,), min(4, epochs))
 
 
-def test_everything_is_kept_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
-    monkeypatch.setenv("MCNOTES_ZOO", str(tmp_path / "none"))
+@pytest.mark.usefixtures("store")
+def test_everything_is_kept_and_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     first = {s: TINY.path(1, 2, "aligned", s) for s in ("line", "bezier", "chain")}
     monkeypatch.setattr(train, "fit", None)
     monkeypatch.setattr(train, "fit_curve", None)
@@ -250,8 +268,8 @@ def test_robust_experiments_have_names_of_their_own() -> None:
     assert len(names) == 7, "the two mixed lines are one and the same"
 
 
-def test_a_robust_mixed_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path))
+@pytest.mark.usefixtures("store")
+def test_a_robust_mixed_curve() -> None:
     robust = replace(TINY, epsilon=0.1, attack_steps=1)
     mixed = replace(robust, between=(TINY, robust))
     curve = mixed.curve(1, 2, "aligned")
