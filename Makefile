@@ -11,8 +11,9 @@ READY := $(VENV)/.ready
 ALL   := '.[book,report,batch,transformers,test]'
 QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
 LIMIT := 1800
-# A file stays with one process. In the order of their names long ones do not come last.
+# A file stays with one process. Chapters first, and in the order of their names: no long one is last.
 SPREAD = -n $(JOBS) --dist loadfile --no-loadscope-reorder
+NBVAL  = --nbval-lax --nbval-current-env --nbval-cell-timeout=$(LIMIT)
 QUICK := $(addprefix tests/test_, project.py dependencies.py packaging.py permutations.py curves.py)
 
 .DEFAULT_GOAL := help
@@ -45,8 +46,7 @@ test: setup  ## everything that must pass
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(QUIET) MCNOTES_CELL_TIMEOUT=$(LIMIT) $(BIN)/pytest $(SPREAD)
-	$(QUIET) $(BIN)/pytest $(SPREAD) --nbval-lax --nbval-current-env --nbval-cell-timeout=$(LIMIT) book
+	$(QUIET) MCNOTES_CELL_TIMEOUT=$(LIMIT) $(BIN)/pytest $(SPREAD) $(NBVAL) book tests
 
 smoke: setup  ## run the chapters at the smallest preset
 	$(QUIET) MCNOTES_CELL_TIMEOUT=$(LIMIT) $(BOOK) run --preset smoke --jobs $(JOBS)
