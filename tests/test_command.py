@@ -650,7 +650,7 @@ class TestReport:
         self, home: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """SIGTERM once the first curve is in training. (Its numbers: tests of `connect`.)"""
-        line = f"report {PAIR} --loss torch.nn.functional:mse_loss --epochs 60 --points 3"
+        line = f"report {PAIR} --loss torch.nn.functional:mse_loss --epochs 30 --points 3"
         words = [sys.executable, "-m", "mcnotes", *shlex.split(line)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         kept = home / "report" / "as it is.checkpoint"
