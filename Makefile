@@ -12,8 +12,7 @@ ALL   := '.[book,report,batch,transformers,test]'
 QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1
 LIMIT := 1800
 # A file stays with one process. Chapters first, and in the order of their names: no long one is last.
-# One process more than cores, since each waits at times: for kernels, for steps of a batch, for pip.
-SPREAD = -n $$(($(JOBS) + 1)) --dist loadfile --no-loadscope-reorder
+SPREAD = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 NBVAL  = --nbval-lax --nbval-current-env --nbval-cell-timeout=$(LIMIT)
 QUICK := $(addprefix tests/test_, project.py dependencies.py packaging.py permutations.py curves.py)
 

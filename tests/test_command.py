@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from here import in_this_process  # noqa: F401
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small import agree, picture_folder, terms
@@ -566,7 +567,7 @@ class TestReport:
         first = min(k for k, t in enumerate(tags) if "summary" in t)
         assert len([t for t in tags[first + 8 :] if not t & command.BOOK_ONLY]) < 12, "comes first"
 
-    @pytest.mark.slow
+    @pytest.mark.usefixtures("in_this_process")
     def test_on_pictures(self, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Two checkpoints of a network of torchvision, and a folder."""
         arguments = {"growth_rate": 4, "block_config": [1, 1], "num_init_features": 6}
@@ -589,7 +590,7 @@ class TestReport:
         net = checkpoints.build("torchvision.models:DenseNet", arguments)
         check_networks(home, net, (torch.randn(2, 3, 32, 32),))
 
-    @pytest.mark.slow
+    @pytest.mark.usefixtures("in_this_process")
     def test_on_a_class_and_a_loader(self, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A regression, with a loss and a metric of its own."""
         line = f"report {PAIR} --loss torch.nn.functional:mse_loss --epochs 1 --points 3"
@@ -600,7 +601,7 @@ class TestReport:
         assert "<td>ensemble of A and B</td>" not in page
         check_networks(home, checkpoints.build("mynets:Net"), (torch.randn(5, 8),))
 
-    @pytest.mark.slow
+    @pytest.mark.usefixtures("in_this_process")
     def test_on_texts(self, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Dictionaries of token ids, labels among them."""
         save_pair("mynets:Text", {}, home)
@@ -609,10 +610,11 @@ class TestReport:
         assert code == 0, err
         page = read_report(home)
         assert "<td>ensemble of A and B</td>" in page
+        assert page.count("data:image/png;base64") == 3, "units, paths, gains"
         words = torch.randint(40, (5, 7))
         check_networks(home, checkpoints.build("mynets:Text"), (words, torch.ones(5, 7)))
 
-    @pytest.mark.slow
+    @pytest.mark.usefixtures("in_this_process")
     def test_a_network_without_symmetry_passes_to_the_end(
         self, home: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -646,6 +648,7 @@ class TestReport:
         assert signal.getsignal(signal.SIGTERM) == before
 
     @pytest.mark.slow
+    @pytest.mark.usefixtures("in_this_process")  # but for what is stopped
     def test_stopped_it_goes_on_and_says_so(
         self, home: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -672,7 +675,7 @@ class TestReport:
         read_report(home)
         assert not kept.exists(), "of a report that is done nothing is kept"
 
-    @pytest.mark.slow
+    @pytest.mark.usefixtures("in_this_process")
     def test_what_does_not_fit_is_one_line(
         self, home: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
