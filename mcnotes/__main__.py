@@ -47,6 +47,7 @@ REFUSALS = (
     "AlignmentError",
     "TrainingError",
 )
+LATE = 24 * 3600  # seconds for a cell's last output; the usual 4 pass where a machine is suspended
 WIDGET = "application/vnd.jupyter.widget-view+json"
 RAW = argparse.RawDescriptionHelpFormatter
 TEXT_BARS = "import tqdm, tqdm.auto\ntqdm.auto.tqdm = tqdm.tqdm  # as text, for the terminal"
@@ -545,6 +546,7 @@ def run(notebook: Any, out: Path, values: dict[str, Any]) -> None:
             cwd=os.getcwd(),
             progress_bar={"desc": "report", "leave": False} if watched else False,
             stderr_file=sys.stderr if watched else None,
+            iopub_timeout=LATE,
             extra_arguments=["--log-level=50"],
         )
     except papermill.PapermillExecutionError as error:

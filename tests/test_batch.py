@@ -33,6 +33,15 @@ DEAF = """import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `nohup … &` does
 os.execv(sys.argv[1], sys.argv[1:])"""
 
+LATE = """import time
+kernel = get_ipython().kernel
+publish = kernel._publish_status
+def late(status, *rest, **named):
+    time.sleep(5 * (status == "idle"))
+    publish(status, *rest, **named)
+kernel._publish_status = late
+print("done")"""
+
 ROOT = presets.ROOT
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -338,6 +347,13 @@ class TestLimit:
         monkeypatch.delenv("MCNOTES_CELL_TIMEOUT", raising=False)
         monkeypatch.setattr(chapters, "CELL_TIMEOUT", 1, raising=False)  # once 1800
         batch.step(self.slow(tmp_path), tmp_path / "out.ipynb", {})
+        assert notebooks.read(tmp_path / "out.ipynb").cells[-1].outputs[0].text == "done\n"
+
+    def test_output_that_comes_late_is_waited_for(self, tmp_path: Path) -> None:
+        """As after a cell that ended at the moment at which the machine was suspended."""
+        cells = [new_code_cell("", metadata={"tags": ["parameters"]}), new_code_cell(LATE)]
+        notebooks.write(tmp_path / "late.ipynb", new_notebook(cells=cells))
+        batch.step(tmp_path / "late.ipynb", tmp_path / "out.ipynb", {})
         assert notebooks.read(tmp_path / "out.ipynb").cells[-1].outputs[0].text == "done\n"
 
     def test_a_limit_that_is_set_holds(

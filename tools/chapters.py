@@ -22,6 +22,7 @@ import yaml
 from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import CellTimeoutError
 
+from mcnotes.__main__ import LATE
 from tools import notebooks, presets
 
 ROOT = presets.ROOT
@@ -121,6 +122,7 @@ def execute(path: Path, out: Path, values: dict[str, Any]) -> None:
             cwd=path.parent,
             progress_bar=bar,
             execution_timeout=limit,
+            iopub_timeout=LATE,
             extra_arguments=["--log-level=50"],
         )
     except papermill.PapermillExecutionError as error:
