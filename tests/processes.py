@@ -36,9 +36,9 @@ def work(store: Path, function: Callable[..., object], *arguments: object) -> No
 
 
 def end(*processes: BaseProcess) -> list[int | None]:
-    """Wait for processes. Returns their exit statuses: −9 of a killed one, None of one that hangs.
+    """The exit statuses of processes that end: −9 of a killed one.
 
-    Which is killed then.
+    One that takes longer than two minutes is killed, and its status is None.
     """
     deadline = time.monotonic() + 120
     for process in processes:
@@ -60,7 +60,7 @@ def write(file: Path) -> None:
     cache.write_atomic(file, bytes(1000))
 
 
-def count(call: str, fatal: int) -> None:
+def compute(call: str, fatal: int) -> None:
     """Compute an entry in three steps, and be killed in a call of `os`, after so many of it."""
     real, calls = getattr(os, call), 0
 

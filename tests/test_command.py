@@ -653,7 +653,7 @@ class TestReport:
         self, home: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """SIGTERM once the first curve is in training. (Its numbers: tests of `connect`.)"""
-        line = f"report {PAIR} --loss torch.nn.functional:mse_loss --epochs 30 --points 3"
+        line = f"report {PAIR} --loss torch.nn.functional:mse_loss --epochs 60 --points 3"
         words = [sys.executable, "-m", "mcnotes", *shlex.split(line)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         kept = home / "report" / "as it is.checkpoint"
@@ -675,7 +675,7 @@ class TestReport:
         read_report(home)
         assert not kept.exists(), "of a report that is done nothing is kept"
 
-    @pytest.mark.usefixtures("in_this_process")
+    @pytest.mark.slow
     def test_what_does_not_fit_is_one_line(
         self, home: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

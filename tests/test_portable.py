@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import portable
+from tools import chapters, portable
 
 SHOW = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
 
@@ -17,6 +17,7 @@ def test_a_setting_reaches_the_process(tmp_path: Path, monkeypatch: pytest.Monke
     assert "ATEN_CPU_CAPABILITY" not in portable.environment("best-1", tmp_path)
     given = portable.environment("default-2", tmp_path)
     assert given["MCNOTES_STORE"] == str(tmp_path)
+    assert set.union(*map(set, portable.INSTRUCTIONS.values())) < {*chapters.KERNELS}
     shown = subprocess.run([sys.executable, "-c", SHOW], env=given, check=True, capture_output=True)
     assert shown.stdout.split() == [b"DEFAULT", b"2"]
 

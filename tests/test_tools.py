@@ -355,6 +355,16 @@ class TestRunner:
                 keys.append(chapters.inputs())
             assert len(set(keys)) == 3
 
+    @pytest.mark.parametrize("name", chapters.KERNELS)
+    @pytest.mark.usefixtures("small_book")
+    def test_the_key_depends_on_what_chooses_kernels(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What `make portable` has run as another processor, `make smoke` runs again."""
+        before = chapters.inputs()
+        monkeypatch.setenv(name, "another")
+        assert chapters.inputs() != before
+
     def test_an_impossible_preset_stops_before_anything_runs(
         self, small_book: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -30,6 +30,7 @@ EXECUTED = ROOT / "_build" / "executed"
 CACHES = ("store", "downloads", "locks", "zoo/locks", "tiny-imagenet-200")  # in the data folder
 UNFINISHED = (".checkpoint", ".part", ".broken")
 FOLDERS = ("MCNOTES_DATA", "MCNOTES_STORE", "MCNOTES_ZOO")  # in the environment
+KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "OMP_NUM_THREADS")
 ENVIRONMENT = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}  # no bars, no times in stored outputs
 
 
@@ -68,6 +69,7 @@ def inputs() -> str:
     """Hash of everything that a chapter's numbers depend on, except its code and parameters."""
     package, data = ROOT / "mcnotes", ROOT / "data"
     state = digest(ROOT, [*files_of(package), *files_of(data, CACHES)])
+    state += repr([os.environ.get(name) for name in KERNELS])
     for name in ("MCNOTES_DATA", "MCNOTES_ZOO"):  # these are read instead of the repository's data
         if elsewhere := os.environ.get(name):
             state += digest(Path(elsewhere), files_of(Path(elsewhere), CACHES))
@@ -130,6 +132,8 @@ def execute(path: Path, out: Path, values: dict[str, Any]) -> None:
         where = f"code cell [{error.exec_count}]: {error.ename}: {error.evalue}"
         raise RuntimeError(f"{where}\n{source}\n      (full traceback in {out})") from error
     except CellTimeoutError as error:
+        if limit is None:
+            raise RuntimeError(f"the last output of a cell has not come in {LATE} s") from error
         raise RuntimeError(
             f"a cell ran longer than the {limit} seconds of MCNOTES_CELL_TIMEOUT; 0: no limit"
         ) from error

@@ -52,8 +52,7 @@ def environment(setting: str, store: Path) -> dict[str, str]:
     if setting not in SETTINGS:
         raise ValueError(f"got setting {setting!r}, expected one of {', '.join(SETTINGS)}")
     name, threads = setting.split("-")
-    chosen = {v for values in INSTRUCTIONS.values() for v in values} | {"OMP_NUM_THREADS"}
-    others = {k: v for k, v in os.environ.items() if k not in chosen}
+    others = {k: v for k, v in os.environ.items() if k not in chapters.KERNELS}
     path = os.pathsep.join([str(chapters.ROOT), *filter(None, [others.get("PYTHONPATH")])])
     own = {"OMP_NUM_THREADS": threads, "MCNOTES_STORE": str(store), "PYTHONPATH": path}
     own |= {"MCNOTES_CELL_TIMEOUT": str(LIMIT), "OMP_WAIT_POLICY": "passive"}  # for busy machines
