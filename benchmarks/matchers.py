@@ -300,6 +300,15 @@ def cells(networks: list[str], pairs: int, methods: list[str], epochs: int) -> l
     ]
 
 
+def settings(method: str) -> dict[str, Any]:
+    """The numbers of a method that descends; none of others."""
+    action = method.removesuffix("-both")
+    if action not in matching.ACTIONS:
+        return {}
+    _, *numbers = matching.ACTIONS[action]
+    return dict(zip(("scale", "lr", "soft"), numbers, strict=True))
+
+
 def configuration(cell: Cell) -> dict[str, Any]:
     """All that a cell depends on."""
     name, pair, method, curve_epochs = cell
@@ -316,8 +325,7 @@ def configuration(cell: Cell) -> dict[str, Any]:
         "columns": ["cosine", "megabytes"],
     }
     config |= {"curve_epochs": curve_epochs} if curve_epochs else {}
-    rate = matching.RATES.get(method.removesuffix("-both"))
-    config |= {"lr": rate} if rate else {}
+    config |= settings(method)
     return config | ({"half": True} if name in LARGE else {})
 
 
@@ -344,22 +352,30 @@ def measure(cell: Cell) -> dict[str, Any]:
     return row | limit | {"width": lab.width, "provenance": cache.origin(config)}
 
 
-def choose(name: str, rates: list[float], pairs: tuple[tuple[int, int], ...]) -> None:
-    """Step sizes of the methods that descend, by the validation loss at the middle."""
+def choose(name: str, tried: list[Descent], pairs: tuple[tuple[int, int], ...]) -> None:
+    """Settings of the methods that descend, by the validation loss at the middle."""
     lab = CASES[name][0]
     known, matched = lab.task.train.first(KNOWN), lab.task.train.first(lab.match_images)
-    for action in matching.ACTIONS:
-        for lr in rates:
-            losses = []
-            for a, b in pairs:
-                one, two = lab.endpoint(a), lab.endpoint(b)
-                pair = Pair(lab.net, lab.sym, one, two)
-                perm = matching.loss_matching(pair, matched, Descent(action, lr=lr))
-                half = curves.line(one, pair.permuted(perm))(0.5)
-                fresh = evaluate.batchnorm(lab.net, half, known)
-                losses.append(round(evaluate.score(lab.net, fresh, lab.task.val).loss, 4))
-            found = {"network": name, "method": action, "lr": lr, "losses": losses}
-            print(json.dumps(found), flush=True)
+    for how in tried:
+        losses = []
+        for a, b in pairs:
+            one, two = lab.endpoint(a), lab.endpoint(b)
+            pair = Pair(lab.net, lab.sym, one, two)
+            perm = matching.loss_matching(pair, matched, how, seed=curve_seed(a, b))
+            half = curves.line(one, pair.permuted(perm))(0.5)
+            fresh = evaluate.batchnorm(lab.net, half, known)
+            losses.append(round(evaluate.score(lab.net, fresh, lab.task.val).loss, 4))
+        found = (
+            {"network": name, "method": how.action} | how.settings._asdict() | {"losses": losses}
+        )
+        print(json.dumps({n: x for n, x in found.items() if n != "of"}), flush=True)
+
+
+def descent(text: str) -> Descent:
+    """Of "ACTION,SCALE,LR,SOFT"."""
+    action, *numbers = text.split(",")
+    scale, lr, soft = map(float, numbers)
+    return Descent(action, scale=scale, lr=lr, soft=soft)
 
 
 def of_pair(row: dict[str, Any]) -> tuple[str, int, int]:
@@ -410,7 +426,7 @@ def save(rows: list[dict[str, Any]]) -> None:
         "points": POINTS,
         "statistics": KNOWN,
         "steps": STEPS,
-        "rates": matching.RATES,
+        "descents": {name: action[1:] for name, action in matching.ACTIONS.items()},
         "collected": today,
     }
     for name in ("hardware", "torch", "commit"):
@@ -434,7 +450,13 @@ def main() -> None:
     parser.add_argument(
         "--curve-epochs", type=int, default=0, help="of TinyTen's curves; default none"
     )
-    parser.add_argument("--choose", nargs="+", type=float, metavar="LR", help="only try step sizes")
+    parser.add_argument(
+        "--choose",
+        nargs="+",
+        type=descent,
+        metavar="ACTION,SCALE,LR,SOFT",
+        help="only try settings of the methods that descend",
+    )
     parser.add_argument("--save", action="store_true", help="write what the store has")
     args = parser.parse_args()
     if args.choose:

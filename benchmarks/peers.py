@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matchers import CASES, PAIRS, WHOLE, cosine, digest, pairs_of, walk
+from matchers import CASES, PAIRS, WHOLE, cosine, digest, pairs_of, settings, walk
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -184,7 +184,7 @@ def measure(network: str, seeds: tuple[int, int], task: str, who: str, limit: fl
     """One row: loaded, or computed and kept; a failure is not kept. who: a peer, or our method."""
     lab, (a, b) = CASES[network][0], seeds
     peer = who in PACKAGES
-    how = [PACKAGES[who], EPOCHS, RATE, BATCH] if peer else [who, matching.RATES.get(who)]
+    how = [PACKAGES[who], EPOCHS, RATE, BATCH] if peer else [who, settings(who)]
     config: dict[str, Any] = {"what": "peers", "ends": [lab.endpoint_config(s) for s in seeds]}
     config |= {"task": task, "who": how, "match_images": lab.match_images}
     row = {"network": network, "pair": [a, b], "task": task, "who": who}

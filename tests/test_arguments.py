@@ -307,7 +307,9 @@ OTHERS = {"another": WIDER, "nothing": {}, "none": None, "elsewhere": STATES["wi
 SIZE = {"batch_size": {n: x for n, x in COUNT.items() if n != "none"}}
 METHOD = {"method": {n: x for n, x in NAMED.items() if n != "none"}}
 own: dict[str, Mapping[str, Any]] = {  # what a function takes that others do not, or alone
-    "matching.loss.Descent": SIZE | {"lr": {n: x for n, x in POSITIVE.items() if n != "none"}},
+    "matching.loss.Descent": SIZE
+    | {name: {n: x for n, x in POSITIVE.items() if n != "none"} for name in ("lr", "scale")}
+    | {"soft": {"text": "1", "nan": float("nan"), "below": -0.5, "above": 1.5}},
     "matching.pam.Settings": {
         "epochs": {"a number": 3, "nothing": (), "zero": (0,), "none": None},
         "images": COUNT,

@@ -13,7 +13,7 @@ from mcnotes.matching import Descent, Pair, doubly_stochastic, loss
 
 
 @pytest.mark.parametrize("both", [False, True])
-@pytest.mark.parametrize(("action", "lr"), [("straight-through", 0.2), ("sinkhorn", 0.1)])
+@pytest.mark.parametrize(("action", "lr"), [("straight-through", 0.2), ("sinkhorn", 1.0)])
 def test_the_loss_at_the_middle_falls(action: str, lr: float, both: bool) -> None:
     net, data, (theta, *_), sym = trained()
     copy = sym.permute(theta, sym.random(torch.Generator().manual_seed(5)))
@@ -56,9 +56,11 @@ def test_both_ends_move_by_their_own_slopes(frozen: bool) -> None:
     net, data, (a, b, _), sym = trained()
     net.requires_grad_(not frozen)
     pair, old = Pair(net, sym, a, b), sym.random(torch.Generator().manual_seed(1))
-    how, line = Descent("straight-through", both=True), curves.line(a, sym.permute(b, old))
-    step = loss.MiddleStep(pair, line, {0: sym.identity(), 1: old}, how, data.device)
-    step.act = lambda x: x  # the matrix itself acts
+    how, line = (
+        Descent("straight-through", both=True, soft=1.0),
+        curves.line(a, sym.permute(b, old)),
+    )
+    step = loss.MiddleStep(pair, line, {0: sym.identity(), 1: old}, how, data.train)
     x, y = next(data.train.batches(96))
     ((group, _),) = old.items()
     before = {end: free[group].detach().clone() for end, free in step.matrices.items()}
@@ -77,13 +79,26 @@ def test_both_ends_move_by_their_own_slopes(frozen: bool) -> None:
         assert float((slope * way).sum()) == pytest.approx(expected, rel=0.05, abs=1e-3)
 
 
+def test_the_matrix_acts_first_and_its_nearest_permutation_later() -> None:
+    net, data, (a, b, _), sym = trained()
+    line, how = curves.line(a, b), Descent("sinkhorn", epochs=2, batch_size=48, soft=0.5)
+    step = loss.MiddleStep(Pair(net, sym, a, b), line, {1: sym.identity()}, how, data.train)
+    (matrix,), steps = step.matrices[1].values(), 2 * data.train.count(48)
+    x, y = next(data.train.batches(48))
+    for i in range(steps):
+        acts = step.act(matrix).detach()
+        rounded = torch.equal(acts, doubly_stochastic.nearest(acts))
+        assert rounded == (i >= steps / 2)
+        step(x, y, torch.zeros(2), lr=0.01)
+
+
 def test_sinkhorn_scales_to_doubly_stochastic_and_slopes_pass() -> None:
     x = torch.rand(6, 6, dtype=torch.float64, requires_grad=True)
-    y = loss.soft(x, temperature=0.5, rounds=200)
+    y = loss.soft(x / 0.5, rounds=200)
     ones = torch.ones(6, dtype=torch.float64)
     torch.testing.assert_close(y.sum(0), ones)
     torch.testing.assert_close(y.sum(1), ones)
-    assert torch.autograd.gradcheck(lambda m: loss.soft(m, 0.5), x)
+    assert torch.autograd.gradcheck(lambda m: loss.soft(m / 0.5), x)
     straight = loss.through(x)
     assert torch.equal(straight.detach(), doubly_stochastic.nearest(x))
     (slope,) = torch.autograd.grad((straight * y.detach()).sum(), x)
@@ -104,6 +119,6 @@ def test_what_no_descent_can_be_is_refused_before_any_work() -> None:
         Descent("sinkhron")
     with pytest.raises(ValueError, match="samples: got -1, expected a whole number of at least 0"):
         Descent(samples=-1)
-    for wrong in ({"epochs": 0}, {"lr": 0.0}, {"batch_size": -1}):
+    for wrong in ({"epochs": 0}, {"lr": 0.0}, {"batch_size": -1}, {"scale": 0.0}, {"soft": 1.1}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got .*, expected a"):
             Descent(**wrong)  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from mcnotes.checks import a, flag, function, optional, require, whole
 from mcnotes.curves import Curve, Theta
 from mcnotes.matching import doubly_stochastic, pam
 from mcnotes.matching.assignment import assign
-from mcnotes.matching.loss import RATES, Shown, through
+from mcnotes.matching.loss import ACTIONS, Shown, through
 from mcnotes.matching.pair import PAIRED, AlignmentError, Pair
 from mcnotes.matching.weights import in_float64
 from mcnotes.symmetry import Bases, Element, Factor
@@ -538,7 +538,7 @@ class GroupStep(train.Step):
             leaf.grad = slope
         for group in self.adam.param_groups:
             rounds = group["params"][0] in {*self.matrices.values()}
-            group["lr"] = lr * RATES["straight-through"] / self.lr if rounds else lr
+            group["lr"] = lr * ACTIONS["straight-through"].lr / self.lr if rounds else lr
         self.adam.step()
         return loss
 

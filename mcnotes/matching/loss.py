@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mcnotes import curves, train
 from mcnotes.calls import Batches
-from mcnotes.checks import a, flag, one_of, require, whole
+from mcnotes.checks import a, flag, number, one_of, optional, require, whole
 from mcnotes.curves import Curve
 from mcnotes.data import Split
 from mcnotes.matching import doubly_stochastic, pam
@@ -17,56 +17,74 @@ from mcnotes.matching.pair import PAIRED, Pair
 from mcnotes.matching.weights import weight_matching
 from mcnotes.symmetry import Perm
 
-Action = Callable[[Tensor], Tensor]  # of a free matrix [n, n]: the matrix that acts
-
 
 def through(x: Tensor) -> Tensor:
     """The permutation matrix nearest to x [n, n], with the slope of x itself: straight through."""
     return doubly_stochastic.nearest(x.detach()) + (x - x.detach())
 
 
-def soft(x: Tensor, temperature: float = 0.1, rounds: int = 20) -> Tensor:
-    """exp(x / temperature), scaled to a doubly stochastic matrix by Sinkhorn's rounds.
+def soft(x: Tensor, rounds: int = 20) -> Tensor:
+    """exp(x), scaled to a doubly stochastic matrix by Sinkhorn's rounds.
 
     x, result: [n, n]. The slope runs back through the rounds.
     """
-    x = x / temperature
     for _ in range(rounds):
         x = x - x.logsumexp(1, keepdim=True)
         x = x - x.logsumexp(0, keepdim=True)
     return x.exp()
 
 
-ACTIONS: dict[str, Action] = {"straight-through": through, "sinkhorn": soft}
-"""How a free matrix acts while its loss is minimised."""
-RATES = {"straight-through": 3.0, "sinkhorn": 0.3}
-"""Step sizes, chosen by validation loss (benchmarks/matchers.py --choose, chapter 9)."""
+class Action(NamedTuple):
+    """What a free matrix [n, n] stands for while its loss is minimised, and how to descend."""
+
+    of: Callable[[Tensor], Tensor]  # of the free matrix: the matrix
+    scale: float  # a permutation is this many times its matrix at the start
+    lr: float  # Adam's largest step size
+    soft: float  # the share of the steps in which the matrix acts; then, its nearest permutation
+
+
+ACTIONS = {
+    "straight-through": Action(lambda x: x, scale=1.0, lr=3.0, soft=0.0),
+    "sinkhorn": Action(soft, scale=2.0, lr=0.3, soft=0.3),
+}
+"""By name; numbers are chosen by validation loss (benchmarks/matchers.py --choose, chapter 9)."""
 
 
 @dataclass(frozen=True)
 class Descent:
-    """How `loss_matching` descends. Raises ValueError for a field that is out of its range."""
+    """How `loss_matching` descends. Raises ValueError for a field that is out of its range.
+
+    None: as `ACTIONS[action]` has it.
+    """
 
     action: str = "straight-through"  # a name in `ACTIONS`
     epochs: int = 10
-    lr: float | None = None  # Adam's largest step size; None: `RATES[action]`
+    lr: float | None = None  # Adam's largest step size
     batch_size: int = 100
     samples: int = 16  # Birkhoff–von Neumann terms that are tried at the end ("sinkhorn")
     both: bool = False  # whether the units of A move as well
+    scale: float | None = None  # of the permutation matrices at the start
+    soft: float | None = None  # share of the steps in which no nearest permutation acts
 
     def __post_init__(self) -> None:
         rules = {"action": one_of(ACTIONS), "samples": whole(0), "both": flag}
+        rules |= {"scale": optional(number(0, above=True)), "soft": optional(number(0, 1))}
         require("Descent", vars(self), rules)
         _ = self.recipe  # which checks the rest
 
     @property
+    def settings(self) -> Action:
+        """The action, with the numbers that this descent has of its own."""
+        own = {n: getattr(self, n) for n in ("scale", "lr", "soft")}
+        return ACTIONS[self.action]._replace(**{n: x for n, x in own.items() if x is not None})
+
+    @property
     def recipe(self) -> train.Recipe:
         """As the training loop knows it."""
-        lr = RATES[self.action] if self.lr is None else self.lr
         return train.Recipe(
             self.epochs,
             self.batch_size,
-            lr,
+            self.settings.lr,
             weight_decay=0.0,
             schedule="linear",
             augment=False,
@@ -89,20 +107,21 @@ class MiddleStep(train.Step):
     """A step of Adam on one free matrix for each group, by the loss at the middle of the line.
 
     The middle is taken whatever t is drawn. The matrices are never projected; what acts on an end
-    is `how.action` of them. starts: by end (0: A, 1: B), the permutation that its matrices begin
-    at; an end that is left out stays.
+    is `how.action` of them, and after a share of the steps the permutation nearest to that. starts:
+    by end (0: A, 1: B), the permutation that its matrices begin at; an end that is left out stays.
     """
 
     def __init__(
-        self, pair: Pair, line: Curve, starts: dict[int, Perm], how: Descent, device: torch.device
+        self, pair: Pair, line: Curve, starts: dict[int, Perm], how: Descent, images: Batches
     ) -> None:
-        super().__init__(pair.net, line, slice(0, 0), how.recipe, device)
+        super().__init__(pair.net, line, slice(0, 0), how.recipe, images.device)
         self.ends, self.sym, self.names = (pair.theta_a, pair.theta_b), pair.sym, pair.names
         self.half = torch.full([2], 0.5).to(self.rows)  # the weights of both ends
-        self.how, self.act = how, ACTIONS[how.action]
+        self.how, self.settings = how, how.settings
+        steps = how.epochs * images.count(how.batch_size)
+        self.soft_steps = round(self.settings.soft * steps)  # that are left
         self.matrices = {
-            end: {n: doubly_stochastic.matrix(p).requires_grad_() for n, p in start.items()}
-            for end, start in starts.items()
+            end: {n: self.begin(p) for n, p in start.items()} for end, start in starts.items()
         }
         self.adam = torch.optim.Adam([m for end in self.matrices.values() for m in end.values()])
 
@@ -118,7 +137,17 @@ class MiddleStep(train.Step):
                 matrix.grad = slope
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
+        self.soft_steps -= 1
         return loss
+
+    def begin(self, p: Tensor) -> Tensor:
+        """The free matrix that begins at a permutation [n]."""
+        return (self.settings.scale * doubly_stochastic.matrix(p)).requires_grad_()
+
+    def act(self, x: Tensor) -> Tensor:
+        """Of a free matrix [n, n]: the matrix that acts."""
+        x = self.settings.of(x)
+        return x if self.soft_steps > 0 else through(x)
 
     def moved(self, end: int, free: dict[str, Tensor]) -> Tensor:
         """The parameters [n] of an end where its matrices act."""
@@ -142,11 +171,12 @@ def loss_matching(
     Action "straight-through": the nearest permutation acts, and its slope moves a free matrix (as
     Ainsworth et al. 2023, 3.3, who keep free weights instead). "sinkhorn": a doubly stochastic
     matrix acts, Sinkhorn's scaling of a free one, and slopes run back through the unrolled rounds
-    (Peña et al. 2023 differentiate implicitly). `both`: the units of A have matrices of their own,
-    so that both ends are learned towards each other (after Theus et al. 2025); P is then the order
-    of B seen from that of A. Starts at the weight matching unless there is a
-    `start`. Of the start, the nearest permutation and Birkhoff–von Neumann terms, the one with the
-    lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images). Raises
+    (Peña et al. 2023 differentiate implicitly); so that nothing is lost when it is rounded at the
+    end, only its nearest permutation acts in later steps, straight through. `both`: the units of A
+    have matrices of their own, so that both ends are learned towards each other (after Theus et al.
+    2025); P is then the order of B seen from that of A. Starts at the weight matching unless there
+    is a `start`. Of the start, the nearest permutation and Birkhoff–von Neumann terms, the one with
+    the lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images). Raises
     TrainingError if the loss is not finite.
     """
     given = {"pair": pair, "images": images, "how": how, "seed": seed}
@@ -158,7 +188,7 @@ def loss_matching(
     old = weight_matching(pair, seed=seed) if start is None else pair.sym.complete(start)
     line = curves.line(pair.theta_a, pair.permuted(old))
     starts = {0: pair.sym.identity(), 1: old} if how.both else {1: old}
-    step = MiddleStep(pair, line, starts, how, images.device)
+    step = MiddleStep(pair, line, starts, how, images)
     train.run(step, line, Shown(images), seed, None)
     probe = images.first(1000)
 
