@@ -384,15 +384,23 @@ def of_pair(row: dict[str, Any]) -> tuple[str, int, int]:
     return row["network"], one, two
 
 
+def same_line(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two rows are of the same line: by the loss along it."""
+    return np.allclose(one["line"]["loss"], two["line"]["loss"], rtol=0, atol=2e-5)
+
+
+def joined(kept: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+    """A row with what the kept one has besides (a curve), if that is of the same permutation."""
+    return kept | row if kept and same_line(kept, row) else row
+
+
 def same_networks(fresh: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]]) -> bool:
     """Whether rows by method are of the same networks: by the line between them as they are.
 
     Training the same seeds on another processor may give others.
     """
-    if not ("identity" in fresh and "identity" in kept):
-        return False
-    one, two = (some["identity"]["line"]["loss"] for some in (fresh, kept))
-    return np.allclose(one, two, rtol=0, atol=2e-5)
+    known = "identity" in fresh and "identity" in kept
+    return known and same_line(fresh["identity"], kept["identity"])
 
 
 def save(rows: list[dict[str, Any]]) -> None:
@@ -413,9 +421,7 @@ def save(rows: list[dict[str, Any]]) -> None:
                 continue
             kept = {}
         origins += [row.pop("provenance") for row in fresh.values()]
-        merged = kept | {
-            m: kept.get(m, {}) | row for m, row in fresh.items()
-        }  # it may hold a curve
+        merged = kept | {m: joined(kept.get(m), row) for m, row in fresh.items()}
         known[place] = {m: merged[m] for m in CALLS if m in merged}
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     record = {

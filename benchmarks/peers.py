@@ -8,9 +8,10 @@ examples). Both come from PyPI. They share a name, so each has an environment of
 matrices stand beside them.
 
 For every row: whether what comes back still computes what it did (`change`: the largest difference
-of probabilities on test images), the barrier on the straight line (BatchNorm recomputed), the
-cosine of all parameters, for planted copies how many tensors are home again, and CPU seconds. What
-fails, or needs more than `--limit` seconds, has a row that says so.
+of probabilities on test images; with BatchNorm a second time, its statistics recomputed), the
+barrier on the straight line (so, too), the cosine of all parameters, for planted copies how many
+tensors are home again, and CPU seconds. What fails, or needs more than `--limit` seconds, has a row
+that says so.
 
 One line of JSON for each row, loaded from the store if it is there; `--save` writes them to
 data/results/peers.json. The last line is JSON: in how many rows the function was kept.
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matchers import CASES, PAIRS, WHOLE, cosine, digest, pairs_of, settings, walk
+from matchers import CASES, KNOWN, PAIRS, WHOLE, cosine, digest, pairs_of, settings, walk
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -166,13 +167,22 @@ def ours(method: str, pair: Pair, images: Split, seed: int) -> tuple[Theta, floa
     return pair.permuted(perm), round(time.process_time() - start, 3)
 
 
+def change(network: str, one: Theta, two: Theta) -> float:
+    """The largest difference of probabilities on test images."""
+    net, test = CASES[network][0].net, CASES[network][0].task.test.first(IMAGES)
+    before, after = (evaluate.probabilities(net, x, test) for x in (one, two))
+    return float((before - after).abs().max())
+
+
 def compare(network: str, pair: Pair, moved: Theta) -> dict[str, Any]:
     """What has become of the second network."""
-    lab = CASES[network][0]
-    test = lab.task.test.first(IMAGES)
-    before, after = (evaluate.probabilities(lab.net, x, test) for x in (pair.theta_b, moved))
-    return {
-        "change": float((before - after).abs().max()),
+    lab, normalisation = CASES[network]
+    found = {"change": change(network, pair.theta_b, moved)}
+    if normalisation == "BatchNorm":
+        known = lab.task.train.first(KNOWN)
+        fresh = (evaluate.batchnorm(lab.net, x, known) for x in (pair.theta_b, moved))
+        found["change, recomputed"] = change(network, *fresh)
+    return found | {
         "cosine": cosine(pair.names, pair.theta_a, moved),
         "home": sum(torch.equal(pair.theta_a[n], moved[n]) for n in pair.names),
         "tensors": len(pair.names),
@@ -187,6 +197,7 @@ def measure(network: str, seeds: tuple[int, int], task: str, who: str, limit: fl
     how = [PACKAGES[who], EPOCHS, RATE, BATCH] if peer else [who, settings(who)]
     config: dict[str, Any] = {"what": "peers", "ends": [lab.endpoint_config(s) for s in seeds]}
     config |= {"task": task, "who": how, "match_images": lab.match_images}
+    config |= {"recomputed": KNOWN} if CASES[network][1] == "BatchNorm" else {}
     row = {"network": network, "pair": [a, b], "task": task, "who": who}
 
     def compute() -> dict[str, Any]:
