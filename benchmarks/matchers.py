@@ -15,7 +15,8 @@ images), the cosine of the weights and (but for these two) a bound that no order
 grow for it, the loss at the middle with the normalisation's statistics as they are mixed and mended
 (BatchNorm recomputed; REPAIR where there is none), and for TinyTen a short trained curve where
 `--curve-epochs` asks for one. No choice is made on test images: `--choose` tries settings of the
-two methods that descend by the validation loss at the middle, and ends.
+two methods that descend by the validation loss at the middle, and ends; with `--save` it writes
+them to data/results/descents.json.
 
 One line of JSON for each row, loaded from the store if it is there (so a run that was stopped goes
 on); the last line is JSON: the mean barriers. `--save` computes nothing: it writes the rows that
@@ -72,6 +73,7 @@ PAIRS = ((1, 2), (3, 4), (5, 6))
 FEW = ((1, 2), (3, 4), (1, 4))  # where there are four networks
 Cell = tuple[str, tuple[int, int], str, int]
 FILE = cache.ROOT / "data" / "results" / "matchers.json"
+CHOICE = FILE.with_name("descents.json")
 STEPS = 3  # of the bound
 POINTS, TESTED, KNOWN = 9, 2_000, 1_000  # of a path; test images; those for statistics
 WHOLE = (  # with every method
@@ -300,13 +302,15 @@ def cells(networks: list[str], pairs: int, methods: list[str], epochs: int) -> l
     ]
 
 
-def settings(method: str) -> dict[str, Any]:
+def numbers(action: matching.Action) -> dict[str, float]:
+    """The settings of an action: what is a number in it."""
+    return {name: x for name, x in action._asdict().items() if name != "of"}
+
+
+def settings(method: str) -> dict[str, float]:
     """The numbers of a method that descends; none of others."""
-    action = method.removesuffix("-both")
-    if action not in matching.ACTIONS:
-        return {}
-    _, *numbers = matching.ACTIONS[action]
-    return dict(zip(("scale", "lr", "soft"), numbers, strict=True))
+    action = matching.ACTIONS.get(method.removesuffix("-both"))
+    return numbers(action) if action else {}
 
 
 def configuration(cell: Cell) -> dict[str, Any]:
@@ -352,23 +356,36 @@ def measure(cell: Cell) -> dict[str, Any]:
     return row | limit | {"width": lab.width, "provenance": cache.origin(config)}
 
 
-def choose(name: str, tried: list[Descent], pairs: tuple[tuple[int, int], ...]) -> None:
-    """Settings of the methods that descend, by the validation loss at the middle."""
-    lab = CASES[name][0]
-    known, matched = lab.task.train.first(KNOWN), lab.task.train.first(lab.match_images)
-    for how in tried:
-        losses = []
-        for a, b in pairs:
-            one, two = lab.endpoint(a), lab.endpoint(b)
-            pair = Pair(lab.net, lab.sym, one, two)
-            perm = matching.loss_matching(pair, matched, how, seed=curve_seed(a, b))
-            half = curves.line(one, pair.permuted(perm))(0.5)
-            fresh = evaluate.batchnorm(lab.net, half, known)
-            losses.append(round(evaluate.score(lab.net, fresh, lab.task.val).loss, 4))
-        found = (
-            {"network": name, "method": how.action} | how.settings._asdict() | {"losses": losses}
-        )
-        print(json.dumps({n: x for n, x in found.items() if n != "of"}), flush=True)
+def choose(name: str, how: Descent, seeds: tuple[int, int]) -> dict[str, Any]:
+    """The validation loss half-way that settings of a method that descends reach: for one pair."""
+    lab, (a, b) = CASES[name][0], seeds
+    row = {"network": name, "pair": [a, b], "method": how.action} | numbers(how.settings)
+
+    def compute() -> float:
+        known, matched = lab.task.train.first(KNOWN), lab.task.train.first(lab.match_images)
+        pair = Pair(lab.net, lab.sym, lab.endpoint(a), lab.endpoint(b))
+        perm = matching.loss_matching(pair, matched, how, seed=curve_seed(a, b))
+        half = curves.line(pair.theta_a, pair.permuted(perm))(0.5)
+        fresh = evaluate.batchnorm(lab.net, half, known)
+        return evaluate.score(lab.net, fresh, lab.task.val).loss
+
+    config: dict[str, Any] = {
+        "what": "bench choice",
+        "ends": [lab.endpoint_config(s) for s in seeds],
+    }
+    config |= {"descent": dataclasses.asdict(how), "match_images": lab.match_images}
+    return row | {"loss": cache.values(config | {"statistics": KNOWN}, compute)}
+
+
+def chosen(networks: list[str], tried: list[Descent], pairs: int, keep: bool) -> None:
+    """Measure and print what settings reach; keep: and write them to `CHOICE`."""
+    rows = []
+    for name, how in itertools.product(networks, tried):
+        for seeds in pairs_of(name)[:pairs]:
+            rows.append(choose(name, how, seeds))
+            print(json.dumps(rows[-1]), flush=True)
+    if keep:
+        write(CHOICE, {"statistics": KNOWN}, rows)
 
 
 def descent(text: str) -> Descent:
@@ -403,6 +420,17 @@ def same_networks(fresh: dict[str, dict[str, Any]], kept: dict[str, dict[str, An
     return known and same_line(fresh["identity"], kept["identity"])
 
 
+def write(file: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """A results file: the record, when and where it was collected, and a line for each row."""
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    record = record | {"collected": today, "provenance": cache.provenance(0.0)}
+    head = json.dumps(record, indent=1)
+    text = ",\n".join(json.dumps(row) for row in rows)
+    lines = re.sub(r"\d+\.\d{6,}", lambda number: f"{float(number[0]):.5f}", text)
+    text = head.removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
+    cache.write_atomic(file, text.encode())
+
+
 def save(rows: list[dict[str, Any]]) -> None:
     """Write the record that chapter 9 reads: one line for each row, and where it was computed.
 
@@ -423,7 +451,6 @@ def save(rows: list[dict[str, Any]]) -> None:
         origins += [row.pop("provenance") for row in fresh.values()]
         merged = kept | {m: joined(kept.get(m), row) for m, row in fresh.items()}
         known[place] = {m: merged[m] for m in CALLS if m in merged}
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     record = {
         "methods": [*CALLS],
         "first": FIRST,
@@ -433,15 +460,10 @@ def save(rows: list[dict[str, Any]]) -> None:
         "statistics": KNOWN,
         "steps": STEPS,
         "descents": {name: action[1:] for name, action in matching.ACTIONS.items()},
-        "collected": today,
     }
     for name in ("hardware", "torch", "commit"):
         record[name] = sorted({*old[name], *(origin[name] for origin in origins)})
-    head = json.dumps(record | {"provenance": cache.provenance(0.0)}, indent=1)
-    text = ",\n".join(json.dumps(row) for some in known.values() for row in some.values())
-    lines = re.sub(r"\d+\.\d{6,}", lambda number: f"{float(number[0]):.5f}", text)
-    text = head.removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
-    cache.write_atomic(FILE, text.encode())
+    write(FILE, record, [row for some in known.values() for row in some.values()])
 
 
 def main() -> None:
@@ -466,8 +488,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write what the store has")
     args = parser.parse_args()
     if args.choose:
-        for name in args.networks:
-            choose(name, args.choose, PAIRS[: args.pairs])
+        chosen(args.networks, args.choose, args.pairs, args.save)
         return
     rows = []
     for cell in cells(args.networks, args.pairs, args.methods, args.curve_epochs):

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import os
 import site
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matchers import CASES, KNOWN, PAIRS, WHOLE, cosine, digest, pairs_of, settings, walk
+from matchers import CASES, KNOWN, PAIRS, WHOLE, cosine, digest, pairs_of, settings, walk, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -240,12 +239,7 @@ def main() -> None:
                         rows.append(measure(network, seeds, task, who, args.limit))
                         print(json.dumps(rows[-1]), flush=True)
     if args.save:
-        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        record = {"packages": PACKAGES, "epochs": EPOCHS, "rate": RATE, "collected": today}
-        head = json.dumps(record | {"provenance": cache.provenance(0.0)}, indent=1)
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        text = head.removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
-        cache.write_atomic(FILE, text.encode())
+        write(FILE, {"packages": PACKAGES, "epochs": EPOCHS, "rate": RATE}, rows)
     kept = {who: 0 for pair in OURS.items() for who in pair}
     for row in rows:
         kept[row["who"]] += row.get("change", 1) < 1e-4

@@ -56,10 +56,8 @@ def test_both_ends_move_by_their_own_slopes(frozen: bool) -> None:
     net, data, (a, b, _), sym = trained()
     net.requires_grad_(not frozen)
     pair, old = Pair(net, sym, a, b), sym.random(torch.Generator().manual_seed(1))
-    how, line = (
-        Descent("straight-through", both=True, soft=1.0),
-        curves.line(a, sym.permute(b, old)),
-    )
+    how = Descent("straight-through", both=True, soft=1.0)  # the matrix itself acts
+    line = curves.line(a, sym.permute(b, old))
     step = loss.MiddleStep(pair, line, {0: sym.identity(), 1: old}, how, data.train)
     x, y = next(data.train.batches(96))
     ((group, _),) = old.items()

@@ -16,7 +16,7 @@ from mcnotes.matching.bases import BasesMatching, Learn, match_bases
 from mcnotes.matching.certificate import Certificate, certify, duals
 from mcnotes.matching.diagnose import ENDS, FAULTS, Fault, Finding, diagnose
 from mcnotes.matching.frank_wolfe import frank_wolfe
-from mcnotes.matching.loss import ACTIONS, Descent, loss_matching, soft
+from mcnotes.matching.loss import ACTIONS, Action, Descent, loss_matching, soft
 from mcnotes.matching.many import match_many
 from mcnotes.matching.methods import EXACT, METHODS, SEARCHES, Matching, match
 from mcnotes.matching.pair import AlignmentError, Pair
@@ -31,6 +31,7 @@ __all__ = [
     "FAULTS",
     "METHODS",
     "SEARCHES",
+    "Action",
     "AlignmentError",
     "At",
     "BasesMatching",
