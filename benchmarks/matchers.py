@@ -353,6 +353,8 @@ def measure(cell: Cell) -> dict[str, Any]:
 
     row: dict[str, Any] = cache.values(config, compute)
     limit = {"bound": bound(name, (a, b))} if name in WHOLE else {}
+    by = [*settings(method).values()]
+    row |= {"descent": by} if by else {}
     return row | limit | {"width": lab.width, "provenance": cache.origin(config)}
 
 
@@ -434,11 +436,14 @@ def write(file: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> Non
 def save(rows: list[dict[str, Any]]) -> None:
     """Write the record that chapter 9 reads: one line for each row, and where it was computed.
 
-    Rows of the file that are not among them stay, if they are of the same two networks.
+    Rows of the file that are not among them stay, if they are of the same two networks and, where
+    a method descends, by today's settings.
     """
     old = json.loads(FILE.read_text("utf8"))
     known: dict[Any, dict[str, Any]] = {}
     for row in old["rows"]:
+        if row.get("descent", []) != [*settings(row["method"]).values()]:
+            continue
         known.setdefault((row["network"], *row["pair"]), {})[row["method"]] = row
     origins = []
     for place, some in itertools.groupby(sorted(rows, key=of_pair), of_pair):
@@ -459,7 +464,6 @@ def save(rows: list[dict[str, Any]]) -> None:
         "points": POINTS,
         "statistics": KNOWN,
         "steps": STEPS,
-        "descents": {name: action[1:] for name, action in matching.ACTIONS.items()},
     }
     for name in ("hardware", "torch", "commit"):
         record[name] = sorted({*old[name], *(origin[name] for origin in origins)})
