@@ -10,13 +10,13 @@ two networks by the hash of their parameters.
 
 For every row: the barrier and the lowest accuracy on the straight line (test images, BatchNorm
 recomputed on training images at every point), the mean correlation of matched units (training
-images), the cosine of the weights and (but for these two) a bound that no order exceeds
-(`certify`), the CPU seconds of the matching alone and the megabytes by which the process had to
-grow for it, the loss at the middle with the normalisation's statistics as they are mixed and mended
-(BatchNorm recomputed; REPAIR where there is none), and for TinyTen a short trained curve where
-`--curve-epochs` asks for one. No choice is made on test images: `--choose` tries settings of the
-two methods that descend by the validation loss at the middle, and ends; with `--save` it writes
-them to data/results/descents.json.
+images), the cosine of the weights and a bound that no order exceeds (`certify`), the CPU seconds of
+the matching alone and the megabytes by which the process had to grow for it, the loss at the middle
+with the normalisation's statistics as they are mixed and mended (BatchNorm recomputed; REPAIR where
+there is none), and with `--curves` what a trained Bézier curve reaches, after a quarter of the
+epochs that its ends had (where there are all methods, but for the two that take hours). No choice
+is made on test images: `--choose` tries settings of the methods that descend by the validation loss
+at the middle, and ends; with `--save` it puts them into data/results/descents.json.
 
 One line of JSON for each row, loaded from the store if it is there (so a run that was stopped goes
 on); the last line is JSON: the mean barriers. `--save` computes nothing: it writes the rows that
@@ -27,11 +27,14 @@ were measured before a column was added have none of it.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import datetime
+import gc
 import hashlib
 import itertools
 import json
+import math
 import re
 import statistics
 import time
@@ -243,9 +246,11 @@ def memory(reset: bool = False) -> int | None:
     """Bytes of memory of this process, at most since the last reset; None but for Linux."""
     try:
         if reset:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what is free would be used again unseen
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
-    except OSError:
+    except (OSError, AttributeError):
         return None
     return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", status)[0])
 
@@ -291,10 +296,15 @@ def digest(theta: Theta) -> str:
     return found.hexdigest()[:16]
 
 
-def cells(networks: list[str], pairs: int, methods: list[str], epochs: int) -> list[Cell]:
+def epochs_of_curve(name: str) -> int:
+    """A quarter of the epochs of its ends; none where only some methods are measured, or hours."""
+    return math.ceil(CASES[name][0].epochs / 4) if name in WHOLE else 0
+
+
+def cells(networks: list[str], pairs: int, methods: list[str], curved: bool) -> list[Cell]:
     """What is to be measured: network, pair of seeds, method, epochs of the curve."""
     return [
-        (name, pair, method, epochs if name == "TinyTen" else 0)
+        (name, pair, method, epochs_of_curve(name) if curved else 0)
         for method in methods
         for name in networks
         if method in FIRST or name in WHOLE + ASKED
@@ -352,10 +362,13 @@ def measure(cell: Cell) -> dict[str, Any]:
         return row
 
     row: dict[str, Any] = cache.values(config, compute)
-    limit = {"bound": bound(name, (a, b))} if name in WHOLE else {}
     by = [*settings(method).values()]
     row |= {"descent": by} if by else {}
-    return row | limit | {"width": lab.width, "provenance": cache.origin(config)}
+    return (
+        row
+        | {"bound": bound(name, (a, b))}
+        | {"width": lab.width, "provenance": cache.origin(config)}
+    )
 
 
 def choose(name: str, how: Descent, seeds: tuple[int, int]) -> dict[str, Any]:
@@ -478,10 +491,8 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="+", default=[*CALLS], choices=[*CALLS], metavar="METHOD"
     )
-    parser.add_argument("--pairs", type=int, default=len(PAIRS), help="of seeds, at most three")
-    parser.add_argument(
-        "--curve-epochs", type=int, default=0, help="of TinyTen's curves; default none"
-    )
+    parser.add_argument("--pairs", type=int, default=len(PAIRS), choices=[1, 2, 3], help="of seeds")
+    parser.add_argument("--curves", action="store_true", help="train a curve for each row, too")
     parser.add_argument(
         "--choose",
         nargs="+",
@@ -495,7 +506,7 @@ def main() -> None:
         chosen(args.networks, args.choose, args.pairs, args.save)
         return
     rows = []
-    for cell in cells(args.networks, args.pairs, args.methods, args.curve_epochs):
+    for cell in cells(args.networks, args.pairs, args.methods, args.curves):
         if args.save and not cache.origin(configuration(cell)):
             continue
         rows.append(measure(cell))

@@ -1,11 +1,12 @@
 """Packages of others on the pairs of `matchers.py` (chapter 9).
 
-`rebasin` matches weights (after Git Re-Basin), `sinkhorn-rebasin` descends by the loss at the
-middle through Sinkhorn matrices (its authors' own code; a rate of 0.1 and 20 epochs, as in their
-examples). Both come from PyPI. They share a name, so each has an environment of its own beneath
-`_build/peers`, which also sees what is installed here. Each is given the second network of a pair
-(`pair`), and a permuted copy of the first (`planted`); our methods by weights and by Sinkhorn
-matrices stand beside them.
+`rebasin` matches weights (after Git Re-Basin), `sinkhorn-rebasin` descends through Sinkhorn
+matrices (its authors' own code). Both come from PyPI. They share a name, so each has an environment
+of its own beneath `_build/peers`, which also sees what is installed here. Each is given the second
+network of a pair (`pair`), and a permuted copy of the first (`planted`); our methods by weights and
+by Sinkhorn matrices stand beside them. `sinkhorn-rebasin` has the losses, rates and lengths of its
+authors' examples, which differ by the kind of network: for a pair the loss on the line, for a copy
+the distance of the weights (`EXAMPLES`).
 
 For every row: whether what comes back still computes what it did (`change`: the largest difference
 of probabilities on test images; with BatchNorm a second time, its statistics recomputed), the
@@ -13,8 +14,9 @@ barrier on the straight line (so, too), the cosine of all parameters, for plante
 tensors are home again, and CPU seconds. What fails, or needs more than `--limit` seconds, has a row
 that says so.
 
-One line of JSON for each row, loaded from the store if it is there; `--save` writes them to
-data/results/peers.json. The last line is JSON: in how many rows the function was kept.
+One line of JSON for each row, loaded from the store if it is there; `--save` puts them into
+data/results/peers.json, in place of those of the same network, pair, task and method. The last line
+is JSON: in how many rows the function was kept.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ import time
 import venv
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matchers import CASES, KNOWN, PAIRS, WHOLE, cosine, digest, pairs_of, settings, walk, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mcnotes import cache, curves, evaluate, matching
@@ -52,47 +54,85 @@ PACKAGES = {  # what is installed, all without what it asks for, which is here
     "sinkhorn-rebasin": ["sinkhorn-rebasin==0.0.2", "torchviz==0.0.3", "graphviz==0.21"],
 }
 OURS = {"rebasin": "weights", "sinkhorn-rebasin": "sinkhorn"}  # what does the same here
-EPOCHS, RATE, BATCH = 20, 0.1, 100  # of sinkhorn-rebasin
+BATCH = 100  # images of a step of sinkhorn-rebasin
+
+
+class Example(NamedTuple):
+    """How an example of sinkhorn-rebasin descends: by which of its losses."""
+
+    loss: str
+    rate: float
+    length: int  # epochs; for a distance, which needs no images, steps at most
+
+
+# github.com/fagp/sinkhorn-rebasin, examples/main_lmc_*.py and main_alignment_*.py. Those end at
+# distance 0, or after 50 steps; here they may go on.
+EXAMPLES = {
+    "pair": {
+        "perceptron": Example("MidLoss", 0.1, 20),
+        "convolutional": Example("RndLoss", 0.1, 20),
+        "residual": Example("RndLoss", 0.1, 50),
+    },
+    "planted": {
+        "perceptron": Example("DistL2Loss", 0.1, 200),
+        "convolutional": Example("DistL1Loss", 10.0, 200),
+        "residual": Example("DistL1Loss", 10.0, 200),
+    },
+}
+KINDS = {"CNN": "convolutional", "TinyTen": "convolutional", "GoogLeNet": "convolutional"}
+KINDS |= {"ResNet20": "residual"}  # all others: perceptron
 IMAGES = 500  # on which functions are compared
 TASKS = ("pair", "planted")
 
 
-def by_weights(net_a: nn.Module, net_b: nn.Module, images: Split) -> nn.Module:
+def by_weights(net_a: nn.Module, net_b: nn.Module, images: Split, _: Example) -> nn.Module:
     """`rebasin`, which changes the second network."""
     from rebasin import PermutationCoordinateDescent  # type: ignore[import-not-found]
 
-    example, _ = next(images.batches(BATCH))
-    PermutationCoordinateDescent(net_a, net_b, example).rebasin()
+    x, _labels = next(images.batches(BATCH))
+    PermutationCoordinateDescent(net_a, net_b, x).rebasin()
     return net_b
 
 
-def by_descent(net_a: nn.Module, net_b: nn.Module, images: Split) -> nn.Module:
-    """`sinkhorn-rebasin`, by the loss half-way."""
-    from rebasin import RebasinNet
-    from rebasin.loss import MidLoss  # type: ignore[import-not-found]
+def by_descent(net_a: nn.Module, net_b: nn.Module, images: Split, how: Example) -> nn.Module:
+    """`sinkhorn-rebasin`, as in one of its examples."""
+    from rebasin import RebasinNet, loss
 
-    example, _ = next(images.batches(1))
-    moved = RebasinNet(net_b, input_shape=tuple(example.shape), permutation_type="broadcast")
-    loss_of = MidLoss(net_a, criterion=F.cross_entropy)
-    optimiser = torch.optim.AdamW(moved.p.parameters(), lr=RATE)
+    x, _labels = next(images.batches(1))
+    moved = RebasinNet(net_b, input_shape=tuple(x.shape), permutation_type="broadcast")
+    optimiser = torch.optim.AdamW(moved.p.parameters(), lr=how.rate)
+
+    def step(value: Tensor) -> None:
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+
     moved.train()
-    for _ in range(EPOCHS):
-        for x, labels in images.batches(BATCH):
-            loss = loss_of(moved(), x, labels)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+    if how.loss.startswith("Dist"):
+        moved.identity_init()
+        distance = getattr(loss, how.loss)(net_a)
+        for _ in range(how.length):
+            step(distance(moved()))
+            moved.eval()
+            if distance(moved()) == 0:
+                break
+            moved.train()
+    else:
+        on_line = getattr(loss, how.loss)(net_a, criterion=F.cross_entropy)
+        for _ in range(how.length):
+            for x, labels in images.batches(BATCH):
+                step(on_line(moved(), x, labels))
     moved.update_batchnorm(net_b)
     moved.eval()
     found: nn.Module = moved()
     return found
 
 
-RUNS: dict[str, Callable[[nn.Module, nn.Module, Split], nn.Module]]
-RUNS = {"rebasin": by_weights, "sinkhorn-rebasin": by_descent}
+Run = Callable[[nn.Module, nn.Module, Split, Example], nn.Module]
+RUNS: dict[str, Run] = {"rebasin": by_weights, "sinkhorn-rebasin": by_descent}
 
 
-def inside(peer: str, network: str, folder: Path) -> None:
+def inside(peer: str, network: str, task: str, folder: Path) -> None:
     """In the peer's environment: read both networks, move the second, write it."""
     torch.set_num_threads(1)
     lab = CASES[network][0]
@@ -105,10 +145,15 @@ def inside(peer: str, network: str, folder: Path) -> None:
     torch.manual_seed(0)
     start = time.process_time()
     with torch.enable_grad():
-        moved = RUNS[peer](nets[0], nets[1], images)
+        moved = RUNS[peer](nets[0], nets[1], images, example(network, task))
     seconds = round(time.process_time() - start, 3)
     found = {n: x.detach().clone().contiguous() for n, x in moved.state_dict().items()}
     save_file(found, folder / "moved.safetensors", metadata={"seconds": str(seconds)})
+
+
+def example(network: str, task: str) -> Example:
+    """Of sinkhorn-rebasin, for this kind of network."""
+    return EXAMPLES[task][KINDS.get(network, "perceptron")]
 
 
 def environment(peer: str) -> Path:
@@ -137,14 +182,16 @@ class Failure(Exception):
     """What went wrong with a package."""
 
 
-def ask(peer: str, network: str, a: Theta, b: Theta, limit: float) -> tuple[Theta, float]:
+def ask(
+    peer: str, network: str, task: str, a: Theta, b: Theta, limit: float
+) -> tuple[Theta, float]:
     """The second network as a peer moves it, and the CPU seconds. Raises Failure."""
     python = environment(peer)
     with tempfile.TemporaryDirectory() as folder:
         for name, theta in (("a", a), ("b", b)):
             whole = {n: x.contiguous() for n, x in theta.items()}
             save_file(whole, Path(folder) / f"{name}.safetensors")
-        call = [str(python), __file__, "--inside", peer, network, folder]
+        call = [str(python), __file__, "--inside", peer, network, task, folder]
         path = os.pathsep.join([str(cache.ROOT), os.environ.get("PYTHONPATH", "")])
         around = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         try:
@@ -189,11 +236,19 @@ def compare(network: str, pair: Pair, moved: Theta) -> dict[str, Any]:
     }
 
 
+def asked(peer: str, network: str, task: str) -> list[Any]:
+    """Of the key of a row: what a package is asked to do."""
+    descends = peer == "sinkhorn-rebasin"
+    how = example(network, task) if descends else EXAMPLES["pair"]["perceptron"]
+    named = [] if how.loss == "MidLoss" else [how.loss]
+    return [PACKAGES[peer], how.length, how.rate, BATCH, *named]
+
+
 def measure(network: str, seeds: tuple[int, int], task: str, who: str, limit: float) -> Any:
     """One row: loaded, or computed and kept; a failure is not kept. who: a peer, or our method."""
     lab, (a, b) = CASES[network][0], seeds
     peer = who in PACKAGES
-    how = [PACKAGES[who], EPOCHS, RATE, BATCH] if peer else [who, settings(who)]
+    how = asked(who, network, task) if peer else [who, settings(who)]
     config: dict[str, Any] = {"what": "peers", "ends": [lab.endpoint_config(s) for s in seeds]}
     config |= {"task": task, "who": how, "match_images": lab.match_images}
     config |= {"recomputed": KNOWN} if CASES[network][1] == "BatchNorm" else {}
@@ -205,7 +260,7 @@ def measure(network: str, seeds: tuple[int, int], task: str, who: str, limit: fl
             two = lab.sym.permute(one, lab.sym.random(torch.Generator().manual_seed(1000 + a)))
         pair, images = Pair(lab.net, lab.sym, one, two), lab.task.train.first(lab.match_images)
         if peer:
-            moved, seconds = ask(who, network, one, two, limit)
+            moved, seconds = ask(who, network, task, one, two, limit)
         else:
             moved, seconds = ours(who, pair, images, curve_seed(a, b))
         hashes = [digest(one), digest(two)]
@@ -217,18 +272,31 @@ def measure(network: str, seeds: tuple[int, int], task: str, who: str, limit: fl
         return row | {"error": str(failure)}
 
 
+def of_row(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What is measured but once."""
+    return row["network"], *row["pair"], row["task"], row["who"]
+
+
+def save(rows: list[dict[str, Any]]) -> None:
+    """Put the rows into the file; those that were not measured now stay."""
+    old = json.loads(FILE.read_text("utf8"))["rows"] if FILE.exists() else []
+    every = {of_row(row): row for row in [*old, *rows]}
+    ordered = sorted(every.values(), key=lambda row: WHOLE.index(row["network"]))
+    write(FILE, {"packages": PACKAGES, "examples": EXAMPLES, "kinds": KINDS}, ordered)
+
+
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--networks", nargs="+", default=[*WHOLE], choices=WHOLE, metavar="NAME")
-    parser.add_argument("--pairs", type=int, default=len(PAIRS), help="of seeds, at most three")
+    parser.add_argument("--pairs", type=int, default=len(PAIRS), choices=[1, 2, 3], help="of seeds")
     parser.add_argument("--limit", type=float, default=900, help="seconds for one row of a peer")
     parser.add_argument("--save", action="store_true", help=f"write {FILE.name}")
-    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--inside", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
-        peer, network, folder = args.inside
-        return inside(peer, network, Path(folder))
+        peer, network, task, folder = args.inside
+        return inside(peer, network, task, Path(folder))
     torch.set_num_threads(1)
     rows = []
     for network in args.networks:
@@ -239,7 +307,7 @@ def main() -> None:
                         rows.append(measure(network, seeds, task, who, args.limit))
                         print(json.dumps(rows[-1]), flush=True)
     if args.save:
-        write(FILE, {"packages": PACKAGES, "epochs": EPOCHS, "rate": RATE}, rows)
+        save(rows)
     kept = {who: 0 for pair in OURS.items() for who in pair}
     for row in rows:
         kept[row["who"]] += row.get("change", 1) < 1e-4
