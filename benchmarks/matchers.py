@@ -38,6 +38,7 @@ import math
 import re
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -276,16 +277,21 @@ def match(lab: Lab, a: Theta, b: Theta, method: str, seed: int) -> dict[str, Any
     return {"perm": perm} | found
 
 
+def of_bound(name: str, pair: tuple[int, int]) -> dict[str, Any]:
+    """All that the bound of a pair depends on."""
+    ends = [CASES[name][0].endpoint_config(seed) for seed in pair]
+    return {"what": "bench bound", "ends": ends, "steps": STEPS}
+
+
 def bound(name: str, pair: tuple[int, int]) -> float:
     """A number that the cosine of the weights exceeds in no order: of a pair of networks."""
     lab, (a, b) = CASES[name][0], pair
-    config = {"what": "bench bound", "ends": [lab.endpoint_config(s) for s in pair], "steps": STEPS}
 
     def compute() -> float:
         both = Pair(lab.net, lab.sym, lab.endpoint(a), lab.endpoint(b))
         return matching.certify(both, matching.frank_wolfe(both), steps=STEPS).bound
 
-    return float(cache.values(config, compute))
+    return float(cache.values(of_bound(name, pair), compute))
 
 
 def digest(theta: Theta) -> str:
@@ -343,6 +349,12 @@ def configuration(cell: Cell) -> dict[str, Any]:
     return config | ({"half": True} if name in LARGE else {})
 
 
+def measured(cell: Cell) -> bool:
+    """Whether the store has all of the row."""
+    name, pair, *_ = cell
+    return bool(cache.origin(configuration(cell)) and cache.origin(of_bound(name, pair)))
+
+
 def measure(cell: Cell) -> dict[str, Any]:
     """One cell: loaded, or computed and kept."""
     (name, (a, b), method, curve_epochs), config = cell, configuration(cell)
@@ -364,11 +376,8 @@ def measure(cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = cache.values(config, compute)
     by = [*settings(method).values()]
     row |= {"descent": by} if by else {}
-    return (
-        row
-        | {"bound": bound(name, (a, b))}
-        | {"width": lab.width, "provenance": cache.origin(config)}
-    )
+    row |= {"bound": bound(name, (a, b)), "width": lab.width}
+    return row | {"provenance": cache.origin(config)}
 
 
 def choose(name: str, how: Descent, seeds: tuple[int, int]) -> dict[str, Any]:
@@ -400,7 +409,12 @@ def chosen(networks: list[str], tried: list[Descent], pairs: int, keep: bool) ->
             rows.append(choose(name, how, seeds))
             print(json.dumps(rows[-1]), flush=True)
     if keep:
-        write(CHOICE, {"statistics": KNOWN}, rows)
+        write(CHOICE, {"statistics": KNOWN}, merged(contents(CHOICE)["rows"], rows, of_choice))
+
+
+def of_choice(row: dict[str, Any]) -> tuple[str, ...]:
+    """All of a row of `CHOICE` but what was reached."""
+    return tuple(str(value) for name, value in row.items() if name != "loss")
 
 
 def descent(text: str) -> Descent:
@@ -435,6 +449,25 @@ def same_networks(fresh: dict[str, dict[str, Any]], kept: dict[str, dict[str, An
     return known and same_line(fresh["identity"], kept["identity"])
 
 
+def contents(file: Path) -> dict[str, Any]:
+    """What a results file holds; nothing if there is none. Ends the program if it is broken."""
+    if not file.exists():
+        return {"rows": []}
+    try:
+        record: dict[str, Any] = json.loads(file.read_text("utf8"))
+        record["rows"] = [*record["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{file} is broken ({error}): move it away, then save again") from error
+    return record
+
+
+def merged(
+    old: list[dict[str, Any]], new: list[dict[str, Any]], what: Callable[[dict[str, Any]], Any]
+) -> list[dict[str, Any]]:
+    """All rows; the new ones come in place of those of the same `what`."""
+    return [*{what(row): row for row in [*old, *new]}.values()]
+
+
 def write(file: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """A results file: the record, when and where it was collected, and a line for each row."""
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
@@ -452,7 +485,7 @@ def save(rows: list[dict[str, Any]]) -> None:
     Rows of the file that are not among them stay, if they are of the same two networks and, where
     a method descends, by today's settings.
     """
-    old = json.loads(FILE.read_text("utf8"))
+    old = contents(FILE)
     known: dict[Any, dict[str, Any]] = {}
     for row in old["rows"]:
         if row.get("descent", []) != [*settings(row["method"]).values()]:
@@ -466,9 +499,11 @@ def save(rows: list[dict[str, Any]]) -> None:
                 print(json.dumps({"left out until it is whole": place}))
                 continue
             kept = {}
-        origins += [row.pop("provenance") for row in fresh.values()]
-        merged = kept | {m: joined(kept.get(m), row) for m, row in fresh.items()}
-        known[place] = {m: merged[m] for m in CALLS if m in merged}
+        for row in fresh.values():
+            origins.append(row.pop("provenance"))
+            row["commit"] = origins[-1]["commit"]  # of the code that took so many seconds
+        every = kept | {m: joined(kept.get(m), row) for m, row in fresh.items()}
+        known[place] = {m: every[m] for m in CALLS if m in every}
     record = {
         "methods": [*CALLS],
         "first": FIRST,
@@ -479,7 +514,7 @@ def save(rows: list[dict[str, Any]]) -> None:
         "steps": STEPS,
     }
     for name in ("hardware", "torch", "commit"):
-        record[name] = sorted({*old[name], *(origin[name] for origin in origins)})
+        record[name] = sorted({*old.get(name, []), *(origin[name] for origin in origins)})
     write(FILE, record, [row for some in known.values() for row in some.values()])
 
 
@@ -507,7 +542,7 @@ def main() -> None:
         return
     rows = []
     for cell in cells(args.networks, args.pairs, args.methods, args.curves):
-        if args.save and not cache.origin(configuration(cell)):
+        if args.save and not measured(cell):
             continue
         rows.append(measure(cell))
         shown = {n: rows[-1][n] for n in ("network", "pair", "method", "seconds")}

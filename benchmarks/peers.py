@@ -35,7 +35,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from matchers import CASES, KNOWN, PAIRS, WHOLE, cosine, digest, pairs_of, settings, walk, write
+from matchers import (
+    CASES,
+    KNOWN,
+    PAIRS,
+    WHOLE,
+    contents,
+    cosine,
+    digest,
+    merged,
+    pairs_of,
+    settings,
+    walk,
+    write,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -142,10 +155,13 @@ def inside(peer: str, network: str, task: str, folder: Path) -> None:
         net = copy.deepcopy(lab.net)
         net.load_state_dict(load_file(folder / f"{name}.safetensors"))
         nets.append(net.eval())
-    torch.manual_seed(0)
-    start = time.process_time()
+    run, how = RUNS[peer], example(network, task)
     with torch.enable_grad():
-        moved = RUNS[peer](nets[0], nets[1], images, example(network, task))
+        one, two = copy.deepcopy(nets)
+        run(one, two, images.first(BATCH), how._replace(length=1))  # so that all is imported
+        torch.manual_seed(0)
+        start = time.process_time()
+        moved = run(nets[0], nets[1], images, how)
     seconds = round(time.process_time() - start, 3)
     found = {n: x.detach().clone().contiguous() for n, x in moved.state_dict().items()}
     save_file(found, folder / "moved.safetensors", metadata={"seconds": str(seconds)})
@@ -251,6 +267,7 @@ def measure(network: str, seeds: tuple[int, int], task: str, who: str, limit: fl
     how = asked(who, network, task) if peer else [who, settings(who)]
     config: dict[str, Any] = {"what": "peers", "ends": [lab.endpoint_config(s) for s in seeds]}
     config |= {"task": task, "who": how, "match_images": lab.match_images}
+    config |= {"clock": "warm"} if peer else {}
     config |= {"recomputed": KNOWN} if CASES[network][1] == "BatchNorm" else {}
     row = {"network": network, "pair": [a, b], "task": task, "who": who}
 
@@ -279,9 +296,8 @@ def of_row(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def save(rows: list[dict[str, Any]]) -> None:
     """Put the rows into the file; those that were not measured now stay."""
-    old = json.loads(FILE.read_text("utf8"))["rows"] if FILE.exists() else []
-    every = {of_row(row): row for row in [*old, *rows]}
-    ordered = sorted(every.values(), key=lambda row: WHOLE.index(row["network"]))
+    every = merged(contents(FILE)["rows"], rows, of_row)
+    ordered = sorted(every, key=lambda row: WHOLE.index(row["network"]))
     write(FILE, {"packages": PACKAGES, "examples": EXAMPLES, "kinds": KINDS}, ordered)
 
 

@@ -59,3 +59,62 @@ def test_rows_of_other_networks_do_not_stay(bench: ModuleType) -> None:
     assert [*saved(bench, [*old, row("cca", 1.0)], first)] == [
         m for m in bench.CALLS if m in bench.FIRST
     ]
+
+
+def test_a_row_names_the_commit_of_its_seconds(bench: ModuleType) -> None:
+    rows = saved(bench, [row("identity", 2.0), row("weights", 1.0)], [row("identity", 2.0)])
+    assert rows["identity"]["commit"] == "c"
+    assert "commit" not in rows["weights"], "it was not measured again"
+
+
+def test_settings_that_were_not_tried_again_stay(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "CHOICE", tmp_path / "descents.json")
+
+    def choose(name: str, how: Any, pair: tuple[int, int]) -> dict[str, Any]:
+        tried = {"network": name, "pair": [*pair], "method": how.action, "loss": how.lr}
+        tried.update(bench.numbers(how.settings))
+        return tried
+
+    monkeypatch.setattr(bench, "choose", choose)
+    for text in ("sinkhorn,1,0.3,0.5", "sinkhorn,2,0.3,0.3", "sinkhorn,1,0.3,0.5"):
+        bench.chosen(["MLP 8"], [bench.descent(text)], 1, keep=True)
+    rows = json.loads(bench.CHOICE.read_text())["rows"]
+    assert [row["scale"] for row in rows] == [1.0, 2.0]
+
+
+def test_rows_of_other_packages_that_were_not_measured_again_stay(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = importlib.import_module("peers")
+    monkeypatch.setattr(peers, "FILE", tmp_path / "peers.json")
+    some = {"pair": [1, 2], "task": "pair", "who": "rebasin"}
+    peers.save([some | {"network": "TinyTen", "barrier": 1.0}])
+    peers.save([some | {"network": "MLP 8", "barrier": 2.0}])
+    peers.save([some | {"network": "TinyTen", "barrier": 3.0}])
+    rows = json.loads(peers.FILE.read_text())["rows"]
+    assert [(row["network"], row["barrier"]) for row in rows] == [("TinyTen", 3.0), ("MLP 8", 2.0)]
+
+
+def test_a_broken_results_file_is_not_written_over(bench: ModuleType) -> None:
+    bench.FILE.write_text('{"rows": [')
+    with pytest.raises(SystemExit, match=r"is broken .*move it away"):
+        bench.save([])
+    assert bench.FILE.read_text() == '{"rows": ['
+
+
+def test_what_the_store_lacks_a_part_of_is_not_saved(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `--save` would compute it."""
+    cell = ("MLP 8", (1, 2), "identity", 0)
+    there = {json.dumps(bench.configuration(cell), sort_keys=True)}
+
+    def origin(config: Any) -> dict[str, Any]:
+        return {"commit": "c"} if json.dumps(config, sort_keys=True) in there else {}
+
+    monkeypatch.setattr(bench.cache, "origin", origin)
+    assert not bench.measured(cell), "without its bound"
+    there.add(json.dumps(bench.of_bound("MLP 8", (1, 2)), sort_keys=True))
+    assert bench.measured(cell)
