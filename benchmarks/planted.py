@@ -14,8 +14,8 @@ One line of JSON for each trial; the last line is JSON: recovered, of how many. 
 `--trials` of each kind (network, noise and method), or after `--minutes` of processor time.
 
 What is in data/results/planted.json is not lost. A run starts anew, and takes the file's place once
-it has no fewer trials of any kind; if the file is of another configuration (networks, noise,
-methods, images), also not before it is whole. Else the file stays as it is, and the run says so.
+it has no fewer trials of any kind; if the file is of another configuration (networks, jitter,
+noise, methods, images), also not before it is whole. Else the file stays, and the run says so.
 `--resume` goes on from the file and writes it whenever each kind has one more trial. It refuses a
 file of another configuration; a file that is broken is refused always.
 """
