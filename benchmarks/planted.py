@@ -10,23 +10,30 @@ A trial counts as recovered if every unit is home again, up to two kinds of unit
 *twins*, whose exchange leaves the network's parameters as they are; and, for activations, units
 that are *dead*: constant on all images, so that nothing can be known of them.
 
-One line of JSON for each trial; data/results/planted.json is written every few trials, and
-`--resume` goes on from it. It ends after `--minutes` of processor time, with as many trials of each
-kind as there were; their number is in the file. The last line is JSON: recovered, of how many.
+One line of JSON for each trial; the last line is JSON: recovered, of how many. A run ends with
+`--trials` of each kind (network, noise and method), or after `--minutes` of processor time.
+
+What is in data/results/planted.json is not lost. A run starts anew, and takes the file's place once
+it has no fewer trials of any kind; if the file is of another configuration (networks, jitter,
+noise, methods, images), also not before it is whole. Else the file stays, and the run says so.
+`--resume` goes on from the file and writes it whenever each kind has one more trial. It refuses a
+file of another configuration; a file that is broken is refused always.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
 import torch
-from matchers import Transformer
+from matchers import Transformer, write
 from torch import nn
 
 from mcnotes import cache, evaluate, matching, models, symmetry, train
@@ -40,6 +47,9 @@ FILE = cache.ROOT / "data" / "results" / "planted.json"
 METHODS = ("activations", "weights", "frank-wolfe")
 NOISE = (0.0, 0.01)  # of each weight tensor's deviation
 IMAGES = 64
+SCALES, SHIFT = (0.75, 1.25), 0.1  # of the jitter: uniform factors, a normal deviation
+ORIGIN = ("hardware", "torch", "commit")  # where trials were computed
+Tally = dict[str, Any]
 KINDS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and each how-manieth pixel it sees
     "ResNet20": (lambda: models.build("resnet20", num_classes=10, in_channels=1, width=16), 2),
     "ResNet32": (lambda: models.build("resnet32", num_classes=10, in_channels=1, width=16), 2),
@@ -52,9 +62,10 @@ def start(net: nn.Module, images: Split, seed: int) -> Theta:
     """A fresh network, its one-dimensional parameters jittered, its BatchNorm seen `images`."""
     g = torch.Generator().manual_seed(seed)
     names = {name for name, x in net.named_parameters() if x.dim() == 1}
+    low, high = SCALES
     theta = {
-        n: x * (0.75 + 0.5 * torch.rand(x.shape, generator=g))
-        + 0.1 * torch.randn(x.shape, generator=g)
+        n: x * (low + (high - low) * torch.rand(x.shape, generator=g))
+        + SHIFT * torch.randn(x.shape, generator=g)
         if n in names
         else x
         for n, x in train.initialise(net, seed).items()
@@ -91,8 +102,8 @@ def trial(
     """Plant, match, compare: whether all units are home, and the names of those that cannot be."""
     theta = start(net, images, seed)
     planted = sym.random(torch.Generator().manual_seed(1000 + seed))
-    copy = sym.permute(noisy(theta, noise, 2000 + seed), planted)
-    pair, begun = Pair(net, sym, theta, copy), time.process_time()
+    shuffled = sym.permute(noisy(theta, noise, 2000 + seed), planted)
+    pair, begun = Pair(net, sym, theta, shuffled), time.process_time()
     perm, dead = match(pair, images, method)
     seconds = time.process_time() - begun
     home = sym.compose(planted, perm)
@@ -114,7 +125,7 @@ def trial(
     }
 
 
-def take(tally: dict[str, Any], row: dict[str, Any]) -> None:
+def take(tally: Tally, row: dict[str, Any]) -> None:
     """Add a trial to the tally of its network, noise and method."""
     seed = str(row["seed"])
     tally["seconds"] = (tally["seconds"] * tally["trials"] + row["seconds"]) / (tally["trials"] + 1)
@@ -128,36 +139,93 @@ def take(tally: dict[str, Any], row: dict[str, Any]) -> None:
             tally[kind][seed] = row[kind]
 
 
-def loaded(resume: bool) -> list[dict[str, Any]]:
-    """A tally for each network, noise and method: from the file, or empty."""
-    stored = json.loads(FILE.read_text("utf8"))["rows"] if resume and FILE.exists() else []
-    known = {(row["network"], row["noise"], row["method"]): row for row in stored}
+def configuration() -> dict[str, Any]:
+    """All that trials depend on besides their seeds and the code, as the file has it."""
+    networks = {
+        name: {"parameters": sum(x.numel() for x in build().parameters()), "stride": k}
+        for name, (build, k) in KINDS.items()
+    }
+    found = {"networks": networks, "noise": NOISE, "methods": METHODS, "images": IMAGES}
+    found |= {"scales": SCALES, "shift": SHIFT}
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def kind(tally: Tally) -> tuple[str, float, str]:
+    """The network, noise and method."""
+    return tally["network"], tally["noise"], tally["method"]
+
+
+def blank() -> list[Tally]:
+    """A tally without trials for each network, noise and method."""
     tallies = []
     for network, noise, method in product(KINDS, NOISE, METHODS):
-        empty: dict[str, Any] = {"network": network, "noise": noise, "method": method}
+        empty: Tally = {"network": network, "noise": noise, "method": method}
         empty |= {"trials": 0, "recovered": 0, "seconds": 0.0}
-        empty |= {"failed": {}, "twins": {}, "dead": {}}
-        tallies.append(known.get((network, noise, method), empty))
+        tallies.append(empty | {"failed": {}, "twins": {}, "dead": {}})
     return tallies
 
 
-def save(tallies: list[dict[str, Any]]) -> None:
-    """Write the record, a line for each tally, and where it was computed."""
-    spent = sum(tally["seconds"] * tally["trials"] for tally in tallies)  # by the matching alone
-    record = {"noise": NOISE, "images": IMAGES, "provenance": cache.provenance(spent)}
-    lines = ",\n".join(json.dumps(tally) for tally in tallies)
-    text = json.dumps(record, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
-    cache.write_atomic(FILE, text.encode())
+def stored() -> dict[str, Any] | None:
+    """The results file; None if there is none. One that is broken ends the program."""
+    if not FILE.exists():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(FILE.read_text("utf8"))
+        kinds = [*product(record["networks"], record["noise"], record["methods"])]
+        if [kind(row) for row in record["rows"]] != kinds:
+            raise ValueError("its rows are not those of its networks, noise and methods")
+        for row in record["rows"]:
+            if row.keys() != blank()[0].keys():
+                raise ValueError(f"the columns of {kind(row)} are not those of today")
+            if row["recovered"] + len(row["failed"]) != row["trials"]:
+                raise ValueError(f"the trials of {kind(row)} do not add up")
+        if missing := [name for name in ORIGIN if not isinstance(record[name], list)]:
+            raise ValueError(f"{missing[0]} is no list")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise SystemExit(
+            f"planted: {FILE} cannot be read: {why}. Fix: restore the file, or move it away"
+        ) from None
+    return record
 
 
-def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--trials", type=int, default=100, help="of each kind")
-    parser.add_argument("--minutes", type=float, default=30, help="of processor time, at most")
-    parser.add_argument("--resume", action="store_true", help="go on from the results file")
-    args = parser.parse_args()
-    tallies = loaded(args.resume)
+def changed(old: dict[str, Any]) -> list[str]:
+    """Where the file's configuration is not today's."""
+    return [name for name, value in configuration().items() if old.get(name) != value]
+
+
+def resumed(old: dict[str, Any]) -> list[Tally]:
+    """The file's tallies, to go on from; a file of another configuration ends the program."""
+    if names := changed(old):
+        raise SystemExit(
+            f"planted: the trials in {FILE} are of other {', '.join(names)} than today's. "
+            "Fix: go back to those, or start anew, without --resume"
+        )
+    tallies: list[Tally] = copy.deepcopy(old["rows"])
+    return tallies
+
+
+def replaces(tallies: list[Tally], old: dict[str, Any] | None, trials: int) -> bool:
+    """Whether these tallies may take the place of the file: nothing must be lost."""
+    if old is None:
+        return True
+    counts: dict[Any, int] = {kind(tally): tally["trials"] for tally in tallies}
+    before: dict[Any, int] = {kind(row): row["trials"] for row in old["rows"]}
+    if not changed(old):
+        return all(counts[name] >= count for name, count in before.items())
+    return min(counts.values()) >= max(trials, *before.values())
+
+
+def save(tallies: list[Tally], before: dict[str, Any] | None) -> None:
+    """Write the record, a line for each tally. before: the file that the trials go on from."""
+    here = cache.provenance(0.0)
+    origin = {n: sorted({here[n], *(before[n] if before else ())}) for n in ORIGIN}
+    write(FILE, configuration() | origin, tallies)
+
+
+def run(tallies: list[Tally], trials: int, minutes: float) -> Iterator[bool]:
+    """Add trials to tallies; after each seed, and at the end, whether there are more of them."""
     built = {name: build() for name, (build, _) in KINDS.items()}
     some = Experiment().task.train.first(IMAGES)
     seen = {
@@ -165,25 +233,51 @@ def main() -> None:
         for n, (_, k) in KINDS.items()
     }
     syms = {n: symmetry.find(net, next(seen[n].batches(2))[0]) for n, net in built.items()}
-    for seed in range(args.trials):
+    for seed in range(min(tally["trials"] for tally in tallies), trials):
+        more = False
         for tally in (t for t in tallies if t["trials"] == seed):
-            if time.process_time() > 60 * args.minutes:
-                break
-            name = tally["network"]
-            row = trial(
-                name, built[name], syms[name], seen[name], tally["noise"], seed, tally["method"]
-            )
+            if time.process_time() > 60 * minutes:
+                yield more
+                return
+            name, noise, method = kind(tally)
+            row = trial(name, built[name], syms[name], seen[name], noise, seed, method)
             take(tally, row)
+            more = True
             print(json.dumps({n: x for n, x in row.items() if n != "dead"}), flush=True)
-        else:
-            save(tallies)
-            continue
-        break
-    save(tallies)
+        yield more
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--trials", type=int, default=100, help="of each kind; default 100")
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="of processor time, at most; default 30"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the results file, if there is one"
+    )
+    args = parser.parse_args()
+    old = stored()
+    before = old if args.resume else None
+    tallies = resumed(before) if before else blank()
+    saved = False
+    for more in run(tallies, args.trials, args.minutes):
+        if more and replaces(tallies, old, args.trials):
+            save(tallies, before)
+            saved = True
+    if not saved:
+        here = min(tally["trials"] for tally in tallies)
+        there = max(row["trials"] for row in old["rows"]) if old else 0
+        print(
+            f"planted: {FILE} stays as it is: it has {there} trials of each kind, this run {here}, "
+            f"and {args.trials} were asked for",
+            file=sys.stderr,
+        )
     summary = {}
     for t in tallies:
-        kind = f"{t['network']}, noise {t['noise']}, {t['method']}"
-        summary[kind] = f"{t['recovered']} of {t['trials']}"
+        name = f"{t['network']}, noise {t['noise']}, {t['method']}"
+        summary[name] = f"{t['recovered']} of {t['trials']}"
     print(json.dumps(summary))
 
 

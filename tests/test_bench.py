@@ -1,4 +1,4 @@
-"""The results file of the bench: what stays in it when rows are measured again."""
+"""The results files of the bench: what stays in them when rows are measured again."""
 
 import importlib
 import json
@@ -8,17 +8,22 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import nn
 
 from mcnotes import cache
 
 
+def module(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A program of `benchmarks/`, with a results file of its own."""
+    monkeypatch.setattr(sys, "path", [str(cache.ROOT / "benchmarks"), *sys.path])
+    found = importlib.import_module(name)
+    monkeypatch.setattr(found, "FILE", tmp_path / f"{name}.json")
+    return found
+
+
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """`benchmarks/matchers.py`, with a results file of its own."""
-    monkeypatch.setattr(sys, "path", [str(cache.ROOT / "benchmarks"), *sys.path])
-    module = importlib.import_module("matchers")
-    monkeypatch.setattr(module, "FILE", tmp_path / "matchers.json")
-    return module
+    return module("matchers", tmp_path, monkeypatch)
 
 
 def row(method: str, loss: float, **more: Any) -> dict[str, Any]:
@@ -85,10 +90,9 @@ def test_settings_that_were_not_tried_again_stay(
 
 
 def test_rows_of_other_packages_that_were_not_measured_again_stay(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peers = importlib.import_module("peers")
-    monkeypatch.setattr(peers, "FILE", tmp_path / "peers.json")
+    peers = module("peers", tmp_path, monkeypatch)
     some = {"pair": [1, 2], "task": "pair", "who": "rebasin"}
     peers.save([some | {"network": "TinyTen", "barrier": 1.0}])
     peers.save([some | {"network": "MLP 8", "barrier": 2.0}])
@@ -118,3 +122,130 @@ def test_what_the_store_lacks_a_part_of_is_not_saved(
     assert not bench.measured(cell), "without its bound"
     there.add(json.dumps(bench.of_bound("MLP 8", (1, 2)), sort_keys=True))
     assert bench.measured(cell)
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(49, 4), nn.ReLU(), nn.Linear(4, 10))
+
+
+def one_trial(name: str, *of: Any) -> dict[str, Any]:
+    """In place of a planted permutation: recovered, in no time."""
+    *_, noise, seed, method = of
+    found = {"network": name, "noise": noise, "method": method, "seed": seed, "whole": True}
+    return found | {"astray": 0, "twins": {}, "dead": {}, "seconds": 0.0}
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`benchmarks/planted.py` for two tiny networks, four trials of each kind in its file."""
+    found = module("planted", tmp_path, monkeypatch)
+    monkeypatch.setattr(found, "KINDS", {"one": (tiny, 4), "two": (tiny, 4)})
+    monkeypatch.setattr(found, "METHODS", ("weights",))
+    monkeypatch.setattr(found, "trial", one_trial)
+    called(found, monkeypatch, "--trials", "4", "--minutes", "inf")
+    return found
+
+
+def called(program: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
+    """The file after a run with these words."""
+    monkeypatch.setattr(sys, "argv", ["planted.py", *words])
+    program.main()
+    record: dict[str, Any] = json.loads(program.FILE.read_text())
+    return record
+
+
+def trials(record: dict[str, Any]) -> list[int]:
+    return [row["trials"] for row in record["rows"]]
+
+
+@pytest.mark.parametrize("change", [{}, {"IMAGES": 8}])
+@pytest.mark.parametrize(
+    "words", [("--minutes", "0"), ("--trials", "3", "--minutes", "inf")], ids=["stopped", "fewer"]
+)
+def test_fewer_trials_do_not_take_the_place_of_more(
+    planted: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    change: dict[str, Any],
+) -> None:
+    before = planted.FILE.read_bytes()
+    for name, value in change.items():
+        monkeypatch.setattr(planted, name, value)
+    called(planted, monkeypatch, *words)
+    assert planted.FILE.read_bytes() == before
+    assert "stays as it is: it has 4 trials of each kind" in capsys.readouterr().err
+
+
+def test_a_run_of_another_configuration_takes_the_place_once_it_is_whole(
+    planted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planted, "IMAGES", 8)
+    seen = []
+
+    def watched(*of: Any) -> dict[str, Any]:
+        seen.append(json.loads(planted.FILE.read_text())["images"])
+        return one_trial(*of)
+
+    monkeypatch.setattr(planted, "trial", watched)
+    record = called(planted, monkeypatch, "--trials", "5", "--minutes", "inf")
+    assert trials(record) == [5] * 4
+    assert record["images"] == 8
+    assert set(seen) == {64}, "until the last trial"
+
+
+def test_more_trials_name_all_commits(planted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.loads(planted.FILE.read_text())
+    planted.FILE.write_text(json.dumps(record | {"commit": ["old"]}))
+    before = planted.FILE.read_bytes()
+    called(planted, monkeypatch, "--trials", "4", "--resume")
+    assert planted.FILE.read_bytes() == before, "no trial came, so no commit"
+    record = called(planted, monkeypatch, "--trials", "6", "--resume", "--minutes", "inf")
+    assert trials(record) == [6] * 4
+    assert "old" in record["commit"]
+    assert len(record["commit"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [("IMAGES", 8, "images"), ("KINDS", {"one": (tiny, 4)}, "networks"), ("SHIFT", 0.2, "shift")],
+)
+def test_trials_of_another_configuration_are_not_gone_on_from(
+    planted: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, word: str
+) -> None:
+    before = planted.FILE.read_bytes()
+    monkeypatch.setattr(planted, name, value)
+    monkeypatch.setattr(planted, "run", None)  # before any work
+    with pytest.raises(SystemExit, match=f"are of other {word} than today's"):
+        called(planted, monkeypatch, "--resume")
+    assert planted.FILE.read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [(), ("--resume",)])
+@pytest.mark.parametrize(
+    ("break_it", "why"),
+    [
+        (lambda text: text[:-9], "Expecting"),
+        (lambda text: "[]", "list indices"),
+        (lambda text: "{}", "it lacks 'networks'"),
+        (lambda text: text.replace('"recovered": 4', '"recovered": 3'), "do not add up"),
+        (lambda text: text.replace('"network": "two"', '"network": "six"'), "rows are not"),
+    ],
+)
+def test_a_broken_file_is_refused_in_one_sentence(
+    planted: ModuleType, monkeypatch: pytest.MonkeyPatch, break_it: Any, why: str, words: Any
+) -> None:
+    planted.FILE.write_text(break_it(planted.FILE.read_text()))
+    before = planted.FILE.read_bytes()
+    monkeypatch.setattr(planted, "run", None)
+    with pytest.raises(SystemExit, match=f"cannot be read: .*{why}.*Fix: restore the file"):
+        called(planted, monkeypatch, *words)
+    assert planted.FILE.read_bytes() == before
+
+
+def test_the_results_file_is_of_todays_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(cache.ROOT / "benchmarks"), *sys.path])
+    program = importlib.import_module("planted")
+    assert program.changed(program.stored()) == []
