@@ -4,7 +4,6 @@ Weight matching ends where no group alone can be ordered better. It may still he
 units at a small loss, if another group can then be ordered so that more is won.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,6 +31,8 @@ def polish(pair: Pair, perm: Perm, *, tries: int = 50, sweeps: int = 100) -> Per
     given = {"pair": pair, "tries": tries, "sweeps": sweeps}
     require("polish", given, PAIRED | {"tries": whole(0), "sweeps": whole(1)})
     here = _Order.of(pair, pair.sym.complete(perm))
+    if not pair.sym.groups:
+        return here.perm
     for _ in range(sweeps):
         if (better := here.better(tries)) is None:
             break
@@ -51,22 +52,21 @@ def best_of_starts(pair: Pair, search: Search, starts: int, seed: int) -> Perm:
 
 
 class _Order(NamedTuple):
-    """Where the units of B stand, and how well that agrees with A."""
+    """Where the units of B stand, and how well that agrees with A: see `weights.compared`."""
 
     sym: Symmetry
     fixed: Theta
     perm: Perm
     here: Theta
     value: float
+    enough: float  # what must be gained
 
     @classmethod
     def of(cls, pair: Pair, perm: Perm) -> "_Order":
-        fixed = weights.reference(pair)
-        here = pair.sym.permute(weights.in_float64(pair.theta_b), perm)
+        a, b = weights.compared(pair, "polish")
+        fixed, here = {n: a.theta[n] for n in pair.names}, pair.sym.permute(b.theta, perm)
         value = float(weights.agreement(fixed, here))
-        if not math.isfinite(value):
-            raise ValueError("polish: weights of a network are not finite. Fix: look for NaN in it")
-        return cls(pair.sym, fixed, perm, here, value)
+        return cls(pair.sym, fixed, perm, here, value, weights.ENOUGH * sum(a.reach(b).values()))
 
     def after(self, step: Perm) -> "_Order":
         """The order after one step more."""
@@ -102,7 +102,7 @@ class _Order(NamedTuple):
 
     def better(self, tries: int) -> "_Order | None":
         """After exchanges that gain; else after one of the least bad, and others that make up."""
-        above = self.value + 1e-9 * abs(self.value)
+        above = self.value + self.enough
         if found := self.exchanged(above):
             return found
         for name, i, j in _least_bad(self.gains(), tries):
