@@ -171,6 +171,16 @@ def test_large_weights_of_one_layer_do_not_hide_those_of_another() -> None:
     assert same(sym.compose(planted, perm), sym.identity())
 
 
+@pytest.mark.parametrize("how", [matching.weight_matching, BY_WEIGHTS["polish"]])
+def test_a_large_unit_that_stays_does_not_hide_the_others(how: Callable[[Pair], Perm]) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    theta, sym = train.initialise(net, 1), symmetry.find(net, torch.rand(2, 4))
+    theta["0.bias"][0] = 1e6
+    planted = {name: torch.tensor([0, 2, 1, 4, 5, 3]) for name in sym.groups}
+    perm = how(Pair(net, sym, theta, sym.permute(theta, planted)))
+    assert same(sym.compose(planted, perm), sym.identity())
+
+
 def test_units_that_are_all_alike_stay() -> None:
     """Nothing tells them apart, and rounding must not."""
     net = plain()

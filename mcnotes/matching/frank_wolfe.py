@@ -30,7 +30,7 @@ from mcnotes.matching.assignment import Bundle, assign, bundles, solve
 from mcnotes.matching.pair import PAIRED, Pair, magnitude, scaled
 from mcnotes.symmetry import Perm, Symmetry
 
-ENOUGH = 1e-7  # of the largest agreement that an order could bring: what a step must gain
+ENOUGH = 1e-7  # of the product of the lengths (`weights.Movable`): what a step must gain
 
 
 def frank_wolfe(pair: Pair, *, start: Perm | None = None, steps: int = 100) -> Perm:

@@ -59,14 +59,13 @@ class _Order(NamedTuple):
     perm: Perm
     here: Theta
     value: float
-    enough: float  # what must be gained
 
     @classmethod
     def of(cls, pair: Pair, perm: Perm) -> "_Order":
         a, b = weights.compared(pair, "polish")
         fixed, here = {n: a.theta[n] for n in pair.names}, pair.sym.permute(b.theta, perm)
         value = float(weights.agreement(fixed, here))
-        return cls(pair.sym, fixed, perm, here, value, weights.ENOUGH * sum(a.reach(b).values()))
+        return cls(pair.sym, fixed, perm, here, value)
 
     def after(self, step: Perm) -> "_Order":
         """The order after one step more."""
@@ -90,28 +89,31 @@ class _Order(NamedTuple):
             found[name] = slope + slope.T - kept - kept[:, None]
         return found
 
-    def exchanged(self, above: float) -> "_Order | None":
-        """After exchanges in one group, if they bring the value above this; else None."""
+    def betters(self, other: "_Order") -> bool:
+        """Does it agree with A better than another order, by more than rounding?"""
+        return weights.gains(self.fixed, other.here, self.here)
+
+    def exchanged(self, start: "_Order") -> "_Order | None":
+        """After exchanges in one group, if they make it better than `start`; else None."""
         offers = [(name, *_exchanges(gains)) for name, gains in self.gains().items()]
         for name, step, gain in sorted(offers, key=lambda offer: -offer[2]):
-            if self.value + gain <= above:
+            if self.value + gain <= start.value:
                 return None
-            if (found := self.after({name: step})).value > above:
+            if (found := self.after({name: step})).betters(start):
                 return found
         return None
 
     def better(self, tries: int) -> "_Order | None":
         """After exchanges that gain; else after one of the least bad, and others that make up."""
-        above = self.value + self.enough
-        if found := self.exchanged(above):
+        if found := self.exchanged(self):
             return found
         for name, i, j in _least_bad(self.gains(), tries):
             swap = permutations.identity(self.sym.groups[name].size)
             swap[[i, j]] = swap[[j, i]]
             moved = self.after({name: swap})
-            if moved.value > above:  # its gain was not exact
+            if moved.betters(self):  # its gain was not exact
                 return moved
-            if found := moved.exchanged(above):
+            if found := moved.exchanged(self):
                 return found
         return None
 

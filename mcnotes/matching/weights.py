@@ -13,10 +13,11 @@ from mcnotes.curves import Theta
 from mcnotes.matching import doubly_stochastic
 from mcnotes.matching.assignment import Bundle, bundles, solve
 from mcnotes.matching.pair import PAIRED, Pair, magnitude, scaled
-from mcnotes.symmetry import Perm, Symmetry
+from mcnotes.symmetry import Perm, Symmetry, permutations
 
 Agreement = Callable[[Theta], Tensor]  # ⟨θ_A, θ⟩ [], float64
-ENOUGH = 1e-9  # of the largest agreement that an order could bring: what a change must gain
+ENOUGH = 1e-9  # of the sum of what rises and what falls: what a change must gain
+LONGEST = 30  # times what is not constant: how long a network counts in what is enough
 CONSTANT = 100  # times as long as the rest: what is the same in every order is left out
 
 
@@ -42,7 +43,7 @@ def weight_matching(
     sym, parts = pair.sym, _named(bundles(pair.sym), only)
     alone = {bundle.name: symmetry_of(sym, bundle) for bundle in parts}
     a, b = compared(pair, "weight_matching")
-    fixed, reach = {name: a.theta[name] for name in pair.names}, a.reach(b)
+    fixed = {name: a.theta[name] for name in pair.names}
     generator = torch.Generator().manual_seed(seed)
     perm = sym.identity() if start is None else sym.complete(start)
     here = sym.permute(b.theta, perm)
@@ -52,10 +53,10 @@ def weight_matching(
             own = alone[parts[k].name]
             near = {name: here[name] for name in own.shapes}
             step = best_order(own, parts[k], near, partial(agreement, fixed))
+            if all(torch.equal(p, permutations.identity(len(p))) for p in step.values()):
+                continue
             moved = own.permute(near, step)
-            gain = float(agreement(fixed, moved) - agreement(fixed, near))
-            # Of the tensors that move alone: what others bring must not hide it.
-            if gain > ENOUGH * sum(reach[name] for name in near if name in reach):
+            if gains(fixed, near, moved):
                 perm, here, gained = sym.compose(perm, step), here | moved, True
         if not gained:
             break
@@ -119,16 +120,7 @@ class Movable(NamedTuple):
     """
 
     theta: Theta  # in float64
-    lengths: dict[str, float]  # by parameter, the norm of what is not constant
-
-    def reach(self, other: "Movable") -> dict[str, float]:
-        """By parameter, the largest agreement with another network that an order could bring."""
-        return {name: x * other.lengths[name] for name, x in self.lengths.items()}
-
-    @property
-    def length(self) -> float:
-        """The norm of what is not constant in any parameter."""
-        return math.hypot(*self.lengths.values())
+    length: float  # the norm of the parameters, at most `LONGEST` times what is not constant
 
 
 def movable(sym: Symmetry, names: Collection[str], theta: Theta) -> Movable:
@@ -136,8 +128,7 @@ def movable(sym: Symmetry, names: Collection[str], theta: Theta) -> Movable:
 
     The constant part is the mean over all orders, in which each unit stands everywhere alike.
     """
-    even = {name: doubly_stochastic.even(g.size) for name, g in sym.groups.items()}
-    means, out, lengths = sym.apply_matrices(theta, even), dict(theta), dict[str, float]()
+    means, out, lengths = _means(sym, names, theta), dict(theta), list[float]()
     for name in names:
         rest, constant = theta[name] - means[name], float(means[name].norm())
         length = float(rest.norm())
@@ -145,8 +136,22 @@ def movable(sym: Symmetry, names: Collection[str], theta: Theta) -> Movable:
             rest, length = torch.zeros_like(rest), 0.0  # but for rounding, units are all alike
         if constant > CONSTANT * length:
             out[name] = rest
-        lengths[name] = length
-    return Movable(out, lengths)
+        lengths.append(length)
+    whole = math.hypot(*(float(theta[name].norm()) for name in names))
+    return Movable(out, min(whole, LONGEST * math.hypot(*lengths)))
+
+
+def _means(sym: Symmetry, names: Collection[str], theta: Theta) -> Theta:
+    """Parameters in the mean over all orders of their units."""
+    means = {name: theta[name] for name in names}
+    for group in sym.groups.values():
+        for at in (at for at in group.places if at.name in means):
+            flat, index = at.of(means).movedim(at.axis, 0), torch.from_numpy(at.index)
+            units = flat[index]
+            mean = units.mean(0, keepdim=True).expand_as(units)
+            flat = flat.index_put((index.to(flat.device),), mean)
+            means[at.name] = flat.movedim(0, at.axis).reshape(theta[at.name].shape)
+    return means
 
 
 def compared(pair: Pair, who: str) -> tuple[Movable, Movable]:
@@ -166,6 +171,19 @@ def agreement(fixed: Theta, theta: Theta) -> Tensor:
     """⟨fixed, θ⟩ over the tensors that both have, of which there may be none: []."""
     terms = ((x * theta[name]).sum() for name, x in fixed.items() if name in theta)
     return sum(terms, torch.zeros((), dtype=torch.float64))
+
+
+def gains(fixed: Theta, old: Theta, new: Theta) -> bool:
+    """Does `new` agree better with `fixed` than `old` does, by more than rounding may bring?
+
+    By the entries that change alone: others, however large, hide nothing.
+    """
+    change, size = 0.0, 0.0
+    for name in (name for name in fixed if name in new):
+        terms = fixed[name] * (new[name] - old[name])
+        change += float(terms.sum())
+        size += float(terms.abs().sum())
+    return change > ENOUGH * size
 
 
 def pairings(
