@@ -6,7 +6,7 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 import torch
-from small import NETWORKS, Patches, pictures
+from small import NETWORKS, Patches, pictures, same
 from torch import Tensor, nn
 
 from mcnotes import matching, symmetry, train
@@ -166,3 +166,51 @@ def test_what_cannot_be_certified_is_refused() -> None:
     nothing = {name: x * 0 for name, x in pair.theta_b.items()}
     with pytest.raises(ValueError, match="all weights of a network are 0"):
         certify(Pair(pair.net, pair.sym, pair.theta_a, nothing), pair.sym.identity())
+
+
+@pytest.mark.parametrize("build", SMALL[:2])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(1e-159, 1e-159), (1e-162, 1e-200), (1e-310, 1.0), (1e160, 1.0), (1e155, 1e155), (1e300, 1e7)],
+)
+def test_a_factor_before_a_network_changes_nothing(
+    build: Callable[[], nn.Module], one: float, other: float
+) -> None:
+    """Not even the last bit of a power of two; squares would vanish, or overflow."""
+    pair = in_float64(pair_of(build(), 1))
+    a, b = (
+        theta | {n: theta[n] * factor for n in pair.names}
+        for theta, factor in ((pair.theta_a, one), (pair.theta_b, other))
+    )
+    scaled = Pair(pair.net, pair.sym, a, b)
+    for search in (matching.weight_matching, matching.frank_wolfe, polished):
+        assert same(search(scaled), search(pair)), search
+    perm = matching.weight_matching(pair)
+    found, expected = (certify(p, perm) for p in (scaled, pair))
+    if one > 1e-300:  # else digits are missing
+        assert found == pytest.approx(expected, abs=1e-12)
+    assert found.bound >= best(pair) - (1e-12 if one > 1e-300 else 1e-5)
+
+
+def polished(pair: Pair) -> symmetry.Perm:
+    return matching.polish(pair, pair.sym.identity())
+
+
+def in_float64(pair: Pair) -> Pair:
+    a, b = (
+        {n: x.double() if x.is_floating_point() else x for n, x in theta.items()}
+        for theta in (pair.theta_a, pair.theta_b)
+    )
+    return Pair(pair.net.double(), pair.sym, a, b)
+
+
+@pytest.mark.parametrize("method", ["weights", "frank-wolfe"])
+def test_many_networks_may_be_as_small_or_large(method: str) -> None:
+    pair = in_float64(pair_of(dense(), 1))
+    c = train.initialise(pair.net, 3)
+    orders = []
+    for factor in (1.0, 2.0**-600, 2.0**600):
+        thetas = [{n: x * factor for n, x in t.items()} for t in (pair.theta_a, pair.theta_b, c)]
+        orders.append(matching.match_many(pair.net, thetas, pictures(4), pair.sym, method=method))
+    assert all(same(p, q) for others in orders[1:] for p, q in zip(orders[0], others, strict=True))
+    assert not all(same(p, pair.sym.identity()) for p in orders[0])

@@ -1,6 +1,9 @@
 """`match`: planted permutations, the best of all, each method by the same call, errors."""
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import permutations
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from small import (
     NETWORKS,
+    Fixed,
     Patches,
     agree,
     lost,
@@ -23,6 +27,7 @@ from small import (
 
 from mcnotes import curves, evaluate, matching, models, symmetry, train
 from mcnotes.data import Task
+from mcnotes.data.loader import Loader
 from mcnotes.matching import AlignmentError, At, Pair
 
 
@@ -196,3 +201,77 @@ def test_errors() -> None:
     broken = theta | {"1.weight": theta["1.weight"] * torch.nan}
     with pytest.raises(AlignmentError, match="not finite"):
         matching.match(Pair(net, sym, theta, broken), data.train)
+
+
+EVERY = [*matching.EXACT, *matching.METHODS]
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_what_is_not_finite_is_refused_before_any_pass(method: str) -> None:
+    net, data, (a, b, _), sym = trained()
+    broken = b | {"3.bias": torch.tensor([0.0, torch.inf, 0.0])}
+    with (
+        counted() as passes,
+        pytest.raises(AlignmentError, match=r"'3\.bias' of network B has entries that are not fin"),
+    ):
+        matching.match(Pair(net, sym, a, broken), data.train, method=method)
+    assert not passes
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Holds a number for each call of a module, whichever copy of a network it is of."""
+    passes: list[int] = []
+
+    def pre(module: torch.nn.Module, given: object) -> None:
+        passes.append(1)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(pre)
+    try:
+        yield passes
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("method", [m for m in matching.METHODS if m.startswith(("str", "sink"))])
+def test_by_the_loss_what_does_not_fit_is_refused_before_any_pass(method: str) -> None:
+    net, data, (a, b, _), sym = trained()
+    batches = [(data.example, torch.zeros(len(data.example), dtype=torch.long))]
+    fixed = Fixed()
+    ends = [train.initialise(fixed, seed) for seed in (1, 2)]
+    units_in_buffers = Pair(fixed, symmetry.find(fixed, data.example), *ends)
+    for pair, images, says in (
+        (Pair(net, sym, a, b), Loader(batches, data.device), "got a Loader, expected a data.Spl"),
+        (units_in_buffers, data.train, "units stand in the buffer 'first'"),
+    ):
+        with counted() as passes, pytest.raises(ValueError, match=re.escape(says)):
+            matching.match(pair, images, method=method)
+        assert not passes
+
+
+@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("width", [None, 1])
+def test_networks_without_groups_have_nothing_to_permute(method: str, width: int | None) -> None:
+    inner = [torch.nn.Linear(144, width), torch.nn.ReLU()] if width else []
+    net = torch.nn.Sequential(torch.nn.Flatten(), *inner, torch.nn.Linear(width or 144, 3))
+    data = task()
+    a, b = (train.initialise(net, s) for s in (1, 2))
+    pair = Pair(net, symmetry.find(net, data.example), a, b)
+    assert not pair.sym.groups
+    for polished in (False, True):
+        found = matching.match(pair, data.train, method=method, polished=polished)
+        assert found.perm == {}
+    assert found.gap == pytest.approx(0, abs=1e-9)
+
+
+def test_the_gap_stays_when_the_networks_are_trained_on() -> None:
+    """Whatever way the tensors are overwritten, also where PyTorch does not count it."""
+    net, data, (a, b, _), sym = trained()
+    for asked in ({"method": "weights"}, {"method": "frank-wolfe"}, {"polished": True}):
+        pair = Pair(net, sym, *({n: x.clone() for n, x in end.items()} for end in (a, b)))
+        found = matching.match(pair, data.train, **asked)
+        expected = matching.certify(pair, found.perm).gap
+        for name in pair.names:
+            pair.theta_a[name].zero_()
+            pair.theta_b[name].data.normal_()
+        assert found.gap == expected

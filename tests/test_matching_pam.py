@@ -403,13 +403,23 @@ def test_settings_are_checked() -> None:
     assert math.isnan(pam.Iteration(1, 1, 1, 0, 0, 0).after)
 
 
-def test_units_in_buffers_that_would_stay_are_refused() -> None:
+def test_units_in_buffers_that_would_stay_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient would be that of a network half of which is permuted."""
     net = Fixed()
     a, b = (train.initialise(net, seed) for seed in (1, 2))
     sym = symmetry.find(net, task().example)
+    problem = pam.Problem(net, sym, task(), RECIPE, SMALL)
+    monkeypatch.setattr(pam, "objective", lambda *_: pytest.fail("it has looked at images"))
     with pytest.raises(ValueError, match="units stand in the buffer 'first'"):
-        pam.fit(pam.Problem(net, sym, task(), RECIPE, SMALL), curves.bezier(a, b), seed=1)
+        pam.fit(problem, curves.bezier(a, b), seed=1)
+
+
+def test_without_groups_there_is_nothing_to_permute() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 3))
+    a, b, sym = ends(net)
+    found = pam.fit(pam.Problem(net, sym, task(), RECIPE, SMALL), curves.bezier(a, b), seed=1)
+    assert found.perm == {}
+    assert all(math.isfinite(row.after) for row in found.history)
 
 
 def test_the_objective_is_that_of_images_as_training_shows_them() -> None:

@@ -5,7 +5,7 @@ from itertools import permutations, product
 
 import pytest
 import torch
-from small import NETWORKS, Fixed, Patches, noisy, pictures, task
+from small import NETWORKS, Fixed, Patches, noisy, pictures, plain, same, task
 from torch import Tensor, nn
 
 from mcnotes import matching, symmetry, train
@@ -117,3 +117,86 @@ def test_sweeps_never_lower_the_agreement() -> None:
         values.append(agreement(net, a, sym.permute(b, perm)))
     assert values == sorted(values)
     assert values[-1] > values[0]
+
+
+BY_WEIGHTS: dict[str, Callable[[Pair], Perm]] = {
+    "weights": matching.weight_matching,
+    "frank-wolfe": matching.frank_wolfe,
+    "polish": lambda pair: matching.polish(pair, pair.sym.identity()),
+    "many": lambda pair: many(pair, "weights"),
+    "many, frank-wolfe": lambda pair: many(pair, "frank-wolfe"),
+}
+
+
+def many(pair: Pair, method: str) -> Perm:
+    thetas = [pair.theta_a, pair.theta_b]
+    return matching.match_many(pair.net, thetas, task().train, pair.sym, method=method)[1]
+
+
+@pytest.mark.parametrize("how", BY_WEIGHTS)
+@pytest.mark.parametrize("name", ["1.bias", "3.bias", "3.weight", "both biases"])
+@pytest.mark.parametrize("constant", [1e4, -1e5, 1e9])
+def test_what_is_the_same_in_every_order_hides_nothing(
+    how: str, name: str, constant: float
+) -> None:
+    """A large constant, whether no unit moves there or all hold it alike."""
+    net = plain().double()
+    theta = train.initialise(net, 1)
+    sym = symmetry.find(net, task().example.double())
+    for moved in ["1.bias", "3.bias"] if name == "both biases" else [name]:
+        theta[moved] = theta[moved] + constant
+    planted = sym.random(torch.Generator().manual_seed(2))
+    perm = BY_WEIGHTS[how](Pair(net, sym, theta, sym.permute(theta, planted)))
+    assert same(sym.compose(planted, perm), sym.identity())
+
+
+class Ends(nn.Module):
+    """Two layers of units that have nothing to do with each other, the second 1e5 times larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few, self.many = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.one, self.two = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(self.few(x).relu()), self.two(self.many(x).relu())
+
+
+def test_large_weights_of_one_layer_do_not_hide_those_of_another() -> None:
+    net = Ends()
+    theta, sym = train.initialise(net, 1), symmetry.find(net, torch.rand(2, 4))
+    theta |= {n: x * 1e5 for n, x in theta.items() if n.startswith(("many", "two"))}
+    planted = sym.random(torch.Generator().manual_seed(2))
+    perm = matching.weight_matching(Pair(net, sym, theta, sym.permute(theta, planted)))
+    assert same(sym.compose(planted, perm), sym.identity())
+
+
+@pytest.mark.parametrize("how", [matching.weight_matching, BY_WEIGHTS["polish"]])
+def test_a_large_unit_that_stays_does_not_hide_the_others(how: Callable[[Pair], Perm]) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    theta, sym = train.initialise(net, 1), symmetry.find(net, torch.rand(2, 4))
+    theta["0.bias"][0] = 1e6
+    planted = {name: torch.tensor([0, 2, 1, 4, 5, 3]) for name in sym.groups}
+    perm = how(Pair(net, sym, theta, sym.permute(theta, planted)))
+    assert same(sym.compose(planted, perm), sym.identity())
+
+
+def test_units_that_are_all_alike_stay() -> None:
+    """Nothing tells them apart, and rounding must not."""
+    net = plain()
+    theta = {n: torch.full_like(x, 0.1) for n, x in train.initialise(net, 1).items()}
+    pair = Pair(net, symmetry.find(net, task().example), theta, theta)
+    assert same(matching.weight_matching(pair), pair.sym.identity())
+    assert same(BY_WEIGHTS["polish"](pair), pair.sym.identity())
+
+
+@pytest.mark.parametrize("how", BY_WEIGHTS)
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_refused_and_named(how: str, odd: float) -> None:
+    """Also where no unit moves: an output bias."""
+    net = plain()
+    sym, theta = symmetry.find(net, task().example), train.initialise(net, 1)
+    broken = theta | {"3.bias": torch.tensor([0.0, odd, 0.0])}
+    for ends in ((theta, broken), (broken, theta)):
+        with pytest.raises(ValueError, match=r"'3\.bias' of network [12AB] has .* not finite"):
+            BY_WEIGHTS[how](Pair(net, sym, *ends))

@@ -32,8 +32,7 @@ from mcnotes.curves import Curve, Theta
 from mcnotes.matching import doubly_stochastic, pam
 from mcnotes.matching.assignment import assign
 from mcnotes.matching.loss import ACTIONS, Shown, through
-from mcnotes.matching.pair import PAIRED, AlignmentError, Pair
-from mcnotes.matching.weights import in_float64
+from mcnotes.matching.pair import PAIRED, AlignmentError, Pair, in_float64
 from mcnotes.symmetry import Bases, Element, Factor
 from mcnotes.symmetry.bases import beside_ones, entries, heads, outermost
 from mcnotes.symmetry.groups import Place

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mcnotes.checks import require, whole
 from mcnotes.matching.assignment import assign, bundles
-from mcnotes.matching.pair import PAIRED, Pair
+from mcnotes.matching.pair import PAIRED, Pair, magnitude, scaled
 from mcnotes.symmetry import Perm, Symmetry
 
 Array = NDArray[np.float64]
@@ -59,15 +59,13 @@ def certify(pair: Pair, perm: Perm, *, steps: int = 20) -> Certificate:
     that does not fit, and for weights that are not finite.
     """
     require("certify", {"pair": pair, "steps": steps}, PAIRED | {"steps": whole(0)})
-    a, b = (
-        {n: theta[n].detach().double().cpu().numpy() for n in pair.names}
-        for theta in (pair.theta_a, pair.theta_b)
-    )
-    for name in pair.names:
-        if not (np.isfinite(a[name]).all() and np.isfinite(b[name]).all()):
-            raise ValueError(f"certify: {name!r} has entries that are not finite")
-    moved = pair.permuted(perm)
-    value = sum(float((a[n] * moved[n].double().cpu().numpy()).sum()) for n in pair.names)
+    pair.check_finite("certify")
+    names = pair.names
+    # A cosine does not see a positive factor; without it squares might vanish or overflow.
+    ends = [scaled(names, x, magnitude(names, x)) for x in (pair.theta_a, pair.theta_b)]
+    placed = pair.sym.permute(ends[1], perm)
+    a, b, moved = ({n: theta[n].cpu().numpy() for n in names} for theta in (*ends, placed))
+    value = sum(float((a[n] * moved[n]).sum()) for n in names)
     scale = float(np.sqrt(sum((x**2).sum() for x in a.values())))
     scale *= float(np.sqrt(sum((x**2).sum() for x in b.values())))
     if not scale:

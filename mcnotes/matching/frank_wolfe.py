@@ -12,7 +12,6 @@ one order in a space that they share, so that no cycle of them contradicts itsel
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,10 +27,10 @@ from mcnotes.checks import require, whole
 from mcnotes.curves import Theta
 from mcnotes.matching import doubly_stochastic, weights
 from mcnotes.matching.assignment import Bundle, assign, bundles, solve
-from mcnotes.matching.pair import PAIRED, Pair
+from mcnotes.matching.pair import PAIRED, Pair, magnitude, scaled
 from mcnotes.symmetry import Perm, Symmetry
 
-ENOUGH = 1e-7  # of the largest agreement that there could be: what a step must gain
+ENOUGH = 1e-7  # of the product of the lengths (`weights.Movable`): what a step must gain
 
 
 def frank_wolfe(pair: Pair, *, start: Perm | None = None, steps: int = 100) -> Perm:
@@ -43,9 +42,10 @@ def frank_wolfe(pair: Pair, *, start: Perm | None = None, steps: int = 100) -> P
     that are not finite.
     """
     require("frank_wolfe", {"pair": pair, "steps": steps}, PAIRED | {"steps": whole(1)})
-    fixed = weights.reference(pair)
-    moving = Mixture.central(pair.sym, weights.in_float64(pair.theta_b), start)
-    return _climb(fixed, [moving], steps)[0]
+    a, b = weights.compared(pair, "frank_wolfe")
+    moving = Mixture.central(pair.sym, b.theta, start)
+    fixed = {name: a.theta[name] for name in pair.names}
+    return _climb(fixed, [moving], steps, ENOUGH * a.length * b.length)[0]
 
 
 def common_orders(
@@ -57,11 +57,16 @@ def common_orders(
     its own match with the first.
     """
     pairs = [Pair(net, sym, thetas[0], theta) for theta in thetas[1:]]
+    names = pairs[0].names
+    size = magnitude(names, *thetas)  # of all: how large one is beside another counts
+    first, *others = (weights.movable(sym, names, scaled(names, x, size)) for x in thetas)
     moving = [
-        Mixture.central(sym, weights.in_float64(pair.theta_b), frank_wolfe(pair, steps=steps))
-        for pair in pairs
+        Mixture.central(sym, other.theta, frank_wolfe(pair, steps=steps))
+        for pair, other in zip(pairs, others, strict=True)
     ]
-    return [sym.identity(), *_climb(weights.reference(pairs[0]), moving, steps)]
+    reach = sum(x.length * y.length for x, y in combinations([first, *others], 2))
+    fixed = {name: first.theta[name] for name in names}
+    return [sym.identity(), *_climb(fixed, moving, steps, ENOUGH * reach)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +91,12 @@ class Mixture:
         parts = bundles(sym)
         sizes = {b.name: sym.groups[b.name].size for b in parts if not b.nested}
         nested = {b.name: weights.symmetry_of(sym, b) for b in parts if b.nested}
-        centre = cls(sym, theta, {name: _even(n) for name, n in sizes.items()}, nested=nested)
+        centre = cls(
+            sym,
+            theta,
+            {name: doubly_stochastic.even(n) for name, n in sizes.items()},
+            nested=nested,
+        )
         return centre if start is None else centre.towards(sym.complete(start), 0.5)
 
     @property
@@ -117,7 +127,7 @@ class Mixture:
             if name == but:
                 continue
             near = {n: out[n] for n in own.shapes}
-            even = {n: _even(g.size) for n, g in own.groups.items()}
+            even = {n: doubly_stochastic.even(g.size) for n, g in own.groups.items()}
             mixed = [(self.even, own.apply_matrices(near, even))] if self.even else []
             for w, p in zip(self.shares, self.orders, strict=True):
                 mixed.append((w, own.permute(near, {n: p[n] for n in own.groups})))
@@ -169,15 +179,12 @@ class Mixture:
         return max(Counter([*(name for name, _ in axes), *blocks]).values(), default=0)
 
 
-def _even(size: int) -> Tensor:
-    return torch.full((size, size), 1 / size, dtype=torch.float64)
+def _climb(fixed: Theta, moving: list[Mixture], steps: int, enough: float) -> list[Perm]:
+    """The rounded end of Frank–Wolfe steps of all networks at once; `fixed` is the first.
 
-
-def _climb(fixed: Theta, moving: list[Mixture], steps: int) -> list[Perm]:
-    """The rounded end of Frank–Wolfe steps of all networks at once; `fixed` is the first."""
+    enough: what a step must gain.
+    """
     degree = max(m.degree for m in moving) * min(len(moving), 2)
-    lengths = [_length(fixed), *(_length({n: m.theta[n] for n in fixed}) for m in moving)]
-    enough = ENOUGH * sum(x * y for x, y in combinations(lengths, 2))
     for _ in range(steps):
         placed = [m.placed() for m in moving]
         orders = []
@@ -196,10 +203,6 @@ def _value(fixed: Theta, moving: list[Mixture], orders: list[Perm], step: float)
     ahead = (m.towards(p, step).placed() for m, p in zip(moving, orders, strict=True))
     every = combinations([fixed, *({n: x[n] for n in fixed} for x in ahead)], 2)
     return sum(float(weights.agreement(x, y)) for x, y in every)
-
-
-def _length(theta: Theta) -> float:
-    return math.sqrt(float(weights.agreement(theta, theta)))
 
 
 def _best_step(value: Callable[[float], float], degree: int) -> tuple[float, float]:

@@ -163,6 +163,15 @@ class MiddleStep(train.Step):
         return pam.candidates(found, start, samples, generator)
 
 
+def check_descent(pair: Pair, images: Batches) -> None:
+    """Raise ValueError for images and networks that `loss_matching` does not take."""
+    require("loss_matching", {"images": images}, {"images": a(Split, "a data.Split")})
+    if isinstance(images, Split) and not len(images):
+        raise ValueError("loss_matching: images: got none, expected at least one")
+    pair.check_finite("loss_matching")
+    pam.check_only_parameters_move(pair.net, pair.sym)
+
+
 def loss_matching(
     pair: Pair, images: Split, how: Descent, *, start: Perm | None = None, seed: int = 0
 ) -> Perm:
@@ -177,15 +186,14 @@ def loss_matching(
     2025); P is then the order of B seen from that of A. Starts at the weight matching unless there
     is a `start`. Of the start, the nearest permutation and Birkhoff–von Neumann terms, the one with
     the lowest loss at the middle wins (BatchNorm recomputed, on the first 1,000 images). Raises
-    TrainingError if the loss is not finite.
+    TrainingError if the loss is not finite, ValueError as `check_descent`.
     """
-    given = {"pair": pair, "images": images, "how": how, "seed": seed}
-    rules = PAIRED | {"images": a(Split, "a data.Split"), "how": a(Descent, "a Descent")}
-    require("loss_matching", given, rules)
-    if not len(images):
-        raise ValueError("loss_matching: images: got none, expected at least one")
-    pam.check_only_parameters_move(pair.net, pair.sym)
+    given = {"pair": pair, "how": how, "seed": seed}
+    require("loss_matching", given, PAIRED | {"how": a(Descent, "a Descent")})
+    check_descent(pair, images)
     old = weight_matching(pair, seed=seed) if start is None else pair.sym.complete(start)
+    if not old:
+        return old
     line = curves.line(pair.theta_a, pair.permuted(old))
     starts = {0: pair.sym.identity(), 1: old} if how.both else {1: old}
     step = MiddleStep(pair, line, starts, how, images)

@@ -54,6 +54,9 @@ def match_many(
         raise ValueError(f"match_many: got {len(thetas)} networks, expected at least 2")
     if method not in (known := ("activations", "weights", "frank-wolfe")):
         raise ValueError(f"match_many: got method {method!r}, expected one of {known}")
+    for k in range(1, len(thetas)):
+        pair = Pair(net, sym, thetas[0], thetas[k])
+        pair.check_finite("match_many", ("1", str(k + 1)))
     if method == "frank-wolfe":
         return common_orders(net, thetas, sym, steps=sweeps)
     if method == "weights":
@@ -108,20 +111,26 @@ def _by_activations(sym: Symmetry, seen: Similarities) -> Improve:
                 rows = [seen[i, k, names[0]][_units(bundle, names, perms[i])] for i in others]
                 similar.append(torch.stack(rows).sum(0))
             better = perm | solve(bundle, [bundle.tiles(matrix) for matrix in similar])
-            now = _value(bundle, similar, perm)
-            if _value(bundle, similar, better) - now > 1e-9 * abs(now):
+            if _gain(bundle, similar, perm, better):
                 perm = better
         return perm
 
     return improve
 
 
-def _value(bundle: Bundle, similar: list[Tensor], perm: Perm) -> float:
-    """The similarity of the units that `perm` brings together, in one bundle."""
-    total = 0.0
+def _gain(bundle: Bundle, similar: list[Tensor], perm: Perm, better: Perm) -> bool:
+    """Does `better` bring more similarity together in one bundle, by more than rounding?
+
+    Of the units that move: beside others, which may vary far more, they would count for nothing.
+    """
+    gain, size = 0.0, 0.0
     for names, matrix in zip(bundle.kinds, similar, strict=True):
-        total += float(matrix[range(len(matrix)), _units(bundle, names, perm)].sum())
-    return total
+        old, new = (_units(bundle, names, p) for p in (perm, better))
+        rows = (old != new).nonzero().flatten()
+        one, two = matrix[rows, old[rows]], matrix[rows, new[rows]]
+        gain += float((two - one).sum())
+        size += float(one.abs().sum() + two.abs().sum())
+    return gain > 1e-9 * size
 
 
 def _units(bundle: Bundle, names: tuple[str, ...], perm: Perm) -> Tensor:

@@ -28,8 +28,8 @@ from mcnotes.matching.assignment import Bundle, bundles
 from mcnotes.matching.cca import canonical
 from mcnotes.matching.certificate import certify, shortfall
 from mcnotes.matching.frank_wolfe import frank_wolfe
-from mcnotes.matching.loss import ACTIONS, Descent, loss_matching
-from mcnotes.matching.pair import Pair
+from mcnotes.matching.loss import ACTIONS, Descent, check_descent, loss_matching
+from mcnotes.matching.pair import PAIRED, Pair
 from mcnotes.matching.polish import Search, best_of_starts, polish
 from mcnotes.matching.weights import weight_matching
 from mcnotes.names import suggest
@@ -63,7 +63,8 @@ class Matching:
 
         By activations, or their canonical correlations, in summed similarity: 0 up to rounding,
         which the duals of the assignments prove (`certificate.duals`). By weights, in the cosine of
-        the weights (`certify`): computed when it is first asked for, in seconds to minutes. None
+        the weights (`certify`): computed when it is first asked for, in seconds to minutes, of
+        copies of both networks, which the matching keeps for it. None
         for methods of whose aim no bound is known: the loss, and the orders that aim at nothing.
         """
         return self.left(self.perm) if self.left else None
@@ -107,9 +108,13 @@ class Matching:
 Method = Callable[[Pair, Any, int], Perm]  # of the batches and a seed
 
 
-def _by_loss(action: str, both: bool) -> Method:
-    how = Descent(action, both=both)
+def _by_loss(how: Descent) -> Method:
     return lambda pair, images, seed: loss_matching(pair, images, how, seed=seed)
+
+
+DESCENTS = {action: Descent(action) for action in ACTIONS}
+DESCENTS |= {f"{action}-both": Descent(action, both=True) for action in ACTIONS}
+"""Methods that make the loss at the middle small."""
 
 
 EXACT = ("activations", "cca")
@@ -122,8 +127,7 @@ SEARCHES: dict[str, Search] = {
 METHODS: dict[str, Method] = {
     "weights": lambda pair, images, seed: weight_matching(pair, seed=seed),
     "frank-wolfe": lambda pair, images, seed: frank_wolfe(pair),
-    **{action: _by_loss(action, both=False) for action in ACTIONS},
-    **{f"{action}-both": _by_loss(action, both=True) for action in ACTIONS},
+    **{name: _by_loss(how) for name, how in DESCENTS.items()},
     "random": lambda pair, images, seed: pair.sym.random(torch.Generator().manual_seed(seed)),
     "identity": lambda pair, images, seed: pair.sym.identity(),
 }
@@ -154,17 +158,20 @@ def match(
     whose `seconds` leave out the correlations of the report. restarts: of "weights" and
     "frank-wolfe", from how many starts to search; the closest weights win. polished: exchange units
     afterwards while that brings the weights closer (`polish`). Raises AlignmentError when there is
-    nothing to correlate, or it is not finite; ValueError for a method that is not known, and for
-    restarts of one that has no start.
+    nothing to correlate, or it or a parameter is not finite; ValueError for a method that is not
+    known or does not take these networks or images, and for restarts of one that has no start.
     """
-    given = {"cost": cost, "seed": seed, "restarts": restarts, "polished": polished}
-    require("match", given, ARGUMENTS | {"restarts": whole(1), "polished": flag})
+    given = {"pair": pair, "cost": cost, "seed": seed, "restarts": restarts, "polished": polished}
+    require("match", given, PAIRED | ARGUMENTS | {"restarts": whole(1), "polished": flag})
     if method not in (known := [*EXACT, *METHODS]):  # `stream` looks at the other arguments
         raise ValueError(f"match: got method {method!r}{suggest(method, known)}")
     if restarts > 1 and method not in SEARCHES:
         raise ValueError(
             f"match: got restarts {restarts} with method {method!r}, expected one of {[*SEARCHES]}"
         )
+    pair.check_finite("match")
+    if method in DESCENTS:
+        check_descent(pair, images)
     start = time.perf_counter()
     moments = stream(pair, images, at=at, batch_size=batch_size)
     left: Callable[[Perm], float] | None = None
@@ -180,7 +187,7 @@ def match(
     if polished:
         perm = polish(pair, perm)
     if polished or method in SEARCHES:
-        left = partial(_below_bound, pair)
+        left = partial(_below_bound, _kept(pair))
     seconds = time.perf_counter() - start
     report = _report(perm, _seen(pair.sym, moments), moments, seconds)
     return replace(report, left=left)
@@ -191,6 +198,13 @@ def search(pair: Pair, images: Batches, method: str, seed: int = 0, restarts: in
     if restarts > 1:
         return best_of_starts(pair, SEARCHES[method], restarts, seed)
     return METHODS[method](pair, images, seed)
+
+
+def _kept(pair: Pair) -> Pair:
+    """The same pair with copies of its tensors: these stay when the caller's are overwritten."""
+    ends = ({n: x.detach().clone() for n, x in end.items()} for end in (pair.theta_a, pair.theta_b))
+    theta_a, theta_b = ends
+    return replace(pair, theta_a=theta_a, theta_b=theta_b)
 
 
 def _below_bound(pair: Pair, perm: Perm) -> float:

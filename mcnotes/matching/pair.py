@@ -1,7 +1,10 @@
 """Two networks that are to be matched, as one value (chapter 4)."""
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from mcnotes.calls import stated
@@ -48,6 +51,43 @@ class Pair:
     def permuted(self, perm: Perm) -> Theta:
         """B with its units permuted: the same function, in another order."""
         return self.sym.permute(self.theta_b, perm)
+
+    def check_finite(self, who: str, ends: tuple[str, str] = ("A", "B")) -> None:
+        """Raise AlignmentError where a parameter of either network, called `ends`, is not finite.
+
+        Buffers may be: a mask of attention holds -inf.
+        """
+        for end, theta in zip(ends, (self.theta_a, self.theta_b), strict=True):
+            for name in self.names:
+                if not bool(theta[name].isfinite().all()):
+                    raise AlignmentError(
+                        f"{who}: {name!r} of network {end} has entries that are not finite. Fix: "
+                        "look for NaN and infinity in it, or train the network again"
+                    )
+
+
+def in_float64(theta: Theta) -> Theta:
+    """The same numbers, without gradients, those of floating point in float64."""
+    return {n: x.detach().double() if x.is_floating_point() else x for n, x in theta.items()}
+
+
+def magnitude(names: Collection[str], *thetas: Theta) -> int:
+    """The least e such that no entry of the parameters `names` reaches 2^e; 0 if all are 0."""
+    largest = (float(x[n].detach().abs().max()) for x in thetas for n in names if x[n].numel())
+    return math.frexp(max(largest, default=0.0))[1]
+
+
+def scaled(names: Collection[str], theta: Theta, exponent: int) -> Theta:
+    """A network in float64, its parameters `names` divided by 2^exponent.
+
+    By its own `magnitude` their products neither vanish nor overflow; nothing is rounded that
+    counts beside the largest. What stays the same under a positive factor stays so to the bit.
+    """
+    half = -exponent // 2  # the whole factor might be no number of float64 itself
+    one, two = 2.0**half, 2.0 ** (-exponent - half)
+    wide = {n: theta[n].detach() for n in names}
+    wide = {n: x.to(torch.promote_types(x.dtype, torch.float64)) for n, x in wide.items()}
+    return in_float64(theta) | {n: x * one * two for n, x in wide.items()}
 
 
 PAIRED: dict[str, Rule] = {"pair": a(Pair, "a Pair"), "seed": whole(-(2**63), 2**64 - 1)}

@@ -153,10 +153,11 @@ def fit(
     (`train.fit_curve`). A step is kept only if it lowers Q plus its proximal term on the first
     `settings.probe` training images: there Q cannot increase. With a `checkpoint` a stopped run
     goes on from its last epoch or scored candidate and ends with the same numbers. Raises
-    TrainingError as `train`.
+    TrainingError as `train`, ValueError as `check_only_parameters_move`.
     """
     given = {"problem": problem, "curve": curve, "seed": seed, "checkpoint": checkpoint}
     require("pam", given, train.ARGUMENTS | {"problem": a(Problem, "a pam.Problem")})
+    check_only_parameters_move(problem.net, problem.sym)
     run = _Run(problem, curve, seed, checkpoint)
     while len(run.history) < len(problem.settings.epochs) or run.halfway:
         if run.halfway:
@@ -522,6 +523,8 @@ def relax(
     what comes back are the doubly stochastic matrices nearest to them. By group, float64 [n, n].
     Raises ValueError where units stand in a buffer, TrainingError as `train.run`.
     """
+    if not old:
+        return {}
     task, settings = problem.task, problem.settings
     few = replace(task, train=task.train.first(settings.images))
     step = PermutationStep(problem, curve, old)

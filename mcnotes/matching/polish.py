@@ -4,7 +4,6 @@ Weight matching ends where no group alone can be ordered better. It may still he
 units at a small loss, if another group can then be ordered so that more is won.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,6 +31,8 @@ def polish(pair: Pair, perm: Perm, *, tries: int = 50, sweeps: int = 100) -> Per
     given = {"pair": pair, "tries": tries, "sweeps": sweeps}
     require("polish", given, PAIRED | {"tries": whole(0), "sweeps": whole(1)})
     here = _Order.of(pair, pair.sym.complete(perm))
+    if not pair.sym.groups:
+        return here.perm
     for _ in range(sweeps):
         if (better := here.better(tries)) is None:
             break
@@ -51,7 +52,7 @@ def best_of_starts(pair: Pair, search: Search, starts: int, seed: int) -> Perm:
 
 
 class _Order(NamedTuple):
-    """Where the units of B stand, and how well that agrees with A."""
+    """Where the units of B stand, and how well that agrees with A: see `weights.compared`."""
 
     sym: Symmetry
     fixed: Theta
@@ -61,11 +62,9 @@ class _Order(NamedTuple):
 
     @classmethod
     def of(cls, pair: Pair, perm: Perm) -> "_Order":
-        fixed = weights.reference(pair)
-        here = pair.sym.permute(weights.in_float64(pair.theta_b), perm)
+        a, b = weights.compared(pair, "polish")
+        fixed, here = {n: a.theta[n] for n in pair.names}, pair.sym.permute(b.theta, perm)
         value = float(weights.agreement(fixed, here))
-        if not math.isfinite(value):
-            raise ValueError("polish: weights of a network are not finite. Fix: look for NaN in it")
         return cls(pair.sym, fixed, perm, here, value)
 
     def after(self, step: Perm) -> "_Order":
@@ -90,28 +89,31 @@ class _Order(NamedTuple):
             found[name] = slope + slope.T - kept - kept[:, None]
         return found
 
-    def exchanged(self, above: float) -> "_Order | None":
-        """After exchanges in one group, if they bring the value above this; else None."""
+    def betters(self, other: "_Order") -> bool:
+        """Does it agree with A better than another order, by more than rounding?"""
+        return weights.gains(self.fixed, other.here, self.here)
+
+    def exchanged(self, start: "_Order") -> "_Order | None":
+        """After exchanges in one group, if they make it better than `start`; else None."""
         offers = [(name, *_exchanges(gains)) for name, gains in self.gains().items()]
         for name, step, gain in sorted(offers, key=lambda offer: -offer[2]):
-            if self.value + gain <= above:
+            if self.value + gain <= start.value:
                 return None
-            if (found := self.after({name: step})).value > above:
+            if (found := self.after({name: step})).betters(start):
                 return found
         return None
 
     def better(self, tries: int) -> "_Order | None":
         """After exchanges that gain; else after one of the least bad, and others that make up."""
-        above = self.value + 1e-9 * abs(self.value)
-        if found := self.exchanged(above):
+        if found := self.exchanged(self):
             return found
         for name, i, j in _least_bad(self.gains(), tries):
             swap = permutations.identity(self.sym.groups[name].size)
             swap[[i, j]] = swap[[j, i]]
             moved = self.after({name: swap})
-            if moved.value > above:  # its gain was not exact
+            if moved.betters(self):  # its gain was not exact
                 return moved
-            if found := moved.exchanged(above):
+            if found := moved.exchanged(self):
                 return found
         return None
 

@@ -1,7 +1,9 @@
 """Weight matching: a permutation of B's units that brings its weights close to A's (chapter 9)."""
 
+import math
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,10 +12,13 @@ from mcnotes.checks import require, whole
 from mcnotes.curves import Theta
 from mcnotes.matching import doubly_stochastic
 from mcnotes.matching.assignment import Bundle, bundles, solve
-from mcnotes.matching.pair import PAIRED, Pair
-from mcnotes.symmetry import Perm, Symmetry
+from mcnotes.matching.pair import PAIRED, Pair, magnitude, scaled
+from mcnotes.symmetry import Perm, Symmetry, permutations
 
 Agreement = Callable[[Theta], Tensor]  # ⟨θ_A, θ⟩ [], float64
+ENOUGH = 1e-9  # of the sum of what rises and what falls: what a change must gain
+LONGEST = 30  # times what is not constant: how long a network counts in what is enough
+CONSTANT = 100  # times as long as the rest: what is the same in every order is left out
 
 
 def weight_matching(
@@ -37,24 +42,23 @@ def weight_matching(
     require("weight_matching", given, PAIRED | {"sweeps": whole(1)})
     sym, parts = pair.sym, _named(bundles(pair.sym), only)
     alone = {bundle.name: symmetry_of(sym, bundle) for bundle in parts}
-    fixed = reference(pair)
+    a, b = compared(pair, "weight_matching")
+    fixed = {name: a.theta[name] for name in pair.names}
     generator = torch.Generator().manual_seed(seed)
     perm = sym.identity() if start is None else sym.complete(start)
-    here = sym.permute(in_float64(pair.theta_b), perm)
-    terms = products(fixed, here)
-    best = total(terms)
+    here = sym.permute(b.theta, perm)
     for _ in range(sweeps):
-        before = best
+        gained = False
         for k in torch.randperm(len(parts), generator=generator).tolist():
             own = alone[parts[k].name]
             near = {name: here[name] for name in own.shapes}
             step = best_order(own, parts[k], near, partial(agreement, fixed))
+            if all(torch.equal(p, permutations.identity(len(p))) for p in step.values()):
+                continue
             moved = own.permute(near, step)
-            trial = terms | products(fixed, moved)
-            if (value := total(trial)) > best + 1e-9 * abs(best):
-                perm, best = sym.compose(perm, step), value
-                here, terms = here | moved, trial
-        if best == before:
+            if gains(fixed, near, moved):
+                perm, here, gained = sym.compose(perm, step), here | moved, True
+        if not gained:
             break
     return perm
 
@@ -108,29 +112,78 @@ def symmetry_of(sym: Symmetry, bundle: Bundle) -> Symmetry:
     return Symmetry(groups, train=sym.train, shapes=shapes)
 
 
-def in_float64(theta: Theta) -> Theta:
-    """The same numbers, without gradients, those of floating point in float64."""
-    return {n: x.detach().double() if x.is_floating_point() else x for n, x in theta.items()}
+class Movable(NamedTuple):
+    """A network as its orders are compared: what is the same in all of them is left out or small.
+
+    Such a constant adds the same to the agreement of every order. A large one, such as a bias of
+    the outputs, would hide in its rounding, and in what counts as a gain, what an order brings.
+    """
+
+    theta: Theta  # in float64
+    length: float  # the norm of the parameters, at most `LONGEST` times what is not constant
 
 
-def reference(pair: Pair) -> Theta:
-    """The parameters of A in float64, with which those of B are compared."""
-    return {name: pair.theta_a[name].double() for name in pair.names}
+def movable(sym: Symmetry, names: Collection[str], theta: Theta) -> Movable:
+    """See `Movable`; theta: in float64, its parameters `names` of about 1 at most (`scaled`).
+
+    The constant part is the mean over all orders, in which each unit stands everywhere alike.
+    """
+    means, out, lengths = _means(sym, names, theta), dict(theta), list[float]()
+    for name in names:
+        rest, constant = theta[name] - means[name], float(means[name].norm())
+        length = float(rest.norm())
+        if length <= torch.finfo(torch.float64).eps * sum(rest.shape) * constant:
+            rest, length = torch.zeros_like(rest), 0.0  # but for rounding, units are all alike
+        if constant > CONSTANT * length:
+            out[name] = rest
+        lengths.append(length)
+    whole = math.hypot(*(float(theta[name].norm()) for name in names))
+    return Movable(out, min(whole, LONGEST * math.hypot(*lengths)))
 
 
-def products(fixed: Theta, theta: Theta) -> dict[str, Tensor]:
-    """The inner product with `fixed` [], tensor by tensor, of those that are in `theta`."""
-    return {name: (x * theta[name]).sum() for name, x in fixed.items() if name in theta}
+def _means(sym: Symmetry, names: Collection[str], theta: Theta) -> Theta:
+    """Parameters in the mean over all orders of their units."""
+    means = {name: theta[name] for name in names}
+    for group in sym.groups.values():
+        for at in (at for at in group.places if at.name in means):
+            flat, index = at.of(means).movedim(at.axis, 0), torch.from_numpy(at.index)
+            units = flat[index]
+            mean = units.mean(0, keepdim=True).expand_as(units)
+            flat = flat.index_put((index.to(flat.device),), mean)
+            means[at.name] = flat.movedim(0, at.axis).reshape(theta[at.name].shape)
+    return means
 
 
-def total(terms: dict[str, Tensor]) -> float:
-    """The sum of `products`."""
-    return float(torch.stack([*terms.values()]).sum())
+def compared(pair: Pair, who: str) -> tuple[Movable, Movable]:
+    """A and B, each divided by a power of two and without large constants: see `Movable`.
+
+    No order is better or worse by that. Raises AlignmentError, in the name of `who`, where a
+    parameter is not finite.
+    """
+    pair.check_finite(who)
+    names = pair.names
+    both = (scaled(names, x, magnitude(names, x)) for x in (pair.theta_a, pair.theta_b))
+    a, b = (movable(pair.sym, names, x) for x in both)
+    return a, b
 
 
 def agreement(fixed: Theta, theta: Theta) -> Tensor:
     """⟨fixed, θ⟩ over the tensors that both have, of which there may be none: []."""
-    return sum(products(fixed, theta).values(), torch.zeros((), dtype=torch.float64))
+    terms = ((x * theta[name]).sum() for name, x in fixed.items() if name in theta)
+    return sum(terms, torch.zeros((), dtype=torch.float64))
+
+
+def gains(fixed: Theta, old: Theta, new: Theta) -> bool:
+    """Does `new` agree better with `fixed` than `old` does, by more than rounding may bring?
+
+    By the entries that change alone: others, however large, hide nothing.
+    """
+    change, size = 0.0, 0.0
+    for name in (name for name in fixed if name in new):
+        terms = fixed[name] * (new[name] - old[name])
+        change += float(terms.sum())
+        size += float(terms.abs().sum())
+    return change > ENOUGH * size
 
 
 def pairings(
