@@ -218,6 +218,34 @@ def test_what_is_not_finite_is_refused_before_any_pass(method: str) -> None:
     assert not passes
 
 
+class Complex(torch.nn.Module):
+    """Complex hidden units, of which the absolute values count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = torch.nn.Linear(49, 5, dtype=torch.complex64)
+        self.head = torch.nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor = self.head(self.hidden(x.flatten(1).to(torch.complex64)).abs())
+        return values
+
+
+@pytest.mark.parametrize("method", ["weights", "frank-wolfe", "straight-through"])
+def test_complex_weights_are_matched_by_activations_alone(method: str) -> None:
+    net, images = Complex(), pictures(64, size=7)
+    sym = symmetry.find(net, next(images.batches(2))[0])
+    theta, planted = train.initialise(net, 1), sym.random(torch.Generator().manual_seed(2))
+    pair = Pair(net, sym, theta, sym.permute(theta, planted))
+    found = matching.match(pair, images)
+    assert all(torch.equal(x, theta[n]) for n, x in pair.permuted(found.perm).items())
+    with counted() as passes, pytest.raises(AlignmentError, match=r"'hidden\.weight' is complex"):
+        matching.match(pair, images, method=method)
+    assert not passes
+    with pytest.raises(AlignmentError, match="complex"):
+        matching.certify(pair, planted)
+
+
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """Holds a number for each call of a module, whichever copy of a network it is of."""

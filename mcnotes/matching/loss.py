@@ -169,6 +169,7 @@ def check_descent(pair: Pair, images: Batches) -> None:
     if isinstance(images, Split) and not len(images):
         raise ValueError("loss_matching: images: got none, expected at least one")
     pair.check_finite("loss_matching")
+    pair.check_real("loss_matching")
     pam.check_only_parameters_move(pair.net, pair.sym)
 
 

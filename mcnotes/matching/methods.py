@@ -64,8 +64,8 @@ class Matching:
         By activations, or their canonical correlations, in summed similarity: 0 up to rounding,
         which the duals of the assignments prove (`certificate.duals`). By weights, in the cosine of
         the weights (`certify`): computed when it is first asked for, in seconds to minutes, of
-        copies of both networks, which the matching keeps for it. None
-        for methods of whose aim no bound is known: the loss, and the orders that aim at nothing.
+        copies of both networks, which the matching keeps for it. None for methods of whose aim no
+        bound is known: the loss, and the orders that aim at nothing.
         """
         return self.left(self.perm) if self.left else None
 
@@ -158,8 +158,9 @@ def match(
     whose `seconds` leave out the correlations of the report. restarts: of "weights" and
     "frank-wolfe", from how many starts to search; the closest weights win. polished: exchange units
     afterwards while that brings the weights closer (`polish`). Raises AlignmentError when there is
-    nothing to correlate, or it or a parameter is not finite; ValueError for a method that is not
-    known or does not take these networks or images, and for restarts of one that has no start.
+    nothing to correlate, or it or a parameter is not finite, or weights to be compared are complex;
+    ValueError for a method that is not known or does not take these networks or images, and for
+    restarts of one that has no start.
     """
     given = {"pair": pair, "cost": cost, "seed": seed, "restarts": restarts, "polished": polished}
     require("match", given, PAIRED | ARGUMENTS | {"restarts": whole(1), "polished": flag})
@@ -170,6 +171,8 @@ def match(
             f"match: got restarts {restarts} with method {method!r}, expected one of {[*SEARCHES]}"
         )
     pair.check_finite("match")
+    if polished or method in SEARCHES:
+        pair.check_real("match")
     if method in DESCENTS:
         check_descent(pair, images)
     start = time.perf_counter()

@@ -65,6 +65,15 @@ class Pair:
                         "look for NaN and infinity in it, or train the network again"
                     )
 
+    def check_real(self, who: str) -> None:
+        """Raise AlignmentError where a parameter is complex: weights are compared as reals."""
+        for name in self.names:
+            if self.theta_a[name].is_complex():
+                raise AlignmentError(
+                    f"{who}: {name!r} is complex, and only real weights are compared. Fix: match "
+                    "by activations"
+                )
+
 
 def in_float64(theta: Theta) -> Theta:
     """The same numbers, without gradients, those of floating point in float64."""

@@ -158,9 +158,10 @@ def compared(pair: Pair, who: str) -> tuple[Movable, Movable]:
     """A and B, each divided by a power of two and without large constants: see `Movable`.
 
     No order is better or worse by that. Raises AlignmentError, in the name of `who`, where a
-    parameter is not finite.
+    parameter is not finite, or complex.
     """
     pair.check_finite(who)
+    pair.check_real(who)
     names = pair.names
     both = (scaled(names, x, magnitude(names, x)) for x in (pair.theta_a, pair.theta_b))
     a, b = (movable(pair.sym, names, x) for x in both)
