@@ -91,7 +91,7 @@ WHOLE = (  # with every method
     "MLP 256",
     "deep MLP",
 )
-ASKED = ("TinyTen, CIFAR-10", "ResNet20, 4 times as wide")  # hours of training, and for bounds
+ASKED = ("TinyTen, CIFAR-10", "ResNet20, 4 times as wide")  # hours of training
 FOUR = {*ASKED, "GoogLeNet"}  # there are four networks
 LARGE = {"ResNet20", "GoogLeNet"} | FOUR  # measured on half as many images of either kind
 
