@@ -44,8 +44,8 @@ def match_many(
     others as they lie, until nothing gains or after `sweeps`. "frank-wolfe": by their weights, all
     layers of all networks at once (Crisostomi et al. 2024), in `sweeps` steps at most. Arguments as
     in `matching.match`; the methods by weights use no images; with activations, units that are not
-    seen stay.
-    Raises ValueError for fewer than two networks and for other methods, AlignmentError as there.
+    seen stay. Raises ValueError for fewer than two networks and for other methods, AlignmentError
+    as there.
     """
     require("match_many", {"cost": cost, "sweeps": sweeps}, ARGUMENTS | {"sweeps": whole(1)})
     if not isinstance(thetas, list | tuple):
