@@ -283,8 +283,9 @@ def measure(network: str, seeds: tuple[int, int], task: str, who: str, limit: fl
         hashes = [digest(one), digest(two)]
         return row | {"hashes": hashes} | compare(network, pair, moved) | {"seconds": seconds}
 
+    row |= {"example": example(network, task)} if who == "sinkhorn-rebasin" else {}
     try:
-        return cache.values(config, compute)
+        return cache.values(config, compute) | row | {"commit": cache.origin(config)["commit"]}
     except Failure as failure:
         return row | {"error": str(failure)}
 
@@ -295,10 +296,13 @@ def of_row(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def save(rows: list[dict[str, Any]]) -> None:
-    """Put the rows into the file; those that were not measured now stay."""
-    every = merged(contents(FILE)["rows"], rows, of_row)
+    """Put the rows into the file; those that were not measured now, or failed now, stay."""
+    old = contents(FILE)["rows"]
+    known = {of_row(row) for row in old if "error" not in row}
+    fresh = [row for row in rows if "error" not in row or of_row(row) not in known]
+    every = merged(old, fresh, of_row)
     ordered = sorted(every, key=lambda row: WHOLE.index(row["network"]))
-    write(FILE, {"packages": PACKAGES, "examples": EXAMPLES, "kinds": KINDS}, ordered)
+    write(FILE, {"packages": PACKAGES}, ordered)
 
 
 def main() -> None:

@@ -97,8 +97,10 @@ def test_rows_of_other_packages_that_were_not_measured_again_stay(
     peers.save([some | {"network": "TinyTen", "barrier": 1.0}])
     peers.save([some | {"network": "MLP 8", "barrier": 2.0}])
     peers.save([some | {"network": "TinyTen", "barrier": 3.0}])
+    peers.save([some | {"network": name, "error": "too slow"} for name in ("TinyTen", "CNN")])
     rows = json.loads(peers.FILE.read_text())["rows"]
-    assert [(row["network"], row["barrier"]) for row in rows] == [("TinyTen", 3.0), ("MLP 8", 2.0)]
+    found = [(row["network"], row.get("barrier", row.get("error"))) for row in rows]
+    assert found == [("TinyTen", 3.0), ("CNN", "too slow"), ("MLP 8", 2.0)]
 
 
 def test_a_broken_results_file_is_not_written_over(bench: ModuleType) -> None:

@@ -204,9 +204,10 @@ def test_errors() -> None:
 
 
 EVERY = [*matching.EXACT, *matching.METHODS]
+BY_WEIGHTS = [m for m in matching.METHODS if m not in ("identity", "random")]  # or from them
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", BY_WEIGHTS)
 def test_what_is_not_finite_is_refused_before_any_pass(method: str) -> None:
     net, data, (a, b, _), sym = trained()
     broken = b | {"3.bias": torch.tensor([0.0, torch.inf, 0.0])}
@@ -216,6 +217,33 @@ def test_what_is_not_finite_is_refused_before_any_pass(method: str) -> None:
     ):
         matching.match(Pair(net, sym, a, broken), data.train, method=method)
     assert not passes
+
+
+class Masked(torch.nn.Module):
+    """A mask that no unit stands in, kept as a frozen parameter."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.body = plain()
+        self.mask = torch.nn.Parameter(mask, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.body(x)
+        return scores.masked_fill(self.mask < 0, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "method"),
+    [([0.0, -torch.inf, 0.0], "activations"), ([False, True, False], "weights")],
+)
+def test_masks_that_are_parameters_are_no_weights(mask: list[float], method: str) -> None:
+    net, images = Masked(torch.tensor(mask)), pictures(64, size=12)
+    sym = symmetry.find(net, next(images.batches(2))[0])
+    theta = {name: x.detach() for name, x in net.state_dict().items()}
+    planted = sym.random(torch.Generator().manual_seed(2))
+    pair = Pair(net, sym, theta, sym.permute(theta, planted))
+    found = matching.match(pair, images, method=method)
+    assert all(torch.equal(x, theta[n]) for n, x in pair.permuted(found.perm).items())
 
 
 class Complex(torch.nn.Module):

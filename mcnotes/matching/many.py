@@ -54,7 +54,7 @@ def match_many(
         raise ValueError(f"match_many: got {len(thetas)} networks, expected at least 2")
     if method not in (known := ("activations", "weights", "frank-wolfe")):
         raise ValueError(f"match_many: got method {method!r}, expected one of {known}")
-    for k in range(1, len(thetas)):
+    for k in range(1, len(thetas)) if method != "activations" else ():
         pair = Pair(net, sym, thetas[0], thetas[k])
         pair.check_finite("match_many", ("1", str(k + 1)))
     if method == "frank-wolfe":

@@ -158,7 +158,7 @@ def match(
     whose `seconds` leave out the correlations of the report. restarts: of "weights" and
     "frank-wolfe", from how many starts to search; the closest weights win. polished: exchange units
     afterwards while that brings the weights closer (`polish`). Raises AlignmentError when there is
-    nothing to correlate, or it or a parameter is not finite, or weights to be compared are complex;
+    nothing to correlate or it is not finite, or weights to be compared are not finite or complex;
     ValueError for a method that is not known or does not take these networks or images, and for
     restarts of one that has no start.
     """
@@ -170,8 +170,8 @@ def match(
         raise ValueError(
             f"match: got restarts {restarts} with method {method!r}, expected one of {[*SEARCHES]}"
         )
-    pair.check_finite("match")
     if polished or method in SEARCHES:
+        pair.check_finite("match")
         pair.check_real("match")
     if method in DESCENTS:
         check_descent(pair, images)

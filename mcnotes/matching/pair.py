@@ -82,7 +82,8 @@ def in_float64(theta: Theta) -> Theta:
 
 def magnitude(names: Collection[str], *thetas: Theta) -> int:
     """The least e such that no entry of the parameters `names` reaches 2^e; 0 if all are 0."""
-    largest = (float(x[n].detach().abs().max()) for x in thetas for n in names if x[n].numel())
+    every = (x[n].detach() for x in thetas for n in names if x[n].numel())
+    largest = (float(x.to(torch.promote_types(x.dtype, torch.float64)).abs().max()) for x in every)
     return math.frexp(max(largest, default=0.0))[1]
 
 

@@ -126,7 +126,9 @@ class Movable(NamedTuple):
 def movable(sym: Symmetry, names: Collection[str], theta: Theta) -> Movable:
     """See `Movable`; theta: in float64, its parameters `names` of about 1 at most (`scaled`).
 
-    The constant part is the mean over all orders, in which each unit stands everywhere alike.
+    The constant part is the mean over the orders of each place alone, as if an axis could be
+    ordered by itself: what stays in all orders of a group with two axes in a tensor, such as a
+    multiple of the identity, counts as movable.
     """
     means, out, lengths = _means(sym, names, theta), dict(theta), list[float]()
     for name in names:
