@@ -456,9 +456,15 @@ def contents(file: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(file.read_text("utf8"))
         record["rows"] = [*record["rows"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{file} is broken ({error}): move it away, then save again") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise broken(file, error) from None
     return record
+
+
+def broken(file: Path, error: Exception) -> SystemExit:
+    """What ends the program at a results file that is not one."""
+    why = f"it lacks {error}" if isinstance(error, KeyError) else error
+    return SystemExit(f"{file} cannot be read: {why}. Fix: restore the file, or move it away")
 
 
 def merged(

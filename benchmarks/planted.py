@@ -33,7 +33,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from matchers import Transformer, write
+from matchers import Transformer, broken, contents, write
 from torch import nn
 
 from mcnotes import cache, evaluate, matching, models, symmetry, train
@@ -170,8 +170,8 @@ def stored() -> dict[str, Any] | None:
     """The results file; None if there is none. One that is broken ends the program."""
     if not FILE.exists():
         return None
+    record = contents(FILE)
     try:
-        record: dict[str, Any] = json.loads(FILE.read_text("utf8"))
         kinds = [*product(record["networks"], record["noise"], record["methods"])]
         if [kind(row) for row in record["rows"]] != kinds:
             raise ValueError("its rows are not those of its networks, noise and methods")
@@ -182,11 +182,8 @@ def stored() -> dict[str, Any] | None:
                 raise ValueError(f"the trials of {kind(row)} do not add up")
         if missing := [name for name in ORIGIN if not isinstance(record[name], list)]:
             raise ValueError(f"{missing[0]} is no list")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise SystemExit(
-            f"planted: {FILE} cannot be read: {why}. Fix: restore the file, or move it away"
-        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise broken(FILE, error) from None
     return record
 
 

@@ -105,7 +105,7 @@ def test_rows_of_other_packages_that_were_not_measured_again_stay(
 
 def test_a_broken_results_file_is_not_written_over(bench: ModuleType) -> None:
     bench.FILE.write_text('{"rows": [')
-    with pytest.raises(SystemExit, match=r"is broken .*move it away"):
+    with pytest.raises(SystemExit, match=r"cannot be read: .*move it away"):
         bench.save([])
     assert bench.FILE.read_text() == '{"rows": ['
 
@@ -229,7 +229,7 @@ def test_trials_of_another_configuration_are_not_gone_on_from(
     [
         (lambda text: text[:-9], "Expecting"),
         (lambda text: "[]", "list indices"),
-        (lambda text: "{}", "it lacks 'networks'"),
+        (lambda text: "{}", "it lacks 'rows'"),
         (lambda text: text.replace('"recovered": 4', '"recovered": 3'), "do not add up"),
         (lambda text: text.replace('"network": "two"', '"network": "six"'), "rows are not"),
     ],

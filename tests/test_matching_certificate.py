@@ -6,11 +6,15 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 import torch
+from numpy.linalg import svd
 from small import NETWORKS, Patches, pictures, same
 from torch import Tensor, nn
 
 from mcnotes import matching, symmetry, train
+from mcnotes.lab import Experiment
 from mcnotes.matching import Pair, certificate, certify
+from mcnotes.matching.certificate import Array
+from mcnotes.matching.pair import in_float64
 
 
 class Residual(nn.Module):
@@ -177,7 +181,7 @@ def test_a_factor_before_a_network_changes_nothing(
     build: Callable[[], nn.Module], one: float, other: float
 ) -> None:
     """Not even the last bit of a power of two; squares would vanish, or overflow."""
-    pair = in_float64(pair_of(build(), 1))
+    pair = wide(pair_of(build(), 1))
     a, b = (
         theta | {n: theta[n] * factor for n in pair.names}
         for theta, factor in ((pair.theta_a, one), (pair.theta_b, other))
@@ -196,17 +200,13 @@ def polished(pair: Pair) -> symmetry.Perm:
     return matching.polish(pair, pair.sym.identity())
 
 
-def in_float64(pair: Pair) -> Pair:
-    a, b = (
-        {n: x.double() if x.is_floating_point() else x for n, x in theta.items()}
-        for theta in (pair.theta_a, pair.theta_b)
-    )
-    return Pair(pair.net.double(), pair.sym, a, b)
+def wide(pair: Pair) -> Pair:
+    return Pair(pair.net.double(), pair.sym, in_float64(pair.theta_a), in_float64(pair.theta_b))
 
 
 @pytest.mark.parametrize("method", ["weights", "frank-wolfe"])
 def test_many_networks_may_be_as_small_or_large(method: str) -> None:
-    pair = in_float64(pair_of(dense(), 1))
+    pair = wide(pair_of(dense(), 1))
     c = train.initialise(pair.net, 3)
     orders = []
     for factor in (1.0, 2.0**-600, 2.0**600):
@@ -214,3 +214,30 @@ def test_many_networks_may_be_as_small_or_large(method: str) -> None:
         orders.append(matching.match_many(pair.net, thetas, pictures(4), pair.sym, method=method))
     assert all(same(p, q) for others in orders[1:] for p, q in zip(orders[0], others, strict=True))
     assert not all(same(p, pair.sym.identity()) for p in orders[0])
+
+
+def trace_bound(a: Array, b: Array) -> float:
+    """Von Neumann's, of orthogonal matrices along two axes of three: the least of unfoldings."""
+    shapes = ((0, 1, 2), (1, 0, 2))
+    flat = [[x.transpose(axes).reshape(x.shape[axes[0]], -1) for axes in shapes] for x in (a, b)]
+    slices = [np.moveaxis(x, 2, 0) for x in (a, b)]
+    every = [*zip(*flat, strict=True), slices]
+    return min(float((svd(x, compute_uv=False) * svd(y, compute_uv=False)).sum()) for x, y in every)
+
+
+def test_sorted_entries_bound_trained_networks_better_than_singular_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each convolution of TinyTen between two groups."""
+    monkeypatch.setattr(certificate, "LARGEST", 0)
+    lab = Experiment()
+    pair = Pair(lab.net, lab.sym, *map(in_float64, lab.ends(1, 2)))
+    inner = [n for n in pair.names if pair.theta_a[n].dim() == 4][1:]
+    assert len(inner) > 5
+    for name in inner:
+        a, b = ({name: theta[name].numpy()} for theta in (pair.theta_a, pair.theta_b))
+        sorted_bound = certificate.Agreement(pair, a, b).bound(-np.inf, 0, 0)
+        by_trace = trace_bound(*(x[name].reshape(*x[name].shape[:2], -1) for x in (a, b)))
+        norms = float(np.linalg.norm(a[name]) * np.linalg.norm(b[name]))
+        assert sorted_bound < by_trace - 0.01 * norms, name
+        assert by_trace < norms * (1 + 1e-9)

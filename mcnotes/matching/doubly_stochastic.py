@@ -18,11 +18,6 @@ def matrix(p: Tensor) -> Tensor:
     return torch.eye(len(p), dtype=torch.float64)[p]
 
 
-def even(size: int) -> Tensor:
-    """The centre: the mean of all permutation matrices [size, size]."""
-    return torch.full((size, size), 1 / size, dtype=torch.float64)
-
-
 def nearest(x: Tensor) -> Tensor:
     """The permutation matrix nearest to x [n, n]: an assignment."""
     return matrix(assignment.assign(x))

@@ -91,12 +91,7 @@ class Mixture:
         parts = bundles(sym)
         sizes = {b.name: sym.groups[b.name].size for b in parts if not b.nested}
         nested = {b.name: weights.symmetry_of(sym, b) for b in parts if b.nested}
-        centre = cls(
-            sym,
-            theta,
-            {name: doubly_stochastic.even(n) for name, n in sizes.items()},
-            nested=nested,
-        )
+        centre = cls(sym, theta, {name: _even(n) for name, n in sizes.items()}, nested=nested)
         return centre if start is None else centre.towards(sym.complete(start), 0.5)
 
     @property
@@ -127,7 +122,7 @@ class Mixture:
             if name == but:
                 continue
             near = {n: out[n] for n in own.shapes}
-            even = {n: doubly_stochastic.even(g.size) for n, g in own.groups.items()}
+            even = {n: _even(g.size) for n, g in own.groups.items()}
             mixed = [(self.even, own.apply_matrices(near, even))] if self.even else []
             for w, p in zip(self.shares, self.orders, strict=True):
                 mixed.append((w, own.permute(near, {n: p[n] for n in own.groups})))
@@ -177,6 +172,10 @@ class Mixture:
         axes = {(at.name, at.axes) for g in self.matrices for at in self.sym.groups[g].places}
         blocks = [name for own in self.nested.values() for name in own.shapes]
         return max(Counter([*(name for name, _ in axes), *blocks]).values(), default=0)
+
+
+def _even(size: int) -> Tensor:
+    return torch.full((size, size), 1 / size, dtype=torch.float64)
 
 
 def _climb(fixed: Theta, moving: list[Mixture], steps: int, enough: float) -> list[Perm]:

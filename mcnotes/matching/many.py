@@ -17,7 +17,7 @@ from mcnotes.matching.activations import ARGUMENTS, At, Cost, similarity, stream
 from mcnotes.matching.assignment import Bundle, bundles, solve
 from mcnotes.matching.frank_wolfe import common_orders
 from mcnotes.matching.pair import Pair
-from mcnotes.matching.weights import weight_matching
+from mcnotes.matching.weights import ENOUGH, weight_matching
 from mcnotes.symmetry import Perm, Symmetry
 
 Improve = Callable[[int, list[int], list[Perm]], Perm]
@@ -57,6 +57,7 @@ def match_many(
     for k in range(1, len(thetas)) if method != "activations" else ():
         pair = Pair(net, sym, thetas[0], thetas[k])
         pair.check_finite("match_many", ("1", str(k + 1)))
+        pair.check_real("match_many")
     if method == "frank-wolfe":
         return common_orders(net, thetas, sym, steps=sweeps)
     if method == "weights":
@@ -111,14 +112,14 @@ def _by_activations(sym: Symmetry, seen: Similarities) -> Improve:
                 rows = [seen[i, k, names[0]][_units(bundle, names, perms[i])] for i in others]
                 similar.append(torch.stack(rows).sum(0))
             better = perm | solve(bundle, [bundle.tiles(matrix) for matrix in similar])
-            if _gain(bundle, similar, perm, better):
+            if _gains(bundle, similar, perm, better):
                 perm = better
         return perm
 
     return improve
 
 
-def _gain(bundle: Bundle, similar: list[Tensor], perm: Perm, better: Perm) -> bool:
+def _gains(bundle: Bundle, similar: list[Tensor], perm: Perm, better: Perm) -> bool:
     """Does `better` bring more similarity together in one bundle, by more than rounding?
 
     Of the units that move: beside others, which may vary far more, they would count for nothing.
@@ -130,7 +131,7 @@ def _gain(bundle: Bundle, similar: list[Tensor], perm: Perm, better: Perm) -> bo
         one, two = matrix[rows, old[rows]], matrix[rows, new[rows]]
         gain += float((two - one).sum())
         size += float(one.abs().sum() + two.abs().sum())
-    return gain > 1e-9 * size
+    return gain > ENOUGH * size
 
 
 def _units(bundle: Bundle, names: tuple[str, ...], perm: Perm) -> Tensor:
