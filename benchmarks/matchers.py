@@ -436,8 +436,16 @@ def same_line(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 def joined(kept: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
-    """A row with what the kept one has besides (a curve), if that is of the same permutation."""
-    return kept | row if kept and same_line(kept, row) else row
+    """A row with what the kept one has besides (a curve), if that is of the same permutation.
+
+    If not, the barrier that the same descent reached before stays, in `elsewhere`: rounding, which
+    differs between processors, can lead a descent to another permutation.
+    """
+    if kept is None or same_line(kept, row):
+        return (kept or {}) | row
+    if not row.get("descent"):
+        return row
+    return row | {"elsewhere": [*kept.get("elsewhere", []), kept["line"]["barrier"]]}
 
 
 def same_networks(fresh: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]]) -> bool:

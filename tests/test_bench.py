@@ -28,7 +28,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def row(method: str, loss: float, **more: Any) -> dict[str, Any]:
     """Of one pair: a line that is flat but for its middle."""
-    line = {"loss": [0.5, loss, 0.5]}
+    line = {"loss": [0.5, loss, 0.5], "barrier": loss - 0.5}
     return {"network": "MLP 8", "pair": [1, 2], "method": method, "line": line} | more
 
 
@@ -47,6 +47,19 @@ def test_a_curve_stays_with_its_permutation(bench: ModuleType, loss: float, stay
     rows = saved(bench, old, [row("identity", 2.0), row("weights", loss)])
     assert rows["weights"]["line"]["loss"][1] == loss
     assert ("curve" in rows["weights"]) == stays
+
+
+def test_where_a_descent_ended_elsewhere_stays(bench: ModuleType) -> None:
+    """Of the same two networks, by the same settings; other methods have no such excuse."""
+    today = {"descent": [*bench.settings("sinkhorn").values()]}
+    rows = {"identity": row("identity", 2.0), "weights": row("weights", 1.0)}
+    rows["sinkhorn"] = row("sinkhorn", 1.5) | today
+    for loss, before in ((1.0, [1.0]), (1.0, [1.0]), (0.75, [1.0, 0.5])):
+        new = [row("identity", 2.0), row("weights", loss), row("sinkhorn", loss) | today]
+        rows = saved(bench, [*rows.values()], new)
+        assert rows["sinkhorn"]["line"]["barrier"] == loss - 0.5
+        assert rows["sinkhorn"]["elsewhere"] == before
+        assert not {"elsewhere"} & {*rows["weights"], *rows["identity"]}
 
 
 def test_rows_by_other_settings_do_not_stay(bench: ModuleType) -> None:
