@@ -14,9 +14,9 @@ images), the cosine of the weights and a bound that no order exceeds (`certify`)
 the matching alone and the megabytes by which the process had to grow for it, the loss at the middle
 with the normalisation's statistics as they are mixed and mended (BatchNorm recomputed; REPAIR where
 there is none), and with `--curves` what a trained Bézier curve reaches, after a quarter of the
-epochs that its ends had (where there are all methods, but for the two that take hours). No choice
-is made on test images: `--choose` tries settings of the methods that descend by the validation loss
-at the middle, and ends; with `--save` it puts them into data/results/descents.json.
+epochs that its ends had, rounded up (where there are all methods, but for the two that take hours).
+No choice is made on test images: `--choose` tries settings of the methods that descend by the
+validation loss at the middle, and ends; with `--save` it puts them into data/results/descents.json.
 
 One line of JSON for each row, loaded from the store if it is there (so a run that was stopped goes
 on); the last line is JSON: the mean barriers. `--save` computes nothing: it writes the rows that
@@ -303,7 +303,7 @@ def digest(theta: Theta) -> str:
 
 
 def epochs_of_curve(name: str) -> int:
-    """A quarter of the epochs of its ends; none where only some methods are measured, or hours."""
+    """A quarter of its ends', rounded up; none where it takes hours, or has only some methods."""
     return math.ceil(CASES[name][0].epochs / 4) if name in WHOLE else 0
 
 
@@ -438,23 +438,33 @@ def same_line(one: dict[str, Any], two: dict[str, Any]) -> bool:
 def joined(kept: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
     """A row with what the kept one has besides (a curve), if that is of the same permutation.
 
-    If not, the barrier that the same descent reached before stays, in `elsewhere`: rounding, which
-    differs between processors, can lead a descent to another permutation.
+    If not, the curve is gone, and what the same descent reached before stays in `elsewhere`:
+    rounding, which differs between processors, can lead a descent to another permutation.
     """
     if kept is None or same_line(kept, row):
         return (kept or {}) | row
+    if "curve" in kept and "curve" not in row:
+        print(json.dumps({"its curve is of another permutation": [*of_pair(row), row["method"]]}))
     if not row.get("descent"):
         return row
-    return row | {"elsewhere": [*kept.get("elsewhere", []), kept["line"]["barrier"]]}
+    before = {"barrier": kept["line"]["barrier"], "commit": kept.get("commit")}
+    seen = {end["barrier"]: end for end in [*kept.get("elsewhere", []), before]}
+    seen.pop(row["line"]["barrier"], None)  # where it is again
+    return row | {"elsewhere": [*seen.values()]}
 
 
 def same_networks(fresh: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]]) -> bool:
-    """Whether rows by method are of the same networks: by the line between them as they are.
+    """Whether rows by method are of the same two networks: by their hashes.
 
-    Training the same seeds on another processor may give others.
+    Training the same seeds on another processor may give others. Rows that were measured before
+    hashes were kept are known by the line between the networks as they are.
     """
-    known = "identity" in fresh and "identity" in kept
-    return known and same_line(fresh["identity"], kept["identity"])
+    if "identity" not in fresh or "identity" not in kept:
+        return False
+    one, two = fresh["identity"], kept["identity"]
+    if "hashes" in one and "hashes" in two:
+        return bool(one["hashes"] == two["hashes"])
+    return same_line(one, two)
 
 
 def contents(file: Path) -> dict[str, Any]:

@@ -311,7 +311,8 @@ def origin(config: Config) -> dict[str, Any]:
 
 def provenance(seconds: float) -> dict[str, Any]:
     """Versions, hardware, commit and seconds; kept beside a result, not part of its key."""
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    kernels = torch.backends.cpu.get_cpu_capability()  # numbers differ between them
+    cpu = f"{platform.machine()} CPU ({kernels}), {torch.get_num_threads()} threads"
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return {
         "seconds": round(seconds, 1),

@@ -214,7 +214,7 @@ class TestPlan:
         runs = batch.plan({"presets": ["smoke"], "parameters": changes})
         batch.check_machine(runs)
         words = capsys.readouterr().err
-        wanted = "'smoke'", "emulation", "precision: float32"
+        wanted = "'smoke'", "no instructions for bfloat16", "precision: float32"
         assert all(word in words for word in wanted) if said else not words
         batch.check_machine(batch.plan({"presets": ["smoke"]}))
         batch.check_machine(runs, gpu_here=False)

@@ -53,13 +53,39 @@ def test_where_a_descent_ended_elsewhere_stays(bench: ModuleType) -> None:
     """Of the same two networks, by the same settings; other methods have no such excuse."""
     today = {"descent": [*bench.settings("sinkhorn").values()]}
     rows = {"identity": row("identity", 2.0), "weights": row("weights", 1.0)}
-    rows["sinkhorn"] = row("sinkhorn", 1.5) | today
-    for loss, before in ((1.0, [1.0]), (1.0, [1.0]), (0.75, [1.0, 0.5])):
+    rows["sinkhorn"] = row("sinkhorn", 1.5, commit="b") | today
+    b, c = {"barrier": 1.0, "commit": "b"}, {"barrier": 0.5, "commit": "c"}
+    for loss, before in ((1.0, [b]), (1.0, [b]), (0.75, [b, c]), (1.5, [c, c | {"barrier": 0.25}])):
         new = [row("identity", 2.0), row("weights", loss), row("sinkhorn", loss) | today]
         rows = saved(bench, [*rows.values()], new)
         assert rows["sinkhorn"]["line"]["barrier"] == loss - 0.5
-        assert rows["sinkhorn"]["elsewhere"] == before
+        assert rows["sinkhorn"]["elsewhere"] == before, "each once, and not where it is now"
         assert not {"elsewhere"} & {*rows["weights"], *rows["identity"]}
+
+
+def test_networks_are_known_by_their_hashes(bench: ModuleType) -> None:
+    """Others can have the same losses along the line, as far as they are told apart."""
+    old = [row("identity", 2.0, hashes=["a", "b"]), row("weights", 1.0, hashes=["a", "b"])]
+    kept = saved(bench, old, [row("identity", 2.0, hashes=["a", "b"])])
+    assert {*kept} == {"identity", "weights"}
+    assert kept["identity"]["commit"] == "c"
+    other = saved(bench, old, [row("identity", 2.0, hashes=["a", "x"])])
+    assert other["identity"]["hashes"] == ["a", "b"], "left out until they are whole"
+    new = [{"method": m, "hashes": ["a", "x"]} for m in bench.FIRST]
+    whole = [
+        row(x["method"], 2.0, descent=[*bench.settings(x["method"]).values()]) | x for x in new
+    ]
+    assert {*saved(bench, [*old, row("cca", 1.0, hashes=["a", "b"])], whole)} == {*bench.FIRST}
+
+
+def test_a_curve_that_is_dropped_is_named(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = [row("identity", 2.0), row("weights", 1.0, curve={"epochs": 3})]
+    saved(bench, old, [row("identity", 2.0), row("weights", 1.0)])
+    assert "curve" not in capsys.readouterr().out
+    saved(bench, old, [row("identity", 2.0), row("weights", 1.1)])
+    assert '["MLP 8", 1, 2, "weights"]' in capsys.readouterr().out
 
 
 def test_rows_by_other_settings_do_not_stay(bench: ModuleType) -> None:

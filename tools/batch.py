@@ -162,7 +162,7 @@ def check_machine(
     """Raise PlanError unless the data is present, and a GPU where a run here needs one.
 
     folders: where outputs go; they, and the store, through which steps get each other's results,
-    must take files. Says so where a run here would be in a precision that is only emulated.
+    must take files. Says so where a run here would be in a precision without instructions.
     """
     import torch
 
@@ -188,9 +188,9 @@ def check_machine(
         half = values["precision"] == "bfloat16"
         if gpu_here and half and train.native_precision(device) != "bfloat16":
             print(
-                f"preset {preset!r}: this machine's {device.type} computes bfloat16 by emulation "
-                "only, which took twelve times as long as float32 where it was measured. In "
-                "float32, with all networks trained anew: "
+                f"preset {preset!r}: no instructions for bfloat16 were found for this machine's "
+                f"{device.type}. Emulated, it took twelve times as long as float32 on a processor "
+                "with AVX2. In float32, with all networks trained anew: "
                 "--set 'parameters={precision: float32}'",
                 file=sys.stderr,
             )
