@@ -1,17 +1,19 @@
-"""How long may the steps of PAM's permutation step be? The same step at several learning rates.
+"""Does a higher learning rate help PAM's permutation step? The same step at several rates.
 
 PAM from the order in which the units stand, for pairs of a preset's networks (from the store; what
 is missing is trained). The permutation step is as long as the preset says, at each rate p_lr in
-turn; one epoch of the curve step ends the run. A row has Q on PAM's probe, training images: before
-the step, at the doubly stochastic matrices (`relaxed`), at the permutation chosen (`rounded`), and
-where alignment begins (`aligned`); which candidate won (`chosen`: 0 the old permutation, 1 the
+turn, which falls as the preset's schedule says; one epoch of the curve step ends the run. A row has
+Q on PAM's probe, training images as training shows them: before the step, at the doubly stochastic
+matrices (`relaxed`), at the permutation that won by Q and the leash (`rounded`, Q alone), and where
+alignment begins (`aligned`); which candidate won (`chosen`: 0 the old permutation, 1 the
 assignment, 2 … the samples); the share of units that moved, and of those that stand where alignment
 puts them. Nothing is measured on test images.
 
 The networks are those of the preset, whatever its precision; the step is computed in `--precision`,
 which each row names. The step itself is kept in the store, so a run that was stopped goes on from
-its last epoch. `--out` has the rows with their provenance, which chapter 11 shows; rows that the
-file holds already are not computed again. The last line is JSON.
+its last epoch; the seconds of a row are those of the last process. `--out` has the rows with their
+provenance, which chapter 11 shows; a row of the same pair, rate and precision is not computed
+again. Only one process may write to a file. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from mcnotes.symmetry import Perm
 from tools import presets
 
 ROOT = Path(__file__).resolve().parents[1]
-RATES = [0.05, 0.5, 5.0]  # the authors' first
+RATES = [0.05, 0.5, 5.0]  # the first where the authors begin
 
 
 def stepped(lab: Experiment, precision: str, pair: tuple[int, int], rate: float) -> dict[str, Any]:
