@@ -31,12 +31,15 @@ def add(
     measure: Callable[[], Mapping[str, Any]],
     file: Path | None,
 ) -> None:
-    """Measure a row of the list `name` and write the record, unless a row has these labels."""
+    """Measure a row of the list `name` and write the record, unless a row has these labels.
+
+    What is measured may bring its own provenance: a result that was found in the store.
+    """
     if any(row.items() >= labels.items() for row in record[name]):
         return
     start = time.perf_counter()
     found = measure()
     origin = cache.provenance(time.perf_counter() - start)
-    record[name].append({**labels, **found, "provenance": origin})
+    record[name].append({**labels, "provenance": origin, **found})
     if file:
         cache.write_atomic(file, (json.dumps(record, indent=1) + "\n").encode())
