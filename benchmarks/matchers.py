@@ -447,7 +447,8 @@ def joined(kept: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
         print(json.dumps({"its curve is of another permutation": [*of_pair(row), row["method"]]}))
     if not row.get("descent"):
         return row
-    before = {"barrier": kept["line"]["barrier"], "commit": kept.get("commit")}
+    before = {"barrier": kept["line"]["barrier"]}
+    before |= {name: kept.get(name) for name in ("commit", "hardware")}
     seen = {end["barrier"]: end for end in [*kept.get("elsewhere", []), before]}
     seen.pop(row["line"]["barrier"], None)  # where it is again
     return row | {"elsewhere": [*seen.values()]}
@@ -525,7 +526,8 @@ def save(rows: list[dict[str, Any]]) -> None:
             kept = {}
         for row in fresh.values():
             origins.append(row.pop("provenance"))
-            row["commit"] = origins[-1]["commit"]  # of the code that took so many seconds
+            for name in ("commit", "hardware"):  # of the code and processor that did it
+                row[name] = origins[-1][name]
         every = kept | {m: joined(kept.get(m), row) for m, row in fresh.items()}
         known[place] = {m: every[m] for m in CALLS if m in every}
     record = {

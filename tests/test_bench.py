@@ -54,7 +54,8 @@ def test_where_a_descent_ended_elsewhere_stays(bench: ModuleType) -> None:
     today = {"descent": [*bench.settings("sinkhorn").values()]}
     rows = {"identity": row("identity", 2.0), "weights": row("weights", 1.0)}
     rows["sinkhorn"] = row("sinkhorn", 1.5, commit="b") | today
-    b, c = {"barrier": 1.0, "commit": "b"}, {"barrier": 0.5, "commit": "c"}
+    b = {"barrier": 1.0, "commit": "b", "hardware": None}
+    c = {"barrier": 0.5, "commit": "c", "hardware": "CPU"}
     for loss, before in ((1.0, [b]), (1.0, [b]), (0.75, [b, c]), (1.5, [c, c | {"barrier": 0.25}])):
         new = [row("identity", 2.0), row("weights", loss), row("sinkhorn", loss) | today]
         rows = saved(bench, [*rows.values()], new)

@@ -836,6 +836,8 @@ def test_json_entry_reads_as_text() -> None:
     assert entry["value"] == 0.5
     assert entry["config"] == CONFIG
     assert entry["provenance"]["torch"] == torch.__version__
+    if not torch.cuda.is_available():
+        assert f"({torch.backends.cpu.get_cpu_capability()})" in entry["provenance"]["hardware"]
 
 
 def test_what_is_kept_says_in_one_line_what_it_is(tmp_path: Path) -> None:

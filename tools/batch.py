@@ -162,7 +162,7 @@ def check_machine(
     """Raise PlanError unless the data is present, and a GPU where a run here needs one.
 
     folders: where outputs go; they, and the store, through which steps get each other's results,
-    must take files. Says so where a run here would be in a precision without instructions.
+    must take files. Names a run that would have to emulate its precision here.
     """
     import torch
 
@@ -189,8 +189,8 @@ def check_machine(
         if gpu_here and half and train.native_precision(device) != "bfloat16":
             print(
                 f"preset {preset!r}: no instructions for bfloat16 were found for this machine's "
-                f"{device.type}. Emulated, it took twelve times as long as float32 on a processor "
-                "with AVX2. In float32, with all networks trained anew: "
+                f"{device.type}. Emulated, it takes many times as long as float32. In float32, "
+                "with all networks trained anew: "
                 "--set 'parameters={precision: float32}'",
                 file=sys.stderr,
             )
