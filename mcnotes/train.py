@@ -5,6 +5,7 @@ of the loss (with its L2 penalty) at θ, and gives control point pᵢ the gradie
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from mcnotes import display, evaluate
@@ -91,6 +94,36 @@ def native_precision(device: torch.device) -> str:
         allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # users can limit it
         native = allowed and torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
+
+
+class Rounded(TorchFunctionMode):
+    """bfloat16 for CPUs without instructions for it, by the kernels of float32 on rounded numbers.
+
+    To be entered inside `torch.autocast`. PyTorch computes such products in plain loops there, at a
+    tenth of the speed. A product of two bfloat16 is exact in float32, and native kernels, too, add
+    in float32 before they round; so the rounding is that of bfloat16, forwards and backwards, and
+    only the order of the additions differs.
+    """
+
+    PRODUCTS = frozenset(
+        (
+            *(torch.conv1d, torch.conv2d, torch.conv3d),
+            *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+            *(nn.functional.linear, torch.matmul, Tensor.matmul, torch.bmm, Tensor.bmm),
+        )
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = args, kwargs or {}
+        dtypes = {x.dtype for x in tree_leaves(given) if isinstance(x, Tensor)}
+        asked = torch.is_autocast_enabled("cpu")  # a network may switch it off for a part
+        if not asked or func not in self.PRODUCTS or not dtypes <= {torch.float32, torch.bfloat16}:
+            return func(*given[0], **given[1])
+        with torch.autocast("cpu", enabled=False):
+            rounded = tree_map_only(Tensor, lambda x: x.bfloat16().float(), given)
+            return func(*rounded[0], **rounded[1]).bfloat16()
 
 
 EPOCHS = 1_000_000  # at most: `_epoch` draws by seed · 1,000,003 + epoch, all of them different
@@ -394,6 +427,7 @@ class Step:
         self.state_dict = dict(zip(parameters, self.leaves, strict=True)) | self.buffers
         self.compiled = torch.compile(partial(swapped, net)) if recipe.compile else None
         self.frozen = _frozen(net, device)
+        self.native = native_precision(device) == "bfloat16"
 
     def __call__(self, x: Any, y: Any, weights: Tensor, lr: float) -> Tensor:
         """Step on one batch with the weights w(t) [k], all on the device; returns the loss."""
@@ -431,9 +465,11 @@ class Step:
         self, forward: Callable[[Any], Any], x: Any, y: Any
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """The loss and its gradients in the leaves. forward: inputs → outputs at θ."""
+        x, device = arranged(self.net, x), self.theta.device
         low = self.recipe.precision == "bfloat16"
-        x = arranged(self.net, x)
-        with torch.autocast(self.theta.device.type, torch.bfloat16, enabled=low):
+        emulated = low and device.type == "cpu" and not (self.compiled or self.native)
+        rounded = Rounded() if emulated else nullcontext()
+        with torch.autocast(device.type, torch.bfloat16, enabled=low), rounded:
             loss = self.loss(forward(x), y)
         slopes = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
         return loss, slopes

@@ -200,26 +200,6 @@ class TestPlan:
         with pytest.raises(batch.PlanError, match=r"found no cifar10.npz in .*download=True"):
             batch.check_machine(runs, gpu_here=False)
 
-    @pytest.mark.parametrize(("native", "said"), [("float32", True), ("bfloat16", False)])
-    def test_a_precision_that_is_emulated_is_named(
-        self,
-        native: str,
-        said: bool,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        """It is computed, for what is stored must be found on every machine, but not in silence."""
-        monkeypatch.setattr("mcnotes.train.native_precision", lambda device: native)
-        changes = {"precision": "bfloat16", "device": "cpu"}
-        runs = batch.plan({"presets": ["smoke"], "parameters": changes})
-        batch.check_machine(runs)
-        words = capsys.readouterr().err
-        wanted = "'smoke'", "no instructions for bfloat16", "precision: float32"
-        assert all(word in words for word in wanted) if said else not words
-        batch.check_machine(batch.plan({"presets": ["smoke"]}))
-        batch.check_machine(runs, gpu_here=False)
-        assert not capsys.readouterr().err, "in float32; and what a cluster computes is not known"
-
     def test_a_step_is_given_what_it_depends_on_and_no_more(self) -> None:
         values = {"epochs": 2, "curve_epochs": 3, "pairs": [[1, 2]], "seed": 1}
         assert batch.words("endpoint", values) == "epochs=2 seed=1"

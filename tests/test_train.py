@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from shutil import which
@@ -330,6 +331,72 @@ def test_low_precision_and_compilation_train_too(
     scale = moved(train.initialise(net, 1), exact)
     for n in exact:
         agree(close[n], exact[n], count, scale=scale, dtype=dtype)
+
+
+@pytest.mark.parametrize("native", ["float32", "bfloat16"])
+def test_bfloat16_is_rounded_in_float32_where_it_is_not_native(
+    native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Any] = []
+
+    class Seen(train.Rounded):
+        def __torch_function__(self, func: Any, *rest: Any) -> Any:
+            used.append(func)
+            return super().__torch_function__(func, *rest)
+
+    monkeypatch.setattr(train, "native_precision", lambda device: native)
+    monkeypatch.setattr(train, "Rounded", Seen)
+    net, data = plain(), task()
+    exact = train.fit(net, data, RECIPE, seed=1).theta
+    assert not used, "not in float32"
+    close = train.fit(net, data, replace(RECIPE, precision="bfloat16"), seed=1).theta
+    assert bool(train.Rounded.PRODUCTS & {*used}) == (native == "float32")
+    scale = moved(train.initialise(net, 1), exact)
+    assert not equal(close, exact)
+    for n in exact:
+        agree(close[n], exact[n], 9, scale=scale, dtype=torch.bfloat16)
+
+
+SMALL: dict[str, list[tuple[int, ...]]] = {  # each product: the shapes of its operands
+    **{f"conv{d}d": [(2, 3, *[5] * d), (4, 3, *[3] * d), (4,)] for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": [(2, 3, *[5] * d), (3, 4, *[3] * d), (4,)] for d in (1, 2, 3)},
+    "linear": [(2, 3, 5), (4, 5), (4,)],
+    "matmul": [(2, 3, 5), (5, 4)],
+    "bmm": [(2, 3, 5), (2, 5, 4)],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_rounding_is_that_of_bfloat16(name: str) -> None:
+    """Whole numbers of few bits add without rounding, so both ways must agree bit by bit."""
+    func = getattr(torch.nn.functional, name, None) or getattr(torch, name)
+    assert func in train.Rounded.PRODUCTS
+    draw = torch.Generator().manual_seed(1)
+    wide = [torch.randint(-1, 2, s, generator=draw) * (1 + 2**-12) for s in SMALL[name]]
+    found = []
+    for mode in (train.Rounded(), nullcontext()):
+        given = [x.clone().requires_grad_() for x in wide]
+        with torch.autocast("cpu", torch.bfloat16), mode:
+            out = func(*given)
+        slope = torch.randint(-1, 2, out.shape, generator=torch.Generator().manual_seed(2))
+        out.backward(slope.to(out.dtype))
+        found.append([out, *(x.grad for x in given)])
+    for rounded, native in zip(*found, strict=True):
+        assert rounded.dtype == native.dtype
+        assert torch.equal(rounded, native)
+    assert found[0][0].dtype == torch.bfloat16
+    assert not torch.equal(found[0][0].float(), func(*wide)), "it was rounded"
+
+
+def test_rounding_is_asked_for() -> None:
+    """What a network excepts from autocast, and other types, are computed as they stand."""
+    x = torch.full((2, 2), 1 + 2**-12)
+    with torch.autocast("cpu", torch.bfloat16), train.Rounded():
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(x @ x, x.matmul(x))
+            assert x.matmul(x).dtype == torch.float32
+        assert torch.matmul(torch.eye(2, dtype=torch.long), torch.eye(2).long()).dtype == torch.long
+        assert (x.matmul(x) == 2).all()
 
 
 def test_schedules() -> None:

@@ -162,12 +162,12 @@ def check_machine(
     """Raise PlanError unless the data is present, and a GPU where a run here needs one.
 
     folders: where outputs go; they, and the store, through which steps get each other's results,
-    must take files. Names a run that would have to emulate its precision here.
+    must take files.
     """
     import torch
 
-    from mcnotes import cache, train
-    from mcnotes.data import SOURCES, default_folder, sources, tasks
+    from mcnotes import cache
+    from mcnotes.data import SOURCES, default_folder, sources
 
     for place in (cache.folder(), *folders):
         try:
@@ -183,16 +183,6 @@ def check_machine(
             raise PlanError(
                 f"preset {preset!r} needs a GPU, and PyTorch finds none on this machine. Fix: "
                 "run it elsewhere, or set device=cpu (slow)"
-            )
-        device = tasks.resolved(values["device"])
-        half = values["precision"] == "bfloat16"
-        if gpu_here and half and train.native_precision(device) != "bfloat16":
-            print(
-                f"preset {preset!r}: no instructions for bfloat16 were found for this machine's "
-                f"{device.type}. Emulated, it takes many times as long as float32. In float32, "
-                "with all networks trained anew: "
-                "--set 'parameters={precision: float32}'",
-                file=sys.stderr,
             )
         name = values["dataset"]
         try:
