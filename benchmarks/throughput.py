@@ -190,8 +190,9 @@ def report(args: argparse.Namespace, rounds: list[dict[str, float]]) -> dict[str
     ratio = statistics.median(args.together * r["usual"] / r["ours"] for r in rounds)
     low = args.precision == "bfloat16"
     operations, moved = needs(build(args.network).to(args.device), 2 if low else 4)
-    precision = torch.bfloat16 if low else torch.float32
-    flops, bandwidth = machine(torch.device(args.device), precision)
+    device = torch.device(args.device)
+    native = train.native_precision(device) == "bfloat16"  # else it computes in float32, and rounds
+    flops, bandwidth = machine(device, torch.bfloat16 if low and native else torch.float32)
     limit = 1 / max(operations / flops, moved / bandwidth)
     print(
         f"{args.network}, {args.images:,} images, batch {args.batch}, {args.together} processes in "

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from mcnotes import display, evaluate
@@ -86,7 +86,7 @@ PRECISIONS = ("float32", "bfloat16")
 def native_precision(device: torch.device) -> str:
     """The precision to use on `device`: "bfloat16" where the hardware computes it natively.
 
-    Returns "float32" where it is only emulated, and where this cannot be determined.
+    Returns "float32" where it does not, and where this cannot be determined.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -96,34 +96,48 @@ def native_precision(device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
-class Rounded(TorchFunctionMode):
-    """bfloat16 for CPUs without instructions for it, by the kernels of float32 on rounded numbers.
+aten = torch.ops.aten
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+PRODUCTS = {
+    *(aten.mm.default, aten.bmm.default),
+    *(aten.addmm.default, aten.addbmm.default, aten.baddbmm.default),
+    *(aten.convolution.default, aten.convolution_backward.default),
+    *(aten.mkldnn_rnn_layer.default, aten.mkldnn_rnn_layer_backward.default),
+    *(ATTENTION, aten._scaled_dot_product_flash_attention_for_cpu_backward.default),
+}
+"""The operators for which `InFloat32` has a faster way."""
 
-    To be entered inside `torch.autocast`. PyTorch computes such products in plain loops there, at a
-    tenth of the speed. A product of two bfloat16 is exact in float32, and native kernels, too, add
-    in float32 before they round; so the rounding is that of bfloat16, forwards and backwards, and
-    only the order of the additions differs.
+
+class InFloat32(TorchDispatchMode):
+    """Computes products of bfloat16 in float32, and rounds them to bfloat16.
+
+    For CPUs without instructions for bfloat16, on which PyTorch computes most products in plain
+    loops, many times as slowly. To be entered around the forward pass, under `torch.autocast`, and
+    around the gradients. The product of two bfloat16 is exact in float32, and float32 is how
+    instructions for bfloat16 add, too; so each result is the one that they give, but for the order
+    of the additions.
     """
 
-    PRODUCTS = frozenset(
-        (
-            *(torch.conv1d, torch.conv2d, torch.conv3d),
-            *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
-            *(nn.functional.linear, torch.matmul, Tensor.matmul, torch.bmm, Tensor.bmm),
-        )
-    )
-
-    def __torch_function__(
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = args, kwargs or {}
-        dtypes = {x.dtype for x in tree_leaves(given) if isinstance(x, Tensor)}
-        asked = torch.is_autocast_enabled("cpu")  # a network may switch it off for a part
-        if not asked or func not in self.PRODUCTS or not dtypes <= {torch.float32, torch.bfloat16}:
-            return func(*given[0], **given[1])
-        with torch.autocast("cpu", enabled=False):
-            rounded = tree_map_only(Tensor, lambda x: x.bfloat16().float(), given)
-            return func(*rounded[0], **rounded[1]).bfloat16()
+        kwargs = kwargs or {}
+        if func not in PRODUCTS or not any(_is(torch.bfloat16, x) for x in args):
+            return func(*args, **kwargs)
+        args, kwargs = _converted(torch.bfloat16, torch.float32, (args, kwargs))
+        out = func(*args, **kwargs)
+        if func is ATTENTION:  # its second result, of the softmax, is in float32 natively, too
+            return out[0].bfloat16(), out[1]
+        return _converted(torch.float32, torch.bfloat16, out)
+
+
+def _is(dtype: torch.dtype, x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype == dtype
+
+
+def _converted(old: torch.dtype, new: torch.dtype, values: Any) -> Any:
+    """The values, nested as they are, with the tensors of type `old` as `new`."""
+    return tree_map_only(Tensor, lambda x: x.to(new) if x.dtype == old else x, values)
 
 
 EPOCHS = 1_000_000  # at most: `_epoch` draws by seed · 1,000,003 + epoch, all of them different
@@ -467,11 +481,14 @@ class Step:
         """The loss and its gradients in the leaves. forward: inputs → outputs at θ."""
         x, device = arranged(self.net, x), self.theta.device
         low = self.recipe.precision == "bfloat16"
-        emulated = low and device.type == "cpu" and not (self.compiled or self.native)
-        rounded = Rounded() if emulated else nullcontext()
-        with torch.autocast(device.type, torch.bfloat16, enabled=low), rounded:
-            loss = self.loss(forward(x), y)
-        slopes = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
+        emulated = low and device.type == "cpu" and not (self.native or self.compiled)
+        mode = InFloat32() if emulated else nullcontext()  # type: ignore[no-untyped-call]
+        with mode:
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
+                loss = self.loss(forward(x), y)
+            slopes = torch.autograd.grad(
+                loss, self.leaves, allow_unused=True, materialize_grads=True
+            )
         return loss, slopes
 
     def attacked(self, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:

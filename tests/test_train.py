@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from shutil import which
@@ -16,6 +15,8 @@ from small import Stopped, agree, normed, plain, task, terms
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from mcnotes import curves, evaluate, train
 from mcnotes.cache import Checkpoint, StoreWarning
@@ -318,6 +319,12 @@ def test_tied_weights_stay_tied() -> None:
             torch.float32,
             marks=pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler"),
         ),
+        pytest.param(
+            {"precision": "bfloat16", "compile": True},
+            9,
+            torch.bfloat16,
+            marks=pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler"),
+        ),
     ],
 )
 def test_low_precision_and_compilation_train_too(
@@ -333,70 +340,160 @@ def test_low_precision_and_compilation_train_too(
         agree(close[n], exact[n], count, scale=scale, dtype=dtype)
 
 
+class Seen(TorchDispatchMode):
+    """Collects what is computed: (operator, are there numbers of type bfloat16?)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: set[tuple[Any, bool]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        low = any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in args)
+        self.calls.add((func, low))
+        return func(*args, **kwargs or {})
+
+
+class Checkpointed(nn.Module):
+    """Its gradients are computed in a second pass, which begins within the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = checkpoint(self.net, x, use_reentrant=False)
+        return z
+
+
+@pytest.mark.parametrize("build", [plain, normed, Checkpointed])
 @pytest.mark.parametrize("native", ["float32", "bfloat16"])
 def test_bfloat16_is_rounded_in_float32_where_it_is_not_native(
-    native: str, monkeypatch: pytest.MonkeyPatch
+    native: str, build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used: list[Any] = []
-
-    class Seen(train.Rounded):
-        def __torch_function__(self, func: Any, *rest: Any) -> Any:
-            used.append(func)
-            return super().__torch_function__(func, *rest)
-
     monkeypatch.setattr(train, "native_precision", lambda device: native)
-    monkeypatch.setattr(train, "Rounded", Seen)
-    net, data = plain(), task()
+    net, data = build(), task()
     exact = train.fit(net, data, RECIPE, seed=1).theta
-    assert not used, "not in float32"
-    close = train.fit(net, data, replace(RECIPE, precision="bfloat16"), seed=1).theta
-    assert bool(train.Rounded.PRODUCTS & {*used}) == (native == "float32")
+    with Seen() as seen:
+        close = train.fit(net, data, replace(RECIPE, precision="bfloat16"), seed=1).theta
+    products = {low for func, low in seen.calls if func in train.PRODUCTS}
+    assert (True in products) == (native == "bfloat16")
     scale = moved(train.initialise(net, 1), exact)
     assert not equal(close, exact)
     for n in exact:
-        agree(close[n], exact[n], 9, scale=scale, dtype=torch.bfloat16)
+        if "num_batches" not in n:
+            agree(close[n], exact[n], 9, scale=scale, dtype=torch.bfloat16)
 
 
-SMALL: dict[str, list[tuple[int, ...]]] = {  # each product: the shapes of its operands
-    **{f"conv{d}d": [(2, 3, *[5] * d), (4, 3, *[3] * d), (4,)] for d in (1, 2, 3)},
-    **{f"conv_transpose{d}d": [(2, 3, *[5] * d), (3, 4, *[3] * d), (4,)] for d in (1, 2, 3)},
-    "linear": [(2, 3, 5), (4, 5), (4,)],
-    "matmul": [(2, 3, 5), (5, 4)],
-    "bmm": [(2, 3, 5), (2, 5, 4)],
+F = nn.functional
+DIMENSIONS = (1, 2, 3)
+PRODUCTS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    **{
+        f"conv{d}d": (getattr(F, f"conv{d}d"), [(2, 3, *[5] * d), (4, 3, *[3] * d), (4,)])
+        for d in DIMENSIONS
+    },
+    **{
+        f"conv_transpose{d}d": (
+            getattr(F, f"conv_transpose{d}d"),
+            [(2, 3, *[5] * d), (3, 4, *[3] * d), (4,)],
+        )
+        for d in DIMENSIONS
+    },
+    "linear": (F.linear, [(6, 5), (4, 5), (4,)]),
+    "linear of a sequence": (F.linear, [(2, 3, 5), (4, 5), (4,)]),
+    "matmul": (torch.matmul, [(2, 3, 5), (5, 4)]),
+    "@": (lambda a, b: a @ b, [(3, 5), (5, 4)]),
+    "bmm": (torch.bmm, [(2, 3, 5), (2, 5, 4)]),
+    "baddbmm": (torch.baddbmm, [(2, 3, 4), (2, 3, 5), (2, 5, 4)]),
+    "einsum": (lambda a, b: torch.einsum("bij,bjk->bik", a, b), [(2, 3, 5), (2, 5, 4)]),
 }
+"""Each product: the function, and the shapes of its operands."""
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_rounding_is_that_of_bfloat16(name: str) -> None:
-    """Whole numbers of few bits add without rounding, so both ways must agree bit by bit."""
-    func = getattr(torch.nn.functional, name, None) or getattr(torch, name)
-    assert func in train.Rounded.PRODUCTS
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_are_rounded_once(name: str) -> None:
+    """The exact result of rounded operands, rounded: forwards, and for each gradient.
+
+    The sums are whole numbers, exact in float32, and most have more bits than bfloat16.
+    """
+    func, shapes = PRODUCTS[name]
     draw = torch.Generator().manual_seed(1)
-    wide = [torch.randint(-1, 2, s, generator=draw) * (1 + 2**-12) for s in SMALL[name]]
-    found = []
-    for mode in (train.Rounded(), nullcontext()):
-        given = [x.clone().requires_grad_() for x in wide]
-        with torch.autocast("cpu", torch.bfloat16), mode:
+
+    def numbers(shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(-200, 201, shape, generator=draw).double()
+
+    exact = [numbers(shape).requires_grad_() for shape in shapes]
+    given = [(x.detach().float() * (1 + 2**-12)).requires_grad_() for x in exact]
+    right = func(*exact)
+    slope = numbers(tuple(right.shape))
+    with Seen() as seen, train.InFloat32():
+        with torch.autocast("cpu", torch.bfloat16):
             out = func(*given)
-        slope = torch.randint(-1, 2, out.shape, generator=torch.Generator().manual_seed(2))
         out.backward(slope.to(out.dtype))
-        found.append([out, *(x.grad for x in given)])
-    for rounded, native in zip(*found, strict=True):
-        assert rounded.dtype == native.dtype
-        assert torch.equal(rounded, native)
-    assert found[0][0].dtype == torch.bfloat16
-    assert not torch.equal(found[0][0].float(), func(*wide)), "it was rounded"
+    right.backward(slope)
+    assert not [func for func, low in seen.calls if low and func in train.PRODUCTS]
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, right.bfloat16())
+    for x, wanted in zip(given, exact, strict=True):
+        assert torch.equal(x.grad, wanted.grad.bfloat16().float())
+    assert not torch.equal(out.double(), right), "it had to be rounded"
+    assert not torch.equal(given[1].grad.double(), exact[1].grad)
 
 
-def test_rounding_is_asked_for() -> None:
-    """What a network excepts from autocast, and other types, are computed as they stand."""
+class Sequence(nn.Module):
+    """Attention and a recurrent layer, whose products stand deep in PyTorch."""
+
+    def __init__(self, recurrent: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.attention = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.recurrent = recurrent(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.recurrent(self.attention(x))[0]
+        return z.mean(1)
+
+
+@pytest.mark.parametrize("recurrent", [nn.GRU, nn.LSTM, nn.RNN])
+def test_products_deep_in_pytorch_are_taken_in_float32(recurrent: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    net, x = Sequence(recurrent), torch.randn(4, 5, 8)
+    found = []
+    for low in (False, True):
+        with Seen() as seen, train.InFloat32():
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                out = net(x)
+            slopes = torch.autograd.grad(out.float().square().sum(), list(net.parameters()))
+        assert not [func for func, half in seen.calls if half and func in train.PRODUCTS]
+        found.append(torch.cat([g.flatten() for g in slopes]))
+    assert 0 < (found[0] - found[1]).norm() < 0.05 * found[0].norm()
+
+
+def test_the_softmax_of_attention_stays_in_float32() -> None:
+    draw = torch.Generator().manual_seed(1)
+    wide = [torch.randn(1, 2, 6, 8, generator=draw).bfloat16() for _ in range(3)]
+    wide[0] *= 64  # the logarithms of the sums are far from 0, where bfloat16 is coarse
+    slopes = []
+    for dtype in (torch.float64, torch.bfloat16):
+        given = [x.to(dtype).requires_grad_() for x in wide]
+        with train.InFloat32():
+            out = F.scaled_dot_product_attention(*given)
+            out.backward(torch.ones_like(out).cumsum(-1))
+        slopes.append(torch.cat([x.grad.double().flatten() for x in given]))
+    assert (slopes[1] - slopes[0]).norm() < 0.03 * slopes[0].norm()
+
+
+def test_what_is_not_asked_to_be_rounded_is_not() -> None:
     x = torch.full((2, 2), 1 + 2**-12)
-    with torch.autocast("cpu", torch.bfloat16), train.Rounded():
+    whole = torch.eye(2).long()
+    with torch.autocast("cpu", torch.bfloat16), train.InFloat32():
+        assert (x @ x == 2).all()
         with torch.autocast("cpu", enabled=False):
-            assert torch.equal(x @ x, x.matmul(x))
-            assert x.matmul(x).dtype == torch.float32
-        assert torch.matmul(torch.eye(2, dtype=torch.long), torch.eye(2).long()).dtype == torch.long
-        assert (x.matmul(x) == 2).all()
+            assert torch.equal(x @ x, torch.full((2, 2), 2 * (1 + 2**-12) ** 2))
+        with torch.autocast("cpu", torch.float16):
+            assert (x @ x).dtype == torch.float16
+        assert torch.equal(whole @ whole, whole)
+        out = torch.zeros(2, 2)
+        torch.matmul(whole.float(), whole.float(), out=out)
+        assert torch.equal(out, whole.float())
 
 
 def test_schedules() -> None:
