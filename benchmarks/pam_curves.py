@@ -7,7 +7,7 @@ curve step is as long as a plain curve of the preset. A row has the step (Q on P
 images as training shows them: `before`, `relaxed` and `rounded`; `chosen`, `changed`, `p_moved`;
 `after` the curve step, `phi_moved`), the share of units that end where alignment puts them, and
 `min` and `avg`, the lowest and the mean accuracy on the test images along the curve. Nothing is
-chosen by these: all rates are shown, beside the plain curves of the preset's results file.
+chosen by these: all rates are shown, beside the plain curves, unaligned and aligned.
 
 Curves are kept in the store, so a run that was stopped goes on. `--out` has the rows with the
 provenance of their curves, which chapter 11 shows. Only one process may write to a file. The last
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from tools import presets
 FILE = cache.ROOT / "data" / "results" / "pam_curves.json"
 RATES = [0.05, 0.5, 5.0]  # the first is the authors'
 METHOD = "pam-unaligned"
+PLAIN = ["unaligned", "aligned"]
 
 
 def settled(lab: Experiment) -> Experiment:
@@ -44,19 +46,21 @@ def settled(lab: Experiment) -> Experiment:
     return replace(lab, pam_options=options)
 
 
-def trained(lab: Experiment, pair: tuple[int, int], rate: float) -> dict[str, Any]:
+def measured(lab: Experiment, method: str, pair: tuple[int, int]) -> dict[str, Any]:
+    """The accuracy along a curve, which is trained if need be."""
+    path = lab.path(*pair, method)
+    origin = cache.origin(lab.curve_config(*pair, method, "bezier"))
+    return {"min": path.min_accuracy, "avg": path.mean_accuracy, "provenance": origin}
+
+
+def trained(lab: Experiment, rate: float, pair: tuple[int, int]) -> dict[str, Any]:
     """What PAM did at this rate, and the curve that it trained."""
     lab = replace(lab, pam_options={**lab.pam_options, "p_lr": rate})
     found, aligned = lab.proximal(*pair, METHOD), lab.aligned(*pair)
-    path = lab.path(*pair, METHOD)
     units = sum(map(len, aligned.values()))
-    return {
-        **found.history[0]._asdict(),
-        "as_aligned": 1 - pam.distance(found.perm, aligned) ** 2 / 2 / units,
-        "min": path.min_accuracy,
-        "avg": path.mean_accuracy,
-        "provenance": cache.origin(lab.curve_config(*pair, METHOD, "bezier")),
-    }
+    share = 1 - pam.distance(found.perm, aligned) ** 2 / 2 / units
+    step = found.history[0]._asdict()
+    return {**step, "as_aligned": share, **measured(lab, METHOD, pair)}
 
 
 def main() -> None:
@@ -69,10 +73,13 @@ def main() -> None:
     values = presets.load(args.preset)
     lab = settled(Experiment.of(values, also=["pairs"]))
     record = rows.opened(args.out, lab, "rows")
-    asked = itertools.product(args.rates, values["pairs"][: args.pairs])
-    for rate, pair in tqdm(list(asked)):
-        measure = partial(trained, lab, pair, rate)
-        rows.add(record, "rows", {"pair": pair, "p_lr": rate}, measure, args.out)
+    kinds: list[tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = [
+        *(({"method": method}, partial(measured, lab, method)) for method in PLAIN),
+        *(({"method": METHOD, "p_lr": r}, partial(trained, lab, r)) for r in args.rates),
+    ]
+    asked = itertools.product(kinds, values["pairs"][: args.pairs])
+    for (labels, measure), pair in tqdm(list(asked)):
+        rows.add(record, "rows", {"pair": pair, **labels}, partial(measure, pair), args.out)
     print(json.dumps({"file": str(args.out), "rows": len(record["rows"])}))
 
 
