@@ -2,12 +2,13 @@
 
 PAM from the order in which the units stand, for each pair of a preset's networks (from the store;
 what is missing is trained), with the settings of the authors' code but for the images (all that the
-preset trains on) and the rate p_lr of the permutation step, which is tried at several values. The
-curve step is as long as a plain curve of the preset. A row has the step (Q on PAM's probe, training
-images as training shows them: `before`, `relaxed` and `rounded`; `chosen`, `changed`, `p_moved`;
-`after` the curve step, `phi_moved`), the share of units that end where alignment puts them, and
-`min` and `avg`, the lowest and the mean accuracy on the test images along the curve. Nothing is
-chosen by these: all rates are shown, beside the plain curves, unaligned and aligned.
+preset trains on), the schedule (the preset's) and the rate p_lr of the permutation step, which is
+tried at several values. The curve step is as long as a plain curve of the preset. A row has the
+step (Q on PAM's probe, training images as training shows them: `before`, `relaxed` and `rounded`;
+`chosen`, `changed`, `p_moved`; `after` the curve step, `phi_moved`), the share of units that end
+where alignment puts them, and `min` and `avg`, the lowest and the mean accuracy on the test images
+along the curve. Nothing is chosen by these: all rates are shown, beside the plain curves, unaligned
+and aligned.
 
 Curves are kept in the store, so a run that was stopped goes on. `--out` has the rows with the
 provenance of their curves, which chapter 11 shows. Only one process may write to a file. The last
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import rows
+from pam_steps import alike
 from tqdm.auto import tqdm
 
 from mcnotes import cache
@@ -34,7 +36,7 @@ from mcnotes.matching import pam
 from tools import presets
 
 FILE = cache.ROOT / "data" / "results" / "pam_curves.json"
-RATES = [0.05, 0.5]  # the authors', and ten times that
+RATES = [0.05, 0.5, 5.0]  # the first is the authors'
 METHOD = "pam-unaligned"
 PLAIN = ["unaligned", "aligned"]
 
@@ -56,10 +58,9 @@ def measured(lab: Experiment, method: str, pair: tuple[int, int]) -> dict[str, A
 def trained(lab: Experiment, rate: float, pair: tuple[int, int]) -> dict[str, Any]:
     """What PAM did at this rate, and the curve that it trained."""
     lab = replace(lab, pam_options={**lab.pam_options, "p_lr": rate})
-    found, aligned = lab.proximal(*pair, METHOD), lab.aligned(*pair)
-    units = sum(map(len, aligned.values()))
-    share = 1 - pam.distance(found.perm, aligned) ** 2 / 2 / units
+    found = lab.proximal(*pair, METHOD)
     step = found.history[0]._asdict()
+    share = alike(found.perm, lab.aligned(*pair))
     return {**step, "as_aligned": share, **measured(lab, METHOD, pair)}
 
 

@@ -112,27 +112,24 @@ class InFloat32(TorchDispatchMode):
     """Computes products of bfloat16 in float32, and rounds them to bfloat16.
 
     For CPUs without instructions for bfloat16, on which PyTorch computes most products in plain
-    loops, many times as slowly. To be entered around the forward pass, under `torch.autocast`, and
-    around the gradients. The product of two bfloat16 is exact in float32, and float32 is how
-    instructions for bfloat16 add, too; so each result is the one that they give, but for the order
-    of the additions.
+    loops. To be entered around the forward pass, under `torch.autocast`, and around the gradients.
+    The product of two bfloat16 is exact in float32, and instructions for bfloat16 add in float32,
+    too: theirs differ in the order of the additions, and in that they may take the smallest numbers
+    for 0. `benchmarks/bfloat16.py` measures the speed.
     """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in PRODUCTS or not any(_is(torch.bfloat16, x) for x in args):
+        dtypes = {x.dtype for x in args if isinstance(x, Tensor)}
+        if func not in PRODUCTS or torch.bfloat16 not in dtypes:
             return func(*args, **kwargs)
         args, kwargs = _converted(torch.bfloat16, torch.float32, (args, kwargs))
         out = func(*args, **kwargs)
         if func is ATTENTION:  # its second result, of the softmax, is in float32 natively, too
             return out[0].bfloat16(), out[1]
         return _converted(torch.float32, torch.bfloat16, out)
-
-
-def _is(dtype: torch.dtype, x: object) -> bool:
-    return isinstance(x, Tensor) and x.dtype == dtype
 
 
 def _converted(old: torch.dtype, new: torch.dtype, values: Any) -> Any:
@@ -481,8 +478,8 @@ class Step:
         """The loss and its gradients in the leaves. forward: inputs → outputs at θ."""
         x, device = arranged(self.net, x), self.theta.device
         low = self.recipe.precision == "bfloat16"
-        emulated = low and device.type == "cpu" and not (self.native or self.compiled)
-        mode = InFloat32() if emulated else nullcontext()  # type: ignore[no-untyped-call]
+        in_float32 = low and device.type == "cpu" and not self.native
+        mode = InFloat32() if in_float32 else nullcontext()  # type: ignore[no-untyped-call]
         with mode:
             with torch.autocast(device.type, torch.bfloat16, enabled=low):
                 loss = self.loss(forward(x), y)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mcnotes import models, symmetry, train
 from mcnotes.cache import Checkpoint
@@ -34,6 +35,18 @@ def task(n: int = 96, seed: int = 0, augment: Augment | None = None) -> Task:
 
     g = torch.Generator().manual_seed(seed)
     return Task("stripes", split(n), split(48), split(60), ("top", "middle", "below"), augment)
+
+
+class Checkpointed(nn.Module):
+    """Another network, which is run again for its gradient."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+        return z
 
 
 def plain() -> nn.Module:

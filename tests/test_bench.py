@@ -291,3 +291,37 @@ def test_the_results_file_is_of_todays_configuration(
     monkeypatch.setattr(sys, "path", [str(cache.ROOT / "benchmarks"), *sys.path])
     program = importlib.import_module("planted")
     assert program.changed(program.stored()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [("pam_steps", [None]), ("pam_curves", ["unaligned", "aligned", "pam-unaligned"])],
+)
+def test_rows_of_pam_are_measured_once(
+    name: str,
+    methods: list[str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MCNOTES_STORE", str(tmp_path / "store"))
+    program = module(name, tmp_path, monkeypatch)
+    words = ["--preset", "smoke", "--pairs", "1", "--rates", "0.5", "--out", str(program.FILE)]
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    less = {"images": 250, "probe": 50, "samples": 2}
+    few = {"validation": 9_000, "pam_options": less}  # of 10,000 images
+    if name == "pam_curves":
+        monkeypatch.setattr(program, "settled", lambda lab: lab)  # the authors' settings take long
+    values = program.presets.load("smoke") | few
+    monkeypatch.setattr(program.presets, "load", lambda name: values)
+    program.main()
+    kept = program.FILE.read_bytes()
+    rows = json.loads(kept)["rows"]
+    assert [row.get("method") for row in rows] == methods
+    assert (rows[-1]["pair"], rows[-1]["p_lr"]) == ([1, 2], 0.5)
+    assert 0 <= rows[-1]["as_aligned"] <= 1
+    for row in rows:
+        assert row["provenance"].keys() >= {"commit", "hardware", "seconds"}
+    program.main()
+    assert program.FILE.read_bytes() == kept
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == len(rows)

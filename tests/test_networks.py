@@ -13,11 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import Keeps
-from small import NETWORKS, agree, normed, pictures, plain, task, terms
+from small import NETWORKS, Checkpointed, agree, normed, pictures, plain, task, terms
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, prune
-from torch.utils.checkpoint import checkpoint
 
 from mcnotes import attacks, calls, checkpoints, curves, evaluate, matching, symmetry, train
 from mcnotes.curves import Theta
@@ -359,18 +358,6 @@ def test_extra_states_and_constants_do_not_stand_in_the_way() -> None:
 
 
 # Gradients
-
-
-class Checkpointed(nn.Module):
-    """Another network, which is run again for its gradient."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = checkpoint(self.inner, x, use_reentrant=False)
-        return z
 
 
 def slope_of(net: nn.Module, theta: Theta, x: Tensor, y: Tensor) -> Tensor:

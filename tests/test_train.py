@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from small import Stopped, agree, normed, plain, task, terms
+from small import Checkpointed, Stopped, agree, normed, plain, task, terms
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from mcnotes import curves, evaluate, train
 from mcnotes.cache import Checkpoint, StoreWarning
@@ -309,6 +308,9 @@ def test_tied_weights_stay_tied() -> None:
     assert torch.equal(theta["a.weight"], theta["b.weight"])
 
 
+needs_compiler = pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler")
+
+
 @pytest.mark.parametrize(
     ("option", "count", "dtype"),
     [
@@ -317,13 +319,13 @@ def test_tied_weights_stay_tied() -> None:
             {"compile": True},
             9 * 32 * 144,
             torch.float32,
-            marks=pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler"),
+            marks=needs_compiler,
         ),
         pytest.param(
             {"precision": "bfloat16", "compile": True},
             9,
             torch.bfloat16,
-            marks=pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler"),
+            marks=needs_compiler,
         ),
     ],
 )
@@ -353,19 +355,7 @@ class Seen(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-class Checkpointed(nn.Module):
-    """Its gradients are computed in a second pass, which begins within the backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = plain()
-
-    def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = checkpoint(self.net, x, use_reentrant=False)
-        return z
-
-
-@pytest.mark.parametrize("build", [plain, normed, Checkpointed])
+@pytest.mark.parametrize("build", [plain, normed, lambda: Checkpointed(plain())])
 @pytest.mark.parametrize("native", ["float32", "bfloat16"])
 def test_bfloat16_is_rounded_in_float32_where_it_is_not_native(
     native: str, build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
