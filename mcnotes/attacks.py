@@ -184,7 +184,10 @@ class Ensemble:
         u = x.clone()
         for attack in self.attacks:
             with torch.no_grad():
-                (standing,) = (model(u).argmax(1) == y).nonzero(as_tuple=True)
+                right = model(u).argmax(1) == y
+            if isinstance(attack, PGD) and attack.targeted:
+                right = ~right  # the labels are those to reach
+            (standing,) = right.nonzero(as_tuple=True)
             if len(standing):
                 u[standing] = attack(model, x[standing], y[standing])
         return u

@@ -1,4 +1,4 @@
-"""Load or compute: results are kept under the hash of their configuration (see the preface).
+"""Load or compute: results are kept under the hash of their configuration (see data/README.md).
 
 A result is looked up in `data/zoo` (ships with the book), then in the store (this machine);
 else it is computed and kept in the store. Files appear whole or not at all; two processes never

@@ -188,6 +188,9 @@ def test_a_targeted_attack_comes_closer_to_its_target(trained: Trained) -> None:
     torch.manual_seed(0)
     u = PGD(0.25, 10, targeted=True)(trained.net, trained.x, target)
     assert (trained.net(u).argmax(1) == target).float().mean() > clean + 0.3
+    torch.manual_seed(0)
+    many = Ensemble((PGD(0.25, 10, targeted=True),))(trained.net, trained.x, target)
+    assert (trained.net(many).argmax(1) == target).float().mean() > clean + 0.3
     one = fgsm(0.25, targeted=True)(trained.net, trained.x, target)
     assert (trained.net(one).argmax(1) == target).float().mean() > clean
 
